@@ -1,0 +1,204 @@
+"""`SPProjectorConfig`: everything that defines a projector, checked when it is made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from spatial_tokens.costs import PartCost, part_costs
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import (
+    KernelSize,
+    Size,
+    as_kernel_size,
+    as_size,
+    check_fits,
+    check_kernel_sizes,
+    check_positive,
+    strided_grid_size,
+)
+from spatial_tokens.presets import PRESETS
+
+Variant = Literal["cropping", "pooling"]
+SpatialHead = Literal["mlp", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPProjectorConfig:
+    """The widths, grid and kernels of an `SPProjector`. Frozen, and valid once it exists.
+
+    Sizes are in patches: an integer for a square, or a `(height, width)` pair. They are kept in canonical form (tuples; an
+    integer where a kernel is square), so that equal configs compare equal.
+
+    Args:
+        vision_hidden_size: Channels `C` of the patch features.
+        text_hidden_size: Width `D` of the language model.
+        grid_size: The patch grid `(H, W)`.
+        variant: "cropping" ("from central region to global") or "pooling" ("from abstract to specific"); section 3.2.
+        kernel_sizes: One spatial token each, increasing; when cropping, of the grid's parity.
+        spatial_hidden_size: Channels `S` of the spatial tokens before their head.
+        detail_kernel_size: Kernel of the DetailFeatureIntegrator (section 3.3); None for a projector without one.
+        detail_stride: Its stride; 2 when left out, None without an integrator.
+        spatial_head: "mlp": the paper's two layers with GELU between; "linear": GELU + Linear, as released.
+        spatial_head_bias: Whether a "linear" spatial head has a bias (the released pooling model has none).
+
+    Raises:
+        SpatialTokensError: If a field is of the wrong type or out of range, or two fields do not go together.
+
+    Example:
+        >>> config = SPProjectorConfig.from_preset("llava-sp-cropping", text_hidden_size=5120)
+        >>> config.num_spatial_tokens, config.num_patches, config.num_tokens
+        (6, 576, 582)
+        >>> SPProjectorConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    vision_hidden_size: int
+    text_hidden_size: int
+    grid_size: Size
+    variant: Variant = "cropping"
+    kernel_sizes: tuple[KernelSize, ...] = (4, 8, 12, 16, 20, 24)
+    spatial_hidden_size: int = 512
+    detail_kernel_size: KernelSize | None = 16
+    detail_stride: KernelSize | None = None
+    spatial_head: SpatialHead = "mlp"
+    spatial_head_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive(
+            vision_hidden_size=self.vision_hidden_size,
+            text_hidden_size=self.text_hidden_size,
+            spatial_hidden_size=self.spatial_hidden_size,
+        )
+        self._set("grid_size", as_size(self.grid_size, "grid_size"))
+        self._set("kernel_sizes", check_kernel_sizes(self.grid_size, self.kernel_sizes, self.variant))
+        self._check_detail()
+        self._check_spatial_head()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_detail(self) -> None:
+        if self.detail_kernel_size is None:
+            if self.detail_stride is not None:
+                raise SpatialTokensError(
+                    f"detail_stride is {self.detail_stride!r} but detail_kernel_size is None (no DetailFeatureIntegrator); "
+                    "give both or neither"
+                )
+            return
+        self._set("detail_kernel_size", as_kernel_size(self.detail_kernel_size, "detail_kernel_size"))
+        stride = 2 if self.detail_stride is None else self.detail_stride
+        self._set("detail_stride", as_kernel_size(stride, "detail_stride"))
+        check_fits(self.grid_size, as_size(self.detail_kernel_size, "detail_kernel_size"), "detail_kernel_size")
+
+    def _check_spatial_head(self) -> None:
+        if self.spatial_head not in get_args(SpatialHead):
+            raise SpatialTokensError(f"spatial_head must be 'mlp' or 'linear', got {self.spatial_head!r}")
+        if not isinstance(self.spatial_head_bias, bool):
+            raise SpatialTokensError(f"spatial_head_bias must be True or False, got {self.spatial_head_bias!r}")
+        if self.spatial_head == "mlp" and not self.spatial_head_bias:
+            raise SpatialTokensError("spatial_head_bias=False needs spatial_head='linear'; the paper's MLP has biases")
+
+    @property
+    def num_spatial_tokens(self) -> int:
+        """Spatial tokens `K`: one for each kernel size."""
+        return len(self.kernel_sizes)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches `N = H * W`."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the language model sees for an image: `K + N`."""
+        return self.num_spatial_tokens + self.num_patches
+
+    @property
+    def detail_grid_size(self) -> Size:
+        """Rows and columns of the detail map (table 6: 5 x 5 for kernel 16); (0, 0) without a DetailFeatureIntegrator."""
+        if self.detail_kernel_size is None or self.detail_stride is None:
+            return 0, 0
+        return strided_grid_size(self.grid_size, self.detail_kernel_size, self.detail_stride)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole projector."""
+        return sum(cost.parameters for cost in self.costs())
+
+    def costs(self, *, bytes_per_parameter: int = 2) -> tuple[PartCost, ...]:
+        """Parameters, bytes and multiply-adds an image, part by part; nothing is allocated.
+
+        Args:
+            bytes_per_parameter: 2 for bfloat16 and float16, 4 for float32.
+
+        Example:
+            >>> SPProjectorConfig.from_preset("llava-sp-pooling").costs()[0]
+            PartCost(part='extractor', parameters=763363328, bytes=1526726656, multiply_adds=763363328)
+        """
+        return part_costs(self, bytes_per_parameter)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> SPProjectorConfig:
+        """A named config, with fields of your own in place of some of its.
+
+        Raises:
+            SpatialTokensError: If the name or a field is unknown (the known ones are listed), or the result is not valid.
+        """
+        if name not in PRESETS:
+            raise SpatialTokensError(f"unknown preset {name!r}{_did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SPProjectorConfig:
+        """The config with these fields; those with a default may be left out.
+
+        Raises:
+            SpatialTokensError: If a field is unknown or missing, or the result is not valid.
+        """
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise SpatialTokensError(f"an SPProjectorConfig is read from a dict of fields, got {values!r:.200}")
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise SpatialTokensError(f"unknown field {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
+        if missing:
+            raise SpatialTokensError(f"missing field {', '.join(missing)}; an SPProjectorConfig needs them")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> SPProjectorConfig:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            SpatialTokensError: If the text is not a JSON object, repeats a field, or its fields do not make a valid config.
+        """
+        try:
+            values = json.loads(text, object_pairs_hook=_without_repeats)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SpatialTokensError(f"the config is not valid JSON: {error}") from error
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain Python values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """All fields as JSON text; pairs become lists."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _did_you_mean(name: object, known: Any) -> str:
+    close = get_close_matches(str(name), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise SpatialTokensError(f"the config gives {max(names, key=names.count)!r} twice; keep one")
+    return values

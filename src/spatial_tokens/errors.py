@@ -1,0 +1,17 @@
+"""One family of errors: what was given, what was expected, what to do."""
+
+
+class SpatialTokensError(ValueError):
+    """Whatever a caller can get wrong: a shape, a dtype, a config field, a file."""
+
+
+class MissingExtraError(SpatialTokensError, ImportError):
+    """An optional library is not installed; the text names the extra that brings it.
+
+    Args:
+        library: The library that could not be imported.
+        extra: The extra of `spatial-tokens` that installs it.
+    """
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed; run: pip install 'spatial-tokens[{extra}]'")

@@ -1,0 +1,186 @@
+"""The geometry of a patch grid, in integers: windows, bins, strides and counts.
+
+A grid has `(height, width)` patches. A kernel size is an integer (a square) or a `(height, width)` pair. The paper's grids and
+kernels are square (LLaVA-SP, section 3.2); rectangular ones follow the same rules side by side.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from spatial_tokens.errors import SpatialTokensError
+
+Size = tuple[int, int]
+KernelSize = int | tuple[int, int]
+
+
+class Window(NamedTuple):
+    """A rectangle of patches: rows `[top, bottom)` and columns `[left, right)`."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        return self.left + self.width
+
+
+def as_size(value: Any, name: str) -> Size:
+    """Reads an integer or a pair as `(height, width)`.
+
+    Raises:
+        SpatialTokensError: If it is anything but one or two positive integers.
+
+    >>> as_size(24, "grid_size"), as_size([16, 24], "grid_size")
+    ((24, 24), (16, 24))
+    """
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_positive_int, pair)):
+        raise SpatialTokensError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}")
+    return pair[0], pair[1]
+
+
+def as_kernel_size(value: Any, name: str) -> KernelSize:
+    """The canonical form of a kernel size: an integer where it is square, else a pair.
+
+    >>> as_kernel_size((4, 4), "kernel_size"), as_kernel_size([4, 6], "kernel_size")
+    (4, (4, 6))
+    """
+    height, width = as_size(value, name)
+    return height if height == width else (height, width)
+
+
+def is_positive_int(value: Any) -> bool:
+    """Whether `value` is an integer of at least 1; a bool is not an integer here."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_positive(**values: Any) -> None:
+    """Raises SpatialTokensError, with its name, if a value is not a positive integer."""
+    for name, value in values.items():
+        if not is_positive_int(value):
+            raise SpatialTokensError(f"{name} must be a positive integer, got {value!r}")
+
+
+def crop_sizes(grid_size: KernelSize, stride: int) -> tuple[KernelSize, ...]:
+    """The sizes met by cropping inward by `stride` on every side until nothing is left, smallest first (section 3.2).
+
+    Raises:
+        SpatialTokensError: If the grid or the stride is not positive.
+
+    >>> crop_sizes((24, 24), 2)
+    (4, 8, 12, 16, 20, 24)
+    >>> crop_sizes((8, 12), 2)
+    ((4, 8), (8, 12))
+    """
+    height, width = as_size(grid_size, "grid_size")
+    check_positive(stride=stride)
+    steps = range((min(height, width) - 1) // (2 * stride), -1, -1)
+    return tuple(as_kernel_size((height - 2 * stride * i, width - 2 * stride * i), "kernel_size") for i in steps)
+
+
+def crop_window(grid_size: KernelSize, kernel_size: KernelSize) -> Window:
+    """The window of `kernel_size` patches at the centre of the grid.
+
+    Raises:
+        SpatialTokensError: If the window is larger than the grid, or cannot be centred because a difference is odd.
+
+    >>> crop_window((24, 24), 4)
+    Window(top=10, left=10, height=4, width=4)
+    """
+    grid, kernel = as_size(grid_size, "grid_size"), as_size(kernel_size, "kernel_size")
+    check_fits(grid, kernel, "kernel size")
+    for length, k in zip(grid, kernel, strict=True):
+        if (length - k) % 2:
+            sizes = crop_sizes(grid, 2)
+            proposal = ", ".join(map(str, sizes[:3])) + (", ..." if len(sizes) > 3 else "")
+            raise SpatialTokensError(
+                f"grid_size {grid} cannot be cropped to a centred {kernel[0]} x {kernel[1]} window: "
+                f"{length} - {k} is odd; use kernel sizes {proposal}"
+            )
+    return Window((grid[0] - kernel[0]) // 2, (grid[1] - kernel[1]) // 2, *kernel)
+
+
+def pool_bins(grid_size: KernelSize, kernel_size: KernelSize) -> tuple[Window, ...]:
+    """The bins that adaptive pooling averages, row by row; they overlap where the sizes do not divide the grid.
+
+    Bin `i` of `k` over a side of `n` patches is `[floor(i * n / k), ceil((i + 1) * n / k))`, as in `adaptive_avg_pool2d`.
+
+    Raises:
+        SpatialTokensError: If there are more bins than patches on a side.
+
+    >>> pool_bins((3, 4), (2, 2))[:2]
+    (Window(top=0, left=0, height=2, width=2), Window(top=0, left=2, height=2, width=2))
+    """
+    grid, kernel = as_size(grid_size, "grid_size"), as_size(kernel_size, "kernel_size")
+    check_fits(grid, kernel, "kernel size")
+    rows, columns = ([(i * n // k, -(-(i + 1) * n // k)) for i in range(k)] for n, k in zip(grid, kernel, strict=True))
+    return tuple(Window(top, left, bottom - top, right - left) for top, bottom in rows for left, right in columns)
+
+
+def strided_grid_size(grid_size: KernelSize, kernel_size: KernelSize, stride: KernelSize) -> Size:
+    """Rows and columns of windows that a kernel visits without padding, as a strided `Conv2d` does.
+
+    Patches beyond the last whole window are not visited.
+
+    Raises:
+        SpatialTokensError: If the kernel is larger than the grid, or the stride is not positive.
+
+    >>> strided_grid_size((24, 24), 16, 2)
+    (5, 5)
+    """
+    grid, kernel = as_size(grid_size, "grid_size"), as_size(kernel_size, "kernel_size")
+    step = as_size(stride, "stride")
+    check_fits(grid, kernel, "kernel size")
+    return (grid[0] - kernel[0]) // step[0] + 1, (grid[1] - kernel[1]) // step[1] + 1
+
+
+def strided_windows(grid_size: KernelSize, kernel_size: KernelSize, stride: KernelSize) -> tuple[Window, ...]:
+    """The windows that a strided kernel visits, left to right and top to bottom.
+
+    Raises:
+        SpatialTokensError: As `strided_grid_size`.
+
+    >>> strided_windows((4, 4), (4, 2), 2)
+    (Window(top=0, left=0, height=4, width=2), Window(top=0, left=2, height=4, width=2))
+    """
+    rows, columns = strided_grid_size(grid_size, kernel_size, stride)
+    kernel, step = as_size(kernel_size, "kernel_size"), as_size(stride, "stride")
+    return tuple(Window(i * step[0], j * step[1], *kernel) for i in range(rows) for j in range(columns))
+
+
+def check_fits(grid: Size, kernel: Size, name: str) -> None:
+    """Raises SpatialTokensError if a kernel is larger than the grid on a side."""
+    if kernel[0] > grid[0] or kernel[1] > grid[1]:
+        raise SpatialTokensError(
+            f"{name} {kernel[0]} x {kernel[1]} is larger than grid_size {grid}; use at most {grid[0]} x {grid[1]}"
+        )
+
+
+def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], variant: str) -> tuple[KernelSize, ...]:
+    """The kernel sizes of a SpatialFeatureExtractor in canonical form, checked against its grid and variant.
+
+    Raises:
+        SpatialTokensError: If there is none, or one is not positive, not larger than the one before, larger than the grid, or
+            (when cropping) cannot be centred.
+
+    >>> check_kernel_sizes((24, 24), [4, (8, 8)], "cropping")
+    (4, 8)
+    """
+    if not isinstance(kernel_sizes, (tuple, list)) or not kernel_sizes:
+        raise SpatialTokensError(f"kernel_sizes must be a non-empty tuple such as (4, 8, 12), got {kernel_sizes!r}")
+    if variant not in ("cropping", "pooling"):
+        raise SpatialTokensError(f"variant must be 'cropping' or 'pooling', got {variant!r}")
+    sizes = tuple(as_kernel_size(k, "each of kernel_sizes") for k in kernel_sizes)
+    for k in sizes:
+        crop_window(grid_size, k) if variant == "cropping" else pool_bins(grid_size, k)
+    pairs = [as_size(k, "kernel size") for k in sizes]
+    for before, after in zip(pairs, pairs[1:], strict=False):
+        if before == after or before[0] > after[0] or before[1] > after[1]:
+            raise SpatialTokensError(f"kernel_sizes must increase, got {sizes}; sort them and drop repeated ones")
+    return sizes

@@ -1,0 +1,8 @@
+"""The projector and its parts, one `nn.Module` a file; `modules.ablations` holds the paper's comparison designs."""
+
+from spatial_tokens.modules.extractor import SpatialFeatureExtractor
+from spatial_tokens.modules.heads import LinearHead, MLPHead
+from spatial_tokens.modules.integrator import DetailFeatureIntegrator
+from spatial_tokens.modules.projector import SPProjector
+
+__all__ = ["DetailFeatureIntegrator", "LinearHead", "MLPHead", "SPProjector", "SpatialFeatureExtractor"]

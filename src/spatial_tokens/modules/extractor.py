@@ -1,0 +1,89 @@
+"""The Spatial Feature Extractor (LLaVA-SP, section 3.2)."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import nn
+
+from spatial_tokens.grid import KernelSize, as_size, check_kernel_sizes, check_positive
+from spatial_tokens.modules.inputs import as_patch_map
+from spatial_tokens.ops.windows import crop, pool
+
+
+class SpatialFeatureExtractor(nn.Module):
+    """One spatial token from each scale of the patch grid (equations 2 and 3).
+
+    Each scale is a window of the grid: its centre (cropping) or all of it, averaged to fewer bins (pooling). The paper's
+    convolution covers its whole window, so it is a linear map of the window's patches, and is held as one:
+    `kernels[i].weight[s]` is the convolution's kernel `s` with its rows, columns and then channels in order.
+
+    Args:
+        vision_hidden_size: Channels `C` of the patch features.
+        spatial_hidden_size: Channels `S` of the spatial tokens.
+        grid_size: The patch grid: `(H, W)`, or an integer for a square.
+        kernel_sizes: One window each, increasing: integers for squares, or `(height, width)` pairs.
+        variant: "cropping" or "pooling".
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Shape:
+        - Input: `(B, N, C)`, the grid's rows one after another, without class token.
+        - Output: `(B, K, S)`, one token a kernel, in the order of `kernel_sizes`.
+
+    Raises:
+        SpatialTokensError: At construction if a kernel does not fit the grid; in `forward` if the input does not fit.
+
+    Example:
+        >>> extractor = SpatialFeatureExtractor(32, 16, grid_size=(8, 8), kernel_sizes=(4, 8), variant="pooling")
+        >>> extractor(torch.randn(2, 64, 32)).shape
+        torch.Size([2, 2, 16])
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        spatial_hidden_size: int,
+        *,
+        grid_size: KernelSize,
+        kernel_sizes: Sequence[KernelSize],
+        variant: str = "cropping",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(vision_hidden_size=vision_hidden_size, spatial_hidden_size=spatial_hidden_size)
+        self.vision_hidden_size = vision_hidden_size
+        self.spatial_hidden_size = spatial_hidden_size
+        self.grid_size = as_size(grid_size, "grid_size")
+        self.kernel_sizes = check_kernel_sizes(self.grid_size, kernel_sizes, variant)
+        self.variant = variant
+        self._window = crop if variant == "cropping" else pool
+        self._windows = [as_size(size, "kernel size") for size in self.kernel_sizes]
+        self.kernels = nn.ModuleList(
+            nn.Linear(prod(size) * vision_hidden_size, spatial_hidden_size, bias=False, device=device, dtype=dtype)
+            for size in self._windows
+        )
+
+    @property
+    def num_spatial_tokens(self) -> int:
+        """Spatial tokens `K` an image."""
+        return len(self.kernel_sizes)
+
+    def reset_parameters(self) -> None:
+        """Initialises the kernels as `Conv2d` initialises its own."""
+        for kernel in self.kernels:
+            kernel.reset_parameters()
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0])
+        scales = [self._window(patch_map, size) for size in self._windows]  # (B, h, w, C) each
+        tokens = [kernel(scale.flatten(1)) for kernel, scale in zip(self.kernels, scales, strict=True)]  # (B, S) each
+        return torch.stack(tokens, dim=1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.vision_hidden_size}, {self.spatial_hidden_size}, grid_size={self.grid_size}, "
+            f"kernel_sizes={self.kernel_sizes}, variant={self.variant!r}"
+        )

@@ -1,0 +1,86 @@
+"""The heads that carry features into the language model's space (LLaVA-SP, figure 2)."""
+
+import torch
+from torch import nn
+
+from spatial_tokens.grid import check_positive
+
+
+class MLPHead(nn.Module):
+    """Linear, GELU, Linear: the paper's two parallel MLPs, and LLaVA-1.5's own projector.
+
+    Args:
+        in_features: Channels of the input.
+        out_features: Width `D` of the language model, and of the layer between.
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Shape:
+        - Input: `(..., in_features)`.
+        - Output: `(..., out_features)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.fc1 = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(out_features, out_features, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialises both layers as torch does."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return self.fc2(self.act(self.fc1(features)))  # type: ignore[no-any-return]
+
+
+class LinearHead(nn.Module):
+    """GELU, Linear: the spatial head of the released models.
+
+    Args:
+        in_features: Channels of the input.
+        out_features: Width `D` of the language model.
+        bias: Whether the layer has one; the released pooling model's has none.
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Shape:
+        - Input: `(..., in_features)`.
+        - Output: `(..., out_features)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.act = nn.GELU()
+        self.fc = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Initialises the layer as torch does."""
+        self.fc.reset_parameters()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return self.fc(self.act(features))  # type: ignore[no-any-return]

@@ -1,0 +1,83 @@
+"""What every module asks of its input, and the error that says what is wrong with it."""
+
+import torch
+from torch import nn
+
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import Size
+
+
+def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kernel: nn.Module) -> torch.Tensor:
+    """Views patch features `(B, N, C)` as a map `(B, H, W, C)`.
+
+    Args:
+        patches: Patch features, the grid's rows one after another.
+        grid_size: The grid `(H, W)`; `N` must be `H * W`.
+        hidden_size: The channels `C` expected.
+        kernel: The layer that will read them: its dtype and device must be theirs.
+
+    Raises:
+        SpatialTokensError: If the rank, number of patches, channels, dtype or device does not fit.
+    """
+    check_features(patches, hidden_size, kernel, "patch features", "(B, N, C)")
+    check_num_patches(patches.shape[1], grid_size)
+    return patches.unflatten(1, grid_size)
+
+
+def check_features(features: torch.Tensor, hidden_size: int, layer: nn.Module, name: str, shape: str) -> None:
+    """Raises SpatialTokensError unless features are a floating `(B, positions, hidden_size)` that `layer` can read."""
+    if not isinstance(features, torch.Tensor):
+        raise SpatialTokensError(f"{name} must be a tensor {shape}, got {type(features).__name__}")
+    if features.ndim != 3:
+        raise SpatialTokensError(f"{name} must have shape {shape}, got {tuple(features.shape)}")
+    if features.shape[2] != hidden_size:
+        raise SpatialTokensError(
+            f"{name} have {features.shape[2]} channels, this module was built for {hidden_size}; "
+            f"got shape {tuple(features.shape)}, expected {shape} with the channels last"
+        )
+    if not features.is_floating_point():
+        raise SpatialTokensError(f"{name} must be floating point, got {features.dtype}; encode the picture first")
+    if is_plain(layer):
+        _check_placement(features, layer.weight, name)
+
+
+def check_num_patches(given: int, grid_size: Size) -> None:
+    """Raises SpatialTokensError unless the grid has as many patches; extra class and register tokens are named as such."""
+    height, width = grid_size
+    expected = height * width
+    if given == expected:
+        return
+    found = f"got {given} positions for a grid of {height} x {width} = {expected} patches"
+    if given == expected + 1:
+        raise SpatialTokensError(f"{found}: one too many, which looks like the class token; drop it: patches[:, 1:]")
+    if expected < given <= expected + 16:
+        raise SpatialTokensError(
+            f"{found}: {given - expected} too many, which look like class and register tokens; "
+            f"drop them: patches[:, {given - expected}:]"
+        )
+    raise SpatialTokensError(f"{found}; resize the picture or build the module with its grid_size")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is torch's own Linear, unwrapped.
+
+    LoRA, quantized, sharded and offloaded layers change their class, their weight's class or their forward; what dtype and
+    device they accept is theirs to say.
+    """
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and "forward" not in layer.__dict__
+        and not layer._forward_pre_hooks
+    )
+
+
+def _check_placement(features: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+    if features.device != weight.device:
+        raise SpatialTokensError(
+            f"{name} are on {features.device}, the weights on {weight.device}; move one of them: .to({str(weight.device)!r})"
+        )
+    if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+        raise SpatialTokensError(
+            f"{name} are {features.dtype}, the weights {weight.dtype}; cast one of them: .to({weight.dtype}), or use torch.autocast"
+        )

@@ -1,0 +1,124 @@
+"""The Detail Feature Integrator (LLaVA-SP, section 3.3)."""
+
+from math import prod
+from typing import Literal, overload
+
+import torch
+from torch import nn
+
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_grid_size
+from spatial_tokens.modules.inputs import as_patch_map, check_features
+from spatial_tokens.ops.windows import unfold
+
+
+class DetailFeatureIntegrator(nn.Module):
+    """Spatial tokens look up details in a finer map of the same patches, by cross-attention of one head (equation 4).
+
+    The detail map is a strided convolution over the grid, without padding and bias; as in `SpatialFeatureExtractor` its kernel
+    is held as a linear map of a window's patches. Query, key and value have a LayerNorm and a Linear of their own.
+
+    Args:
+        vision_hidden_size: Channels `C` of the patch features.
+        spatial_hidden_size: Channels `S` of the spatial tokens and of the detail map.
+        grid_size: The patch grid: `(H, W)`, or an integer for a square.
+        kernel_size: The detail kernel, in patches; table 6 compares 4, 8, 12 and 16.
+        stride: Its stride, in patches. As in `Conv2d`, patches beyond the last whole window are not seen.
+        device: Where the parameters are made.
+        dtype: Their dtype.
+
+    Shape:
+        - Inputs: spatial tokens `(B, K, S)`, patch features `(B, N, C)`.
+        - Output: `(B, K, 2S)`: the spatial tokens, then what they looked up. With `return_attention=True` also the attention
+          `(B, K, P)` over the `P` positions of the detail map, row by row (figure 5).
+
+    Raises:
+        SpatialTokensError: At construction if the kernel does not fit the grid; in `forward` if an input does not fit.
+
+    Example:
+        >>> integrator = DetailFeatureIntegrator(32, 16, grid_size=8, kernel_size=4, stride=2)
+        >>> tokens, attention = integrator(torch.randn(2, 6, 16), torch.randn(2, 64, 32), return_attention=True)
+        >>> tokens.shape, attention.shape
+        (torch.Size([2, 6, 32]), torch.Size([2, 6, 9]))
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        spatial_hidden_size: int,
+        *,
+        grid_size: KernelSize,
+        kernel_size: KernelSize = 16,
+        stride: KernelSize = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(vision_hidden_size=vision_hidden_size, spatial_hidden_size=spatial_hidden_size)
+        self.vision_hidden_size = vision_hidden_size
+        self.spatial_hidden_size = spatial_hidden_size
+        self.grid_size = as_size(grid_size, "grid_size")
+        self.kernel_size = as_kernel_size(kernel_size, "kernel_size")
+        self.stride = as_kernel_size(stride, "stride")
+        self.detail_grid_size = strided_grid_size(self.grid_size, self.kernel_size, self.stride)
+        self._window, self._step = as_size(self.kernel_size, "kernel_size"), as_size(self.stride, "stride")
+
+        def projector() -> nn.Sequential:
+            return nn.Sequential(
+                nn.LayerNorm(spatial_hidden_size, device=device, dtype=dtype),
+                nn.Linear(spatial_hidden_size, spatial_hidden_size, device=device, dtype=dtype),
+            )
+
+        self.detail_kernel = nn.Linear(
+            prod(self._window) * vision_hidden_size, spatial_hidden_size, bias=False, device=device, dtype=dtype
+        )
+        self.query_projector = projector()
+        self.key_projector = projector()
+        self.value_projector = projector()
+
+    @property
+    def out_features(self) -> int:
+        """Channels of the output: `2S`."""
+        return 2 * self.spatial_hidden_size
+
+    def reset_parameters(self) -> None:
+        """Initialises the kernel as `Conv2d` does, the norms and linears as torch does."""
+        self.detail_kernel.reset_parameters()
+        for projector in (self.query_projector, self.key_projector, self.value_projector):
+            for layer in projector:
+                layer.reset_parameters()
+
+    @overload
+    def forward(
+        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: Literal[False] = False
+    ) -> torch.Tensor: ...
+    @overload
+    def forward(
+        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def forward(
+        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(
+        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Spatial tokens `(B, K, S)` and patch features `(B, N, C)` to `(B, K, 2S)`, and the attention `(B, K, P)` if asked."""
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.detail_kernel)
+        check_features(spatial_tokens, self.spatial_hidden_size, self.query_projector[1], "spatial tokens", "(B, K, S)")
+        if spatial_tokens.shape[0] != patches.shape[0]:
+            raise SpatialTokensError(
+                f"spatial tokens are of {spatial_tokens.shape[0]} images, patch features of {patches.shape[0]}; give both of the same"
+            )
+        detail = self.detail_kernel(unfold(patch_map, self._window, self._step))  # (B, P, S)
+        query, key, value = self.query_projector(spatial_tokens), self.key_projector(detail), self.value_projector(detail)
+        scores = (query * self.spatial_hidden_size**-0.5) @ key.transpose(1, 2)  # (B, K, P); scaled first for float16's range
+        attention = scores.softmax(dim=-1)
+        tokens = torch.cat([spatial_tokens, attention @ value], dim=-1)
+        return (tokens, attention) if return_attention else tokens
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.vision_hidden_size}, {self.spatial_hidden_size}, grid_size={self.grid_size}, "
+            f"kernel_size={self.kernel_size}, stride={self.stride}"
+        )

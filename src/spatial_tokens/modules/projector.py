@@ -1,0 +1,209 @@
+"""The whole projector (LLaVA-SP, figure 2)."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Literal, overload
+
+import torch
+from torch import nn
+
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.modules.extractor import SpatialFeatureExtractor
+from spatial_tokens.modules.heads import LinearHead, MLPHead
+from spatial_tokens.modules.integrator import DetailFeatureIntegrator
+from spatial_tokens.storage import pretrained
+
+
+class SPProjector(nn.Module):
+    """Patch features in, spatial tokens and patch tokens out, in the language model's width.
+
+    Most people call `SPProjector.from_config`. The constructor composes parts of your own: any extractor that maps `(B, N, C)`
+    to `(B, K, S)` (those of `modules.ablations`, say), an integrator or None, and two heads.
+
+    Args:
+        extractor: Patch features `(B, N, C)` to spatial tokens `(B, K, S)`.
+        integrator: A DetailFeatureIntegrator, which makes them `(B, K, 2S)`, or None.
+        spatial_head: Spatial tokens to `(B, K, D)`.
+        patch_head: Patch features to `(B, N, D)`.
+
+    Shape:
+        - Input: `(B, N, C)`: the vision encoder's layer -2, the grid's rows one after another, without class token.
+        - Output: `(B, K + N, D)`, the spatial tokens first. With `return_attention=True` also the integrator's attention
+          `(B, K, P)` over the detail map (figure 5).
+
+    Raises:
+        SpatialTokensError: At construction if the parts' widths or grids do not go together; in `forward` if the input does
+            not fit.
+
+    Example:
+        >>> config = SPProjectorConfig(
+        ...     vision_hidden_size=32, text_hidden_size=64, grid_size=(8, 8), kernel_sizes=(4, 8),
+        ...     spatial_hidden_size=16, detail_kernel_size=4,
+        ... )
+        >>> projector = SPProjector.from_config(config)
+        >>> tokens, attention = projector(torch.randn(2, 64, 32), return_attention=True)
+        >>> tokens.shape, attention.shape
+        (torch.Size([2, 66, 64]), torch.Size([2, 2, 9]))
+    """
+
+    def __init__(
+        self, extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module
+    ) -> None:
+        super().__init__()
+        _check_parts(extractor, integrator, spatial_head, patch_head)
+        self.extractor = extractor
+        self.integrator = integrator
+        self.spatial_head = spatial_head
+        self.patch_head = patch_head
+
+    @classmethod
+    def from_config(
+        cls, config: SPProjectorConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> SPProjector:
+        """The projector that a config describes, freshly initialised; `device="meta"` allocates nothing."""
+        c, s, d = config.vision_hidden_size, config.spatial_hidden_size, config.text_hidden_size
+        extractor = SpatialFeatureExtractor(
+            c,
+            s,
+            grid_size=config.grid_size,
+            kernel_sizes=config.kernel_sizes,
+            variant=config.variant,
+            device=device,
+            dtype=dtype,
+        )
+        integrator, spatial_features = None, s
+        if config.detail_kernel_size is not None and config.detail_stride is not None:
+            integrator = DetailFeatureIntegrator(
+                c,
+                s,
+                grid_size=config.grid_size,
+                kernel_size=config.detail_kernel_size,
+                stride=config.detail_stride,
+                device=device,
+                dtype=dtype,
+            )
+            spatial_features = integrator.out_features
+        spatial_head = (
+            MLPHead(spatial_features, d, device=device, dtype=dtype)
+            if config.spatial_head == "mlp"
+            else LinearHead(spatial_features, d, bias=config.spatial_head_bias, device=device, dtype=dtype)
+        )
+        return cls(extractor, integrator, spatial_head, MLPHead(c, d, device=device, dtype=dtype))
+
+    @property
+    def config(self) -> SPProjectorConfig:
+        """The config that describes this projector, read off its parts.
+
+        Raises:
+            SpatialTokensError: If a part is not one that a config can describe.
+        """
+        extractor, integrator, head = self.extractor, self.integrator, self.spatial_head
+        for part, kinds in (
+            (extractor, SpatialFeatureExtractor),
+            (head, (MLPHead, LinearHead)),
+            (self.patch_head, MLPHead),
+        ):
+            if not isinstance(part, kinds):
+                raise SpatialTokensError(
+                    f"no SPProjectorConfig describes a projector with a {type(part).__name__}; save its state_dict() instead"
+                )
+        return SPProjectorConfig(
+            vision_hidden_size=extractor.vision_hidden_size,
+            text_hidden_size=head.out_features,
+            grid_size=extractor.grid_size,
+            variant=extractor.variant,
+            kernel_sizes=extractor.kernel_sizes,
+            spatial_hidden_size=extractor.spatial_hidden_size,
+            detail_kernel_size=integrator.kernel_size if integrator else None,
+            detail_stride=integrator.stride if integrator else None,
+            spatial_head="linear" if isinstance(head, LinearHead) else "mlp",
+            spatial_head_bias=head.fc.bias is not None if isinstance(head, LinearHead) else True,
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialises every part anew."""
+        for part in self.children():
+            _reset(part)
+
+    @overload
+    def forward(self, patches: torch.Tensor, *, return_attention: Literal[False] = False) -> torch.Tensor: ...
+    @overload
+    def forward(self, patches: torch.Tensor, *, return_attention: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(self, patches: torch.Tensor, *, return_attention: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Patch features `(B, N, C)` to tokens `(B, K + N, D)`, and the attention `(B, K, P)` if asked."""
+        spatial_tokens, attention = self.extractor(patches), None
+        if self.integrator is not None:
+            spatial_tokens, attention = self.integrator(spatial_tokens, patches, return_attention=True)
+        tokens = torch.cat([self.spatial_head(spatial_tokens), self.patch_head(patches)], dim=1)
+        if not return_attention:
+            return tokens
+        if attention is None:
+            raise SpatialTokensError("there is no attention to return: this projector has no DetailFeatureIntegrator")
+        return tokens, attention
+
+    def exact_state_dict(self) -> dict[str, torch.Tensor]:
+        """The state dict, once it is sure that it is the config's: no part is wrapped by an adapter or a quantizer.
+
+        Raises:
+            SpatialTokensError: If a tensor is missing, unexpected or wrongly shaped (they are listed).
+        """
+        expected = SPProjector.from_config(self.config, device="meta").state_dict()
+        tensors: dict[str, torch.Tensor] = self.state_dict()
+        pretrained.require_exactly({name: tensor.shape for name, tensor in expected.items()}, tensors, "this projector")
+        return tensors
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
+
+        Raises:
+            SpatialTokensError: If no config describes this projector (its parts are others, or wrapped), its parameters are on
+                the meta device, or the files cannot be written.
+        """
+        pretrained.save(directory, self.config, self.exact_state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SPProjector:
+        """The projector that `save_pretrained` wrote: on the CPU and in its own dtype, unless told otherwise.
+
+        Raises:
+            SpatialTokensError: If a file is missing or damaged, or the tensors are not exactly the config's.
+        """
+        config, tensors = pretrained.load(directory)
+        projector = cls.from_config(config, device="meta")
+        pretrained.assign(projector, tensors, str(directory))
+        return projector.to(device=device, dtype=dtype)
+
+
+def _reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+        return
+    for child in module.children():
+        _reset(child)
+
+
+def _check_parts(
+    extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module
+) -> None:
+    """Raises SpatialTokensError if two parts that name their widths disagree; a part of the user's own may name none."""
+    spatial_source = extractor.spatial_hidden_size if integrator is None else integrator.out_features
+    pairs = [
+        ("spatial_head.in_features", spatial_head, "in_features", "its input has", spatial_source),
+        ("patch_head.in_features", patch_head, "in_features", "the extractor reads", extractor.vision_hidden_size),
+        ("patch_head.out_features", patch_head, "out_features", "spatial_head gives", getattr(spatial_head, "out_features", None)),
+    ]
+    if integrator is not None:
+        for name in ("vision_hidden_size", "spatial_hidden_size", "grid_size"):
+            pairs.append((f"integrator.{name}", integrator, name, "the extractor has", getattr(extractor, name)))
+    for label, part, name, relation, expected in pairs:
+        given = getattr(part, name, None)
+        if None not in (given, expected) and given != expected:
+            raise SpatialTokensError(f"{label} is {given} but {relation} {expected}; build the parts for each other")

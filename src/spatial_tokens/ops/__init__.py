@@ -1,0 +1,1 @@
+"""Operations on tensors and integers: they know no config and no module."""

@@ -1,0 +1,1 @@
+"""What touches the disk: atomic writes, safe reads, and the library's own directory format."""

@@ -1,0 +1,150 @@
+"""Files that are whole or not there: atomic writes, and weight files read without running their code."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spatial_tokens.errors import SpatialTokensError
+
+Tensors = dict[str, torch.Tensor]
+
+# A folder's weights are the first of these that it holds: our own and Hugging Face's names, then the released projectors'.
+FOLDER_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "non_lora_trainables.bin",
+    "mm_projector.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    Raises:
+        SpatialTokensError: If the file cannot be written; what was at `path` is still there.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise SpatialTokensError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file, atomically, in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Reads a text file.
+
+    Raises:
+        SpatialTokensError: If it is missing, unreadable or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpatialTokensError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a weight file, atomically: `.bin` or `.pt` by `torch.save`, anything else as safetensors.
+
+    Raises:
+        SpatialTokensError: If it cannot be written.
+    """
+    on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if on_meta:
+        raise SpatialTokensError(f"cannot write {path}: {on_meta[0]} is on the meta device, without values; load or initialise it")
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        try:
+            if Path(path).suffix in (".bin", ".pt"):
+                torch.save(whole, temporary)
+            else:
+                save_file(whole, temporary, metadata={"format": "pt", **metadata})
+        except (SafetensorError, RuntimeError) as error:
+            raise SpatialTokensError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
+    """The tensors of a weight file, of an index file's shards, or of the weights in a folder.
+
+    Args:
+        path: A `.safetensors`, `.bin` or `.pt` file, an `.index.json`, or a folder that holds one of `FOLDER_NAMES`.
+        wanted: Which names to read; the others are passed over, and shards that hold none are not opened.
+
+    Raises:
+        SpatialTokensError: If a file is missing, truncated, of another kind, or would need code to be run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
+        if not found:
+            raise SpatialTokensError(f"no weights in {path}; looked for {', '.join(FOLDER_NAMES)}")
+        path = found[0]
+    if not path.is_file():
+        raise SpatialTokensError(f"{path} does not exist; give a weight file, an index file or a folder of them")
+    if path.name.endswith(".index.json"):
+        return _read_index(path, wanted)
+    return _read_safetensors(path, wanted) if path.suffix == ".safetensors" else _read_pickle(path, wanted)
+
+
+def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SpatialTokensError(f"{path} is not a whole safetensors file: {_reason(error)}") from error
+
+
+def _read_pickle(path: Path, wanted: Callable[[str], bool]) -> Tensors:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise SpatialTokensError(
+            f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {_reason(error)}"
+        ) from error
+    if not isinstance(values, Mapping) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise SpatialTokensError(f"{path} holds a {type(values).__name__} that is not a state dict of tensors")
+    return {name: tensor for name, tensor in values.items() if wanted(name)}
+
+
+def _read_index(path: Path, wanted: Callable[[str], bool]) -> Tensors:
+    try:
+        shard_of = json.loads(read_text(path))["weight_map"].items()
+        shards = {Path(shard) for name, shard in shard_of if wanted(name)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, SpatialTokensError):
+            raise
+        raise SpatialTokensError(f"{path} is not an index of shards: it needs a 'weight_map' of names to files") from error
+    tensors: Tensors = {}
+    for shard in sorted(shards):
+        if shard.name != str(shard) or not (path.parent / shard).is_file():
+            raise SpatialTokensError(f"{path} names the shard {str(shard)!r}, which is not a file beside it")
+        tensors |= read_tensors(path.parent / shard, wanted)
+    lost = [name for name, _ in shard_of if wanted(name) and name not in tensors]
+    if lost:
+        raise SpatialTokensError(f"{path} lists tensors that its shards do not hold: {', '.join(lost[:20])}")
+    return tensors
+
+
+def _reason(error: BaseException) -> str:
+    """An error's first line, for a message of one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).strip().splitlines()[0]
