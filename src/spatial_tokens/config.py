@@ -12,6 +12,7 @@ from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import (
     KernelSize,
     Size,
+    Variant,
     as_kernel_size,
     as_size,
     check_fits,
@@ -21,7 +22,6 @@ from spatial_tokens.grid import (
 )
 from spatial_tokens.presets import PRESETS
 
-Variant = Literal["cropping", "pooling"]
 SpatialHead = Literal["mlp", "linear"]
 
 

@@ -5,12 +5,14 @@ kernels are square (LLaVA-SP, section 3.2); rectangular ones follow the same rul
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, get_args
 
 from spatial_tokens.errors import SpatialTokensError
 
 Size = tuple[int, int]
 KernelSize = int | tuple[int, int]
+Variant = Literal["cropping", "pooling"]
 
 
 class Window(NamedTuple):
@@ -162,7 +164,7 @@ def check_fits(grid: Size, kernel: Size, name: str) -> None:
         )
 
 
-def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], variant: str) -> tuple[KernelSize, ...]:
+def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], variant: Variant) -> tuple[KernelSize, ...]:
     """The kernel sizes of a SpatialFeatureExtractor in canonical form, checked against its grid and variant.
 
     Raises:
@@ -174,13 +176,13 @@ def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], varia
     """
     if not isinstance(kernel_sizes, (tuple, list)) or not kernel_sizes:
         raise SpatialTokensError(f"kernel_sizes must be a non-empty tuple such as (4, 8, 12), got {kernel_sizes!r}")
-    if variant not in ("cropping", "pooling"):
+    if variant not in get_args(Variant):
         raise SpatialTokensError(f"variant must be 'cropping' or 'pooling', got {variant!r}")
     sizes = tuple(as_kernel_size(k, "each of kernel_sizes") for k in kernel_sizes)
     for k in sizes:
         crop_window(grid_size, k) if variant == "cropping" else pool_bins(grid_size, k)
     pairs = [as_size(k, "kernel size") for k in sizes]
-    for before, after in zip(pairs, pairs[1:], strict=False):
+    for before, after in pairwise(pairs):
         if before == after or before[0] > after[0] or before[1] > after[1]:
             raise SpatialTokensError(f"kernel_sizes must increase, got {sizes}; sort them and drop repeated ones")
     return sizes

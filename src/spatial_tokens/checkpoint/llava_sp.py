@@ -2,17 +2,19 @@
 
 | released | here |
 |---|---|
-| `conv_{k}.weight`, pooling `conv_{k}.1.weight` unless `k` is the grid, `(S, C, k, k)` | `extractor.kernels.{i}.weight`, `(S, k * k * C)` |
-| `conv_CM.weight`, `(S, C, k, k)` | `integrator.detail_kernel.weight`, `(S, k * k * C)` |
+| `conv_{k}.weight` `(S, C, k, k)` | `extractor.kernels.{i}.weight` `(S, k * k * C)` |
+| `conv_CM.weight` `(S, C, k, k)` | `integrator.detail_kernel.weight` `(S, k * k * C)` |
 | `query_projector.{0,1}.*`, `key_projector...`, `value_projector...` | the same under `integrator.` |
 | `conv_linear.1.*` | `spatial_head.fc.*` |
 | `mm_projector.{0,2}.*` | `patch_head.fc{1,2}.*` |
 
+Pooling's kernels are `conv_{k}.1.weight`, but for the one that covers the grid.
 In a whole model these names start with `model.`, in `non_lora_trainables.bin` with `base_model.model.model.`.
 """
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from os import PathLike
 
 import torch
@@ -168,7 +170,7 @@ def _infer_config(tensors: Tensors, origin: str) -> SPProjectorConfig:
     hint = "give the config that the checkpoint must hold"
     if largest.endswith(".1.weight"):
         raise SpatialTokensError(f"the grid of {origin} is unknown: its largest kernel {largest} is pooled; {hint}")
-    if len({after - before for before, after in zip(sizes, sizes[1:], strict=False)}) > 1:
+    if len({after - before for before, after in pairwise(sizes)}) > 1:
         raise SpatialTokensError(f"{origin} has the kernels {sizes}, in unequal steps: one may be missing; {hint}")
     detail = tensors.get("conv_CM.weight")
     text_hidden_size, vision_hidden_size = _shape(tensors, "mm_projector.0.weight", 2, origin)

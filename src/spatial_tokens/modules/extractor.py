@@ -6,7 +6,8 @@ from math import prod
 import torch
 from torch import nn
 
-from spatial_tokens.grid import KernelSize, as_size, check_kernel_sizes, check_positive
+from spatial_tokens.grid import KernelSize, Variant, as_size, check_kernel_sizes, check_positive
+from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.inputs import as_patch_map
 from spatial_tokens.ops.windows import crop, pool
 
@@ -47,7 +48,7 @@ class SpatialFeatureExtractor(nn.Module):
         *,
         grid_size: KernelSize,
         kernel_sizes: Sequence[KernelSize],
-        variant: str = "cropping",
+        variant: Variant = "cropping",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,8 +73,7 @@ class SpatialFeatureExtractor(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises the kernels as `Conv2d` initialises its own."""
-        for kernel in self.kernels:
-            kernel.reset_parameters()
+        reset(self.kernels)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""

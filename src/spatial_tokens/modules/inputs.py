@@ -1,5 +1,7 @@
 """What every module asks of its input, and the error that says what is wrong with it."""
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -21,7 +23,7 @@ def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kerne
     """
     check_features(patches, hidden_size, kernel, "patch features", "(B, N, C)")
     check_num_patches(patches.shape[1], grid_size)
-    return patches.unflatten(1, grid_size)
+    return torch.unflatten(patches, 1, grid_size)
 
 
 def check_features(features: torch.Tensor, hidden_size: int, layer: nn.Module, name: str, shape: str) -> None:
@@ -58,7 +60,7 @@ def check_num_patches(given: int, grid_size: Size) -> None:
     raise SpatialTokensError(f"{found}; resize the picture or build the module with its grid_size")
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is torch's own Linear, unwrapped.
 
     LoRA, quantized, sharded and offloaded layers change their class, their weight's class or their forward; what dtype and

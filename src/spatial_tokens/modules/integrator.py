@@ -8,6 +8,7 @@ from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_grid_size
+from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.inputs import as_patch_map, check_features
 from spatial_tokens.ops.windows import unfold
 
@@ -83,10 +84,8 @@ class DetailFeatureIntegrator(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises the kernel as `Conv2d` does, the norms and linears as torch does."""
-        self.detail_kernel.reset_parameters()
-        for projector in (self.query_projector, self.key_projector, self.value_projector):
-            for layer in projector:
-                layer.reset_parameters()
+        for part in self.children():
+            reset(part)
 
     @overload
     def forward(
@@ -108,7 +107,8 @@ class DetailFeatureIntegrator(nn.Module):
         check_features(spatial_tokens, self.spatial_hidden_size, self.query_projector[1], "spatial tokens", "(B, K, S)")
         if spatial_tokens.shape[0] != patches.shape[0]:
             raise SpatialTokensError(
-                f"spatial tokens are of {spatial_tokens.shape[0]} images, patch features of {patches.shape[0]}; give both of the same"
+                f"spatial tokens are of {spatial_tokens.shape[0]} images, patch features of {patches.shape[0]}; "
+                "give both of the same images"
             )
         detail = self.detail_kernel(unfold(patch_map, self._window, self._step))  # (B, P, S)
         query, key, value = self.query_projector(spatial_tokens), self.key_projector(detail), self.value_projector(detail)

@@ -12,6 +12,7 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.modules.extractor import SpatialFeatureExtractor
 from spatial_tokens.modules.heads import LinearHead, MLPHead
+from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
 from spatial_tokens.storage import pretrained
 
@@ -99,16 +100,13 @@ class SPProjector(nn.Module):
         Raises:
             SpatialTokensError: If a part is not one that a config can describe.
         """
-        extractor, integrator, head = self.extractor, self.integrator, self.spatial_head
-        for part, kinds in (
-            (extractor, SpatialFeatureExtractor),
-            (head, (MLPHead, LinearHead)),
-            (self.patch_head, MLPHead),
-        ):
-            if not isinstance(part, kinds):
-                raise SpatialTokensError(
-                    f"no SPProjectorConfig describes a projector with a {type(part).__name__}; save its state_dict() instead"
-                )
+        extractor, integrator, head, patch_head = self.extractor, self.integrator, self.spatial_head, self.patch_head
+        if not isinstance(extractor, SpatialFeatureExtractor):
+            raise _not_described(extractor)
+        if not isinstance(head, (MLPHead, LinearHead)):
+            raise _not_described(head)
+        if not isinstance(patch_head, MLPHead):
+            raise _not_described(patch_head)
         return SPProjectorConfig(
             vision_hidden_size=extractor.vision_hidden_size,
             text_hidden_size=head.out_features,
@@ -125,7 +123,7 @@ class SPProjector(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises every part anew."""
         for part in self.children():
-            _reset(part)
+            reset(part)
 
     @overload
     def forward(self, patches: torch.Tensor, *, return_attention: Literal[False] = False) -> torch.Tensor: ...
@@ -182,12 +180,9 @@ class SPProjector(nn.Module):
         return projector.to(device=device, dtype=dtype)
 
 
-def _reset(module: nn.Module) -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-        return
-    for child in module.children():
-        _reset(child)
+def _not_described(part: nn.Module) -> SpatialTokensError:
+    kind = type(part).__name__
+    return SpatialTokensError(f"no SPProjectorConfig describes a projector with a {kind}; save its state_dict() instead")
 
 
 def _check_parts(

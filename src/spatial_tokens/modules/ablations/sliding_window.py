@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_windows
+from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.inputs import as_patch_map
 
 
@@ -66,8 +67,7 @@ class SlidingWindowExtractor(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises the kernels as `Conv2d` initialises its own."""
-        for kernel in self.kernels:
-            kernel.reset_parameters()
+        reset(self.kernels)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""

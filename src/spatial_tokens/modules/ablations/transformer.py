@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import KernelSize, as_size, check_kernel_sizes, check_positive
+from spatial_tokens.grid import KernelSize, Variant, as_size, check_kernel_sizes, check_positive
 from spatial_tokens.modules.inputs import as_patch_map
 from spatial_tokens.ops.windows import crop, pool
 
@@ -49,7 +49,7 @@ class TransformerExtractor(nn.Module):
         *,
         grid_size: KernelSize,
         kernel_sizes: Sequence[KernelSize],
-        variant: str = "cropping",
+        variant: Variant = "cropping",
         num_layers: int = 4,
         num_heads: int = 8,
         feedforward_size: int = 1024,
@@ -110,7 +110,7 @@ class TransformerExtractor(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(B, N, C)` to spatial tokens `(B, K, C)`."""
-        first = self.transformers[0].encoder.layers[0].linear1
+        first = self.get_submodule("transformers.0.encoder.layers.0.linear1")
         patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, first)
         scales = [self._window(patch_map, size).flatten(1, 2) for size in self._windows]  # (B, h * w, C) each
         tokens = [

@@ -1,0 +1,231 @@
+"""The `spatial-tokens` command: a thin face over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spatial_tokens import __version__
+from spatial_tokens.checkpoint import from_llava_sp, to_llava_sp
+from spatial_tokens.checkpoint.llava_sp import PREFIXES
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.costs import PartCost
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.modules import SPProjector
+from spatial_tokens.presets import PRESETS
+from spatial_tokens.storage.files import read_text, write_tensors
+from spatial_tokens.storage.pretrained import CONFIG_NAME, WEIGHTS_NAME
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after one line on standard error if what was asked for cannot be done."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except SpatialTokensError as error:
+        print(f"spatial-tokens {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="spatial-tokens", description="Visual spatial tokens for vision-language models (LLaVA-SP).")
+    parser.add_argument("--version", action="version", version=f"spatial-tokens {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    demo = _command(
+        commands, "demo", run_demo, "run encoder and projector on a picture", "demo photo.jpg --preset llava-sp-pooling"
+    )
+    demo.add_argument("image", nargs="?", metavar="IMAGE", help="a picture; the demo draws its own without one")
+    demo.add_argument(
+        "--preset", default="llava-sp-cropping", help="the projector (default: %(default)s); see: spatial-tokens info"
+    )
+    demo.add_argument("--encoder", metavar="NAME", help="a timm model (default: CLIP ViT-L/14-336, narrowed to run in seconds)")
+    demo.add_argument("--full-size", action="store_true", help="the paper's widths; about 6 GB of memory")
+    demo.add_argument("--pretrained", action="store_true", help="load the encoder's weights from the hub (random otherwise)")
+    demo.add_argument("--output", default="spatial-tokens-demo", metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+
+    info = _command(commands, "info", run_info, "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32")
+    info.add_argument(
+        "config", nargs="?", metavar="PRESET|config.json", help="a preset, or a config's path; lists the presets without"
+    )
+    info.add_argument(
+        "--dtype", choices=BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
+    )
+
+    convert = _command(
+        commands,
+        "convert",
+        run_convert,
+        "convert released LLaVA-SP checkpoints to this library's format, or back",
+        "convert mm_projector.bin projector\n  spatial-tokens convert projector released.safetensors --prefix model.",
+    )
+    convert.add_argument("input", metavar="IN", help="a released file, index or folder; or a directory of this library's format")
+    convert.add_argument("output", metavar="OUT", help="a directory; or, on the way back, a .safetensors or .bin file")
+    convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
+    convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, purpose: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example:\n  spatial-tokens {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """`spatial-tokens demo`: the stages as a table, the PNGs, and where to go next."""
+    from spatial_tokens import demo
+
+    report = demo.run_demo(
+        arguments.image,
+        arguments.output,
+        preset=arguments.preset,
+        encoder_name=arguments.encoder,
+        full_size=arguments.full_size,
+        pretrained=arguments.pretrained,
+        seed=arguments.seed,
+    )
+    if arguments.json:
+        _print_json(asdict(report))
+        return
+    rows = [(s.stage, _shape(s.shape), f"{s.parameters:,}", f"{s.milliseconds:.1f}") for s in report.stages]
+    _print_table(f"{arguments.preset} on {arguments.image or 'its own picture'}", ("stage", "shape", "parameters", "ms"), rows)
+    for note in report.notes:
+        print(f"note: {note}")
+    for picture in report.pictures:
+        print(f"wrote {picture}")
+    print("next: spatial-tokens info; spatial-tokens demo YOUR.jpg --full-size; README.md for ten lines of Python")
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """`spatial-tokens info`: a config's fields and costs, or the list of presets."""
+    if arguments.config is None:
+        _print_presets(arguments)
+        return
+    config = _read_config(arguments.config)
+    costs = config.costs(bytes_per_parameter=BYTES[arguments.dtype])
+    total = PartCost(
+        "total",
+        sum(cost.parameters for cost in costs),
+        sum(cost.bytes for cost in costs),
+        sum(cost.multiply_adds for cost in costs),
+    )
+    if arguments.json:
+        tokens = {"spatial": config.num_spatial_tokens, "patch": config.num_patches, "all": config.num_tokens}
+        parts = [cost._asdict() for cost in (*costs, total)]
+        _print_json({"config": config.to_dict(), "tokens": tokens, "dtype": arguments.dtype, "parts": parts})
+        return
+    rows = [
+        (cost.part, f"{cost.parameters:,}", f"{cost.bytes / 2**20:,.1f}", f"{cost.multiply_adds / 1e9:,.3f} G")
+        for cost in (*costs, total)
+    ]
+    title = f"{arguments.config}, in {arguments.dtype}, multiply-adds of one image"
+    _print_table(title, ("part", "parameters", "MiB", "multiply-adds"), rows)
+    for name, value in config.to_dict().items():
+        print(f"{name} = {value}")
+    print(f"tokens = {config.num_spatial_tokens} spatial + {config.num_patches} patch = {config.num_tokens}")
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    """`spatial-tokens convert`: the direction follows from what IN is."""
+    source, target = Path(arguments.input), Path(arguments.output)
+    if target.exists() and not arguments.overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise SpatialTokensError(f"{target} is already there; choose another OUT or give --overwrite")
+    config = None if arguments.config is None else _read_config(arguments.config)
+    if _is_own_format(source):
+        if target.suffix not in WEIGHT_SUFFIXES:
+            raise SpatialTokensError(
+                f"{source} becomes one file of the released names; OUT must end in {' or '.join(WEIGHT_SUFFIXES)}"
+            )
+        projector = SPProjector.from_pretrained(source)
+        write_tensors(target, to_llava_sp(projector, prefix=arguments.prefix), {"library": "spatial-tokens"})
+    else:
+        if target.suffix in WEIGHT_SUFFIXES:
+            raise SpatialTokensError(
+                f"{source} becomes a directory of {CONFIG_NAME} and {WEIGHTS_NAME}; OUT must not be a file's name"
+            )
+        projector = from_llava_sp(source, config=config)
+        projector.save_pretrained(target)
+    if arguments.json:
+        _print_json({"input": str(source), "output": str(target), "config": projector.config.to_dict()})
+        return
+    described = ", ".join(f"{name}={value}" for name, value in projector.config.to_dict().items())
+    print(f"wrote {target}: {described}")
+
+
+def _is_own_format(path: Path) -> bool:
+    config = path / CONFIG_NAME
+    return config.is_file() and (path / WEIGHTS_NAME).is_file() and "spatial_hidden_size" in read_text(config)
+
+
+def _read_config(name: str) -> SPProjectorConfig:
+    path = Path(name)
+    if path.is_dir():
+        return SPProjectorConfig.from_json(read_text(path / CONFIG_NAME))
+    if path.suffix == ".json" or path.is_file():
+        return SPProjectorConfig.from_json(read_text(path))
+    return SPProjectorConfig.from_preset(name)
+
+
+def _print_presets(arguments: argparse.Namespace) -> None:
+    configs = {name: SPProjectorConfig.from_preset(name) for name in PRESETS}
+    if arguments.json:
+        _print_json({name: config.to_dict() for name, config in configs.items()})
+        return
+    rows = []
+    for name, config in configs.items():
+        integrator = "-" if config.detail_kernel_size is None else f"kernel {config.detail_kernel_size}"
+        size = f"{BYTES[arguments.dtype] * config.num_parameters / 2**20:,.0f}"
+        rows.append((name, config.variant, _shape(config.grid_size), str(config.num_spatial_tokens), integrator, size))
+    _print_table(f"presets, in {arguments.dtype}", ("preset", "variant", "grid", "tokens", "detail", "MiB"), rows)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+    except ImportError as error:
+        raise MissingExtraError("rich (for tables; --json works without)", "viz") from error
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)

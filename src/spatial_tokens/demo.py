@@ -1,0 +1,157 @@
+"""The main job on a real picture: picture, encoder, projector, and what came out at each stage."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spatial_tokens import visualize
+from spatial_tokens.adapters.timm import TimmPatchEncoder
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.grid import crop_sizes
+from spatial_tokens.modules import SPProjector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+PAPER_ENCODER = "vit_large_patch14_clip_quickgelu_336.openai"
+SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3}  # the same architecture on the same 24 x 24 grid, in a second on a laptop
+SMALL_WIDTHS = {"text_hidden_size": 512, "spatial_hidden_size": 64}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the report: what ran, the shape of what it gave, its parameters and its time."""
+
+    stage: str
+    shape: tuple[int, ...]
+    parameters: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a demo did: its stages, the pictures it wrote and what to know about them."""
+
+    stages: list[Stage] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(
+        self, stage: str, part: nn.Module | None, work: Callable[[], Any], shape: Callable[[Any], Any] = lambda x: x.shape
+    ) -> Any:
+        """Runs a stage twice, keeps the second time, and gives its result."""
+        work()
+        start = time.perf_counter()
+        result = work()
+        milliseconds = 1000 * (time.perf_counter() - start)
+        parameters = sum(p.numel() for p in part.parameters()) if part is not None else 0
+        self.stages.append(Stage(stage, tuple(shape(result)), parameters, milliseconds))
+        return result
+
+
+def run_demo(
+    image: str | None, output: str, *, preset: str, encoder_name: str | None, full_size: bool, pretrained: bool, seed: int
+) -> Report:
+    """Runs encoder and projector on a picture and draws figures 3 and 5 of the paper.
+
+    Args:
+        image: A picture's path; None for one that the demo draws.
+        output: The directory for the PNGs.
+        preset: The projector's preset; its grid and widths are fitted to the encoder.
+        encoder_name: A timm model; CLIP ViT-L/14-336 when None, narrowed unless `full_size` or `pretrained`.
+        full_size: Whether to keep the preset's widths: about 6 GB of memory in float32.
+        pretrained: Whether to load the encoder's weights from the hub.
+        seed: Of the random weights.
+
+    Raises:
+        SpatialTokensError: If the picture cannot be read, the preset or the encoder is unknown, or a PNG cannot be written.
+    """
+    report = Report()
+    picture = _open(image) if image is not None else visualize.sample_picture()
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpatialTokensError(f"cannot make the directory {folder}: {error.strerror}") from error
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        small = not (full_size or pretrained or encoder_name)
+        encoder = TimmPatchEncoder(encoder_name or PAPER_ENCODER, pretrained=pretrained, **(SMALL if small else {})).eval()
+        config = _fit(preset, encoder, {} if full_size else SMALL_WIDTHS, report)
+        projector = SPProjector.from_config(config).eval()
+        seen, attention = _run_stages(picture, encoder, projector, report)
+
+    figures = {f"windows-{config.variant}.png": visualize.draw_windows(seen, config.grid_size, config.kernel_sizes, config.variant)}
+    if attention is not None and config.detail_kernel_size is not None and config.detail_stride is not None:
+        figures["attention.png"] = visualize.draw_attention(
+            seen, attention, config.grid_size, config.detail_kernel_size, config.detail_stride
+        )
+        report.notes.append("the projector's weights are random: its attention is what training starts from, near uniform")
+    else:
+        report.notes.append(f"{preset} has no DetailFeatureIntegrator: no attention to draw")
+    for name, figure in figures.items():
+        visualize.save(figure, folder / name)
+        report.pictures.append(str(folder / name))
+    return report
+
+
+def _run_stages(
+    picture: Image, encoder: TimmPatchEncoder, projector: SPProjector, report: Report
+) -> tuple[Image, torch.Tensor | None]:
+    """Fills in the report's stages; gives the picture that the encoder saw and its attention."""
+    transform = encoder.transform()
+    report.run("picture", None, lambda: picture, lambda p: (p.height, p.width, 3))
+    pixels = report.run("transform", None, lambda: transform(picture).unsqueeze(0))
+    patches = report.run(f"encoder layer {encoder.layer}", encoder, lambda: encoder(pixels))
+    spatial = report.run("extractor", projector.extractor, lambda: projector.extractor(patches))
+    integrator, attention = projector.integrator, None
+    if integrator is not None:
+        spatial, attention = report.run(
+            "integrator",
+            integrator,
+            partial(integrator, spatial, patches, return_attention=True),
+            lambda result: result[0].shape,
+        )
+    report.run("spatial head", projector.spatial_head, lambda: projector.spatial_head(spatial))
+    report.run("patch head", projector.patch_head, lambda: projector.patch_head(patches))
+    report.run("whole projector", projector, lambda: projector(patches))
+    return encoder.picture(pixels[0]), None if attention is None else attention[0]
+
+
+def _fit(preset: str, encoder: TimmPatchEncoder, widths: dict[str, int], report: Report) -> SPProjectorConfig:
+    """The preset with the encoder's width and grid; its kernels are chosen anew, and said so, where the grid is another."""
+    base = SPProjectorConfig.from_preset(preset, **widths)
+    fitted: dict[str, Any] = {"vision_hidden_size": encoder.hidden_size, "grid_size": encoder.grid_size}
+    if encoder.grid_size != base.grid_size:
+        fitted["kernel_sizes"] = crop_sizes(encoder.grid_size, 2)[-base.num_spatial_tokens :]
+        if base.detail_kernel_size is not None:
+            fitted["detail_kernel_size"] = max(1, 2 * min(encoder.grid_size) // 3)
+        report.notes.append(
+            f"{encoder.name} has a {encoder.grid_size[0]} x {encoder.grid_size[1]} grid, {preset} is made for "
+            f"{base.grid_size[0]} x {base.grid_size[1]}: kernel sizes are {fitted['kernel_sizes']} here"
+        )
+    return SPProjectorConfig.from_preset(preset, **{**widths, **fitted})
+
+
+def _open(path: str) -> Image:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise MissingExtraError("pillow", "viz") from error
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SpatialTokensError(f"cannot read the picture {path}: {reason}") from error
