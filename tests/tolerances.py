@@ -19,3 +19,8 @@ def assert_close(given: torch.Tensor, expected: torch.Tensor, tolerance: float =
     """Fails unless the relative error is at most the tolerance; a NaN on one side fails."""
     error = relative_error(given, expected)
     assert error <= tolerance, f"relative error {error:.2e} is over {tolerance:.0e}"
+
+
+def rounding(dtype: torch.dtype, operations: int) -> float:
+    """The tolerance for that many operations one after another, each off by at most half a unit in the last place."""
+    return operations * torch.finfo(dtype).eps / 2

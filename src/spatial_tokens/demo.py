@@ -151,7 +151,14 @@ def _open(path: str) -> Image:
         raise MissingExtraError("pillow", "viz") from error
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # convert() would clip 16 bits to 8, not scale them
+                upright = upright.convert("I").point(lambda value: value / 256).convert("L")
+            if upright.mode in ("I", "F"):
+                raise SpatialTokensError(f"{path} has pixels of mode {upright.mode}, whose range is unknown; save it with 8 bits")
+            return upright.convert("RGB")
+    except SpatialTokensError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SpatialTokensError(f"cannot read the picture {path}: {reason}") from error

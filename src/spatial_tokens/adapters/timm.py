@@ -78,7 +78,8 @@ class TimmPatchEncoder(nn.Module):
         from torchvision.transforms.functional import to_pil_image
 
         mean, std = (torch.tensor(self.model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-        return cast("Image", to_pil_image((pixels.cpu() * std + mean).clamp(0, 1)))
+        levels = ((pixels.cpu() * std + mean).clamp(0, 1) * 255).round()
+        return cast("Image", to_pil_image(levels.to(torch.uint8)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` to patch features `(B, N, C)`."""

@@ -1,0 +1,36 @@
+"""The one gate. `nox` runs lint, types and tests in the environment that nox is in, so that torch is installed once."""
+
+import sys
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+
+LOWEST = ["torch==2.6.0", "torchvision==0.21.0", "einops==0.8.0", "safetensors==0.4.3", "timm==1.0.15"]
+
+
+def here(session: nox.Session, *command: str) -> None:
+    session.run(sys.executable, "-m", *command, external=True)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    here(session, "ruff", "format", "--check", ".")
+    here(session, "ruff", "check", ".")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    here(session, "mypy")
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    here(session, "pytest", *session.posargs)
+
+
+@nox.session
+def tests_lowest(session: nox.Session) -> None:
+    """The tests with the lowest supported versions, in an environment of their own."""
+    session.install(*LOWEST, "-e", ".[dev]")
+    session.run("pytest", *session.posargs)

@@ -1,0 +1,162 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SpatialTokensError, SPProjector, SPProjectorConfig
+from spatial_tokens.modules import LinearHead, MLPHead
+from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
+from tests import reference
+from tests.modules.checks import (
+    FLOAT64,
+    assert_equals_reference,
+    batches,
+    features,
+    grids,
+    kernels,
+    scales,
+    strides,
+    variants,
+    widths,
+)
+
+GRID = {"grid_size": (4, 6)}
+
+
+@st.composite
+def configs(draw):
+    """All fields of a valid config."""
+    grid, variant = draw(grids), draw(variants)
+    detail = draw(st.none() | kernels(grid))
+    head = draw(st.sampled_from(["mlp", "linear"]))
+    return {
+        "vision_hidden_size": draw(widths),
+        "text_hidden_size": draw(widths),
+        "grid_size": grid,
+        "variant": variant,
+        "kernel_sizes": draw(scales(grid, variant)),
+        "spatial_hidden_size": draw(st.integers(3, 6)),
+        "detail_kernel_size": detail,
+        "detail_stride": None if detail is None else draw(strides()),
+        "spatial_head": head,
+        "spatial_head_bias": head == "mlp" or draw(st.booleans()),
+    }
+
+
+@given(data=st.data(), fields=configs(), batch=batches)
+def test_any_valid_config_equals_the_reference(data, fields, batch):
+    config = SPProjectorConfig(**fields)
+    projector = SPProjector.from_config(config, dtype=torch.float64)
+    patches = data.draw(features(batch, config.num_patches, config.vision_hidden_size))
+    options = {"return_attention": True} if config.detail_kernel_size else {}
+    expected = partial(reference.projector, **fields)
+    assert_equals_reference(projector, expected, patches, tolerance=FLOAT64, **options)
+    assert projector(patches).shape == (batch, config.num_tokens, config.text_hidden_size)
+    assert projector.config == config
+    assert sum(parameter.numel() for parameter in projector.parameters()) == config.num_parameters
+
+
+def compose(extractor=None, integrator=None, spatial_head=None, patch_head=None):
+    extractor = extractor or SpatialFeatureExtractor(4, 6, **GRID, kernel_sizes=(2, 4))
+    spatial = integrator.out_features if integrator else extractor.spatial_hidden_size
+    return SPProjector(extractor, integrator, spatial_head or MLPHead(spatial, 5), patch_head or MLPHead(4, 5))
+
+
+def test_spatial_tokens_come_first_and_attention_only_when_asked():
+    projector = compose(integrator=DetailFeatureIntegrator(4, 6, **GRID, kernel_size=2))
+    patches = torch.randn(2, 24, 4)
+    tokens = projector(patches)
+    again, attention = projector(patches, return_attention=True)
+    assert torch.equal(again, tokens)
+    assert attention.shape == (2, 2, 6)
+    assert torch.equal(tokens[:, 2:], projector.patch_head(patches))
+
+
+def test_it_takes_the_transformer_extractor_in_the_place_of_its_own():
+    sizes = {**GRID, "kernel_sizes": ((2, 4), (4, 6))}
+    extractor = TransformerExtractor(8, **sizes, num_layers=1, num_heads=2, feedforward_size=8)
+    projector = SPProjector(extractor, None, LinearHead(8, 5, bias=False), MLPHead(8, 5)).double().eval()
+
+    def expected(parameters, patches):
+        tokens = reference.transformer(reference.part(parameters, "extractor."), patches, **sizes, num_layers=1, num_heads=2)
+        heads = (reference.head(reference.part(parameters, f"{name}_head."), x) for name, x in [("spatial", tokens), ("patch", patches)])
+        return torch.cat(list(heads), dim=1)
+
+    assert_equals_reference(projector, expected, torch.randn(2, 24, 8).double(), tolerance=FLOAT64)
+    with pytest.raises(SpatialTokensError, match="no SPProjectorConfig describes a projector with a TransformerExtractor"):
+        projector.config
+
+
+def test_it_takes_the_sliding_window_extractor_before_an_integrator():
+    sizes = {**GRID, "kernel_size": (4, 3)}
+    projector = compose(SlidingWindowExtractor(4, 6, **sizes), DetailFeatureIntegrator(4, 6, **GRID, kernel_size=2)).double()
+
+    def expected(parameters, patches):
+        tokens = reference.sliding_window(reference.part(parameters, "extractor."), patches, **sizes)
+        part = reference.part(parameters, "integrator.")
+        tokens, attention = reference.integrator(part, tokens, patches, **GRID, kernel_size=2, stride=2)
+        heads = (reference.head(reference.part(parameters, f"{name}_head."), x) for name, x in [("spatial", tokens), ("patch", patches)])
+        return torch.cat(list(heads), dim=1), attention
+
+    assert_equals_reference(projector, expected, torch.randn(2, 24, 4).double(), tolerance=FLOAT64, return_attention=True)
+    with pytest.raises(SpatialTokensError, match="no SPProjectorConfig describes a projector with a SlidingWindowExtractor"):
+        projector.config
+
+
+@pytest.mark.parametrize("place", ["spatial_head", "patch_head"])
+def test_a_head_of_the_users_own_works_but_no_config_describes_it(place):
+    own = nn.Sequential(nn.Linear(6 if place == "spatial_head" else 4, 5), nn.Tanh())
+    projector = compose(**{place: own})
+    assert projector(torch.randn(2, 24, 4)).shape == (2, 26, 5)
+    with pytest.raises(SpatialTokensError, match="no SPProjectorConfig describes a projector with a Sequential; save its state_dict"):
+        projector.config
+
+
+class FirstPatches(nn.Module):
+    """An extractor of the user's own, which names no widths."""
+
+    def forward(self, patches):
+        return patches[:, :3]
+
+
+@pytest.mark.parametrize("integrator", [None, DetailFeatureIntegrator(4, 4, **GRID, kernel_size=2)], ids=["no DFI", "DFI"])
+def test_an_extractor_of_the_users_own_needs_no_more_than_its_forward(integrator):
+    projector = SPProjector(FirstPatches(), integrator, MLPHead(8 if integrator else 4, 5), MLPHead(4, 5))
+    assert projector(torch.randn(2, 24, 4)).shape == (2, 27, 5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"spatial_head": MLPHead(7, 5)}, r"spatial_head.in_features is 7 but its input has 6; build the parts for each other"),
+        ({"spatial_head": LinearHead(6, 5), "integrator": (4, 6, (4, 6))}, r"spatial_head.in_features is 6 but its input has 12"),
+        ({"patch_head": MLPHead(3, 5)}, r"patch_head.in_features is 3 but the extractor reads 4"),
+        ({"patch_head": MLPHead(4, 3)}, r"patch_head.out_features is 3 but spatial_head gives 5"),
+        ({"integrator": (3, 6, (4, 6))}, r"integrator.vision_hidden_size is 3 but the extractor has 4"),
+        ({"integrator": (4, 5, (4, 6))}, r"integrator.spatial_hidden_size is 5 but the extractor has 6"),
+        ({"integrator": (4, 6, (6, 4))}, r"integrator.grid_size is \(6, 4\) but the extractor has \(4, 6\)"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(parts, message):
+    if "integrator" in parts:
+        c, s, grid = parts["integrator"]
+        parts = {**parts, "integrator": DetailFeatureIntegrator(c, s, grid_size=grid, kernel_size=2)}
+    with pytest.raises(SpatialTokensError, match=message):
+        compose(**parts)
+
+
+def test_attention_without_an_integrator_is_refused():
+    with pytest.raises(SpatialTokensError, match="there is no attention to return: this projector has no DetailFeatureIntegrator"):
+        compose()(torch.randn(2, 24, 4), return_attention=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_patch_shows_in_its_own_token_and_in_the_spatial_tokens_that_contain_it(bad):
+    patches = torch.randn(2, 4, 6, 4)
+    patches[0, 0, 0] = bad  # outside of the window of 2 x 2, inside of that of 4 x 4
+    tokens = compose()(patches.flatten(1, 2))
+    assert tokens[0].isfinite().all(-1).tolist() == [True, False, False] + [True] * 23
+    assert tokens[1].isfinite().all()

@@ -1,0 +1,325 @@
+import json
+import os
+import pickle
+import re
+import tempfile
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.storage.files import atomic_write, read_tensors, read_text, write_tensors, write_text
+
+same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+legacy_save = partial(torch.save, _use_new_zipfile_serialization=False)
+TENSORS = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b.c": torch.tensor([float("nan"), 1, 2], dtype=torch.bfloat16),
+    "d": torch.tensor(3),
+}
+SUFFIXES = {".safetensors": save_file, ".bin": torch.save, ".pt": legacy_save}
+
+
+@contextmanager
+def refused(message):
+    with pytest.raises(SpatialTokensError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+class Payload:
+    """A pickle of it runs code: it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+# atomic_write, write_text, read_text
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"), [(OSError(28, "No space left on device"), SpatialTokensError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+@pytest.mark.parametrize("before", ["old", None])
+def test_a_failed_write_leaves_what_was_there(tmp_path, error, becomes, before):
+    target = tmp_path / "file"
+    if before:
+        target.write_text(before)
+    with pytest.raises(becomes), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"file": before} if before else {})
+
+
+def test_a_failed_write_says_where_and_why(tmp_path):
+    with refused(re.escape(f"cannot write {tmp_path}/file: No space left on device")), atomic_write(tmp_path / "file"):
+        raise OSError(28, "No space left on device")
+    (tmp_path / "directory").mkdir()
+    with refused(re.escape(f"cannot write {tmp_path}/directory: ")):
+        write_text(tmp_path / "directory", "text")
+    with refused(re.escape(f"cannot write {tmp_path}/none/file: No such file or directory")):
+        write_text(tmp_path / "none" / "file", "text")
+
+
+def test_text_round_trip(tmp_path):
+    write_text(tmp_path / "file", "größe ☃\n")
+    assert (tmp_path / "file").read_bytes() == "größe ☃\n".encode()
+    assert read_text(tmp_path / "file") == "größe ☃\n"
+
+
+def test_unreadable_text(tmp_path):
+    (tmp_path / "latin").write_bytes("größe".encode("latin-1"))
+    for name, reason in (("none", "No such file or directory"), ("latin", "'utf-8' codec can't decode"), ("", "Is a directory")):
+        with refused(re.escape(f"cannot read {tmp_path / name}: {reason}")):
+            read_text(tmp_path / name)
+
+
+# write_tensors, read_tensors
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tensors_round_trip(tmp_path, suffix):
+    write_tensors(tmp_path / f"file{suffix}", TENSORS, {"library": "it"})
+    same(read_tensors(tmp_path / f"file{suffix}"), TENSORS)
+    assert os.listdir(tmp_path) == [f"file{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_strided_and_trained_tensors_are_written_as_values(tmp_path, suffix):
+    strided = torch.randn(6, 4, requires_grad=True)[::2].T
+    write_tensors(tmp_path / f"file{suffix}", {"a": strided}, {})
+    (back,) = read_tensors(tmp_path / f"file{suffix}").values()
+    same(back, strided.detach())
+    assert back.is_contiguous()
+    assert not back.requires_grad
+    assert (tmp_path / f"file{suffix}").stat().st_size < 2500
+
+
+def test_what_others_write_is_read(tmp_path):
+    for suffix, save in SUFFIXES.items():
+        save(TENSORS, tmp_path / f"file{suffix}")
+        same(read_tensors(str(tmp_path / f"file{suffix}")), TENSORS)
+    write_tensors(tmp_path / "file.safetensors", TENSORS, {})
+    same(load_file(tmp_path / "file.safetensors"), TENSORS)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_only_wanted_names_are_read(tmp_path, suffix):
+    write_tensors(tmp_path / f"file{suffix}", TENSORS, {})
+    assert list(read_tensors(tmp_path / f"file{suffix}", lambda name: "." in name)) == ["b.c"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tensors_without_values_are_not_written(tmp_path, suffix):
+    with refused("'?a'? is on the meta device, without values"):
+        write_tensors(tmp_path / f"file{suffix}", {"a": torch.empty(2, device="meta")}, {})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("held", "read"),
+    [
+        (["mm_projector.bin"], "mm_projector.bin"),
+        (["mm_projector.bin", "non_lora_trainables.bin"], "non_lora_trainables.bin"),
+        (["model.safetensors", "mm_projector.bin", "pytorch_model.bin"], "model.safetensors"),
+        (["pytorch_model.bin", "training_args.bin", "adapter_model.safetensors", "optimizer.pt"], "pytorch_model.bin"),
+    ],
+)
+def test_a_folder_is_read_by_the_name_of_its_weights(tmp_path, held, read):
+    for i, name in enumerate(held):
+        SUFFIXES[Path(name).suffix]({"from": torch.tensor(i)}, tmp_path / name)
+    assert read_tensors(tmp_path) == {"from": torch.tensor(held.index(read))}
+
+
+def test_a_folder_without_weights(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with refused(re.escape(f"no weights in {tmp_path}; looked for model.safetensors, ")):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "none.bin", "none/model.safetensors", "none\0.bin", "n" * 5000])
+def test_a_file_that_does_not_exist(tmp_path, name):
+    with refused("does not exist; give a weight file, an index file or a folder of them|File name too long"):
+        read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_truncated_files(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    SUFFIXES[suffix](TENSORS, path)
+    whole = path.read_bytes()
+    for length in {*range(40), *range(40, len(whole), 37), len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        with refused(rf"{re.escape(str(path))} is not a whole"):
+            read_tensors(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b".",
+        b"hello\n",
+        b"<html>not found</html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\x80\x02.",
+        b"{}",
+        b"\xff" * 64,
+    ],
+)
+def test_files_of_another_kind(tmp_path, suffix, text):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(text)
+    with refused(rf"{re.escape(str(path))} is not a whole"):
+        read_tensors(path)
+
+
+@given(
+    st.sampled_from(sorted(SUFFIXES)),
+    st.binary(max_size=60) | st.text("\x80\x02.}q(uN\x00\x01ab0\n])tRK", max_size=15).map(lambda t: t.encode("latin-1")),
+)
+@example(".bin", pickle.dumps({"a": 1}, protocol=2))
+def test_no_bytes_raise_anything_else(suffix, content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"file{suffix}")
+        path.write_bytes(content)
+        with pytest.raises(SpatialTokensError):
+            read_tensors(path)
+
+
+@given(st.sampled_from(sorted(SUFFIXES)), st.data())
+def test_no_damage_raises_anything_else(suffix, data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"file{suffix}")
+        SUFFIXES[suffix](TENSORS, path)
+        content = bytearray(path.read_bytes())
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+            content[place] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+        try:
+            assert isinstance(read_tensors(path), dict)
+        except SpatialTokensError as error:
+            assert str(path) in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("save", [torch.save, legacy_save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_in_a_pickle_is_not_run(tmp_path, save, nested):
+    trace, path = tmp_path / "trace", tmp_path / "file.bin"
+    save({"a": Payload(trace)} if nested else Payload(trace), path)
+    with refused("is not a whole PyTorch file of tensors alone"):
+        read_tensors(path)
+    assert not trace.exists()
+    torch.load(path, weights_only=False) if save is not torch.save else torch.load(path, weights_only=False)
+    assert trace.exists(), "the payload is not live, so the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [torch.ones(2)],
+        torch.ones(2),
+        {"state_dict": {"a": torch.ones(2)}},
+        {"a": torch.ones(2), "step": 3},
+        "text",
+        None,
+        {0: torch.ones(2)},
+    ],
+)
+@pytest.mark.parametrize("save", [torch.save, legacy_save])
+def test_pickles_that_are_no_state_dict(tmp_path, save, value):
+    save(value, tmp_path / "file.bin")
+    with refused(f"file.bin holds a {type(value).__name__} that is not a state dict of tensors"):
+        read_tensors(tmp_path / "file.bin")
+
+
+def write_shards(folder, shards, *, lost=(), suffix=".safetensors"):
+    """Shards and their index; the shards in `lost` are listed but not written."""
+    files = {f"model-{i}{suffix}": tensors for i, tensors in enumerate(shards)}
+    for i, (name, tensors) in enumerate(files.items()):
+        if i not in lost:
+            SUFFIXES[suffix](tensors, folder / name)
+    index = folder / ("model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {key: name for name, tensors in files.items() for key in tensors}}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards(tmp_path, suffix):
+    index = write_shards(tmp_path, [{"a": TENSORS["a"]}, {"b.c": TENSORS["b.c"], "d": TENSORS["d"]}], suffix=suffix)
+    same(read_tensors(index), TENSORS)
+    same(read_tensors(tmp_path), TENSORS)
+
+
+def test_shards_without_wanted_names_are_not_opened(tmp_path):
+    index = write_shards(tmp_path, [{"a": TENSORS["a"]}, {"b.c": TENSORS["b.c"]}], lost=[0])
+    assert list(read_tensors(index, lambda name: name == "b.c")) == ["b.c"]
+    with refused("names the shard 'model-0.safetensors', which is not a file beside it"):
+        read_tensors(index)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../outside.safetensors", "inner/x.safetensors", "..", ".", "", "none.bin", "\0", "n" * 5000, "{folder}/x.safetensors"],
+)
+def test_shards_outside_the_folder(tmp_path, shard):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    for place in (tmp_path / "outside.safetensors", folder / "x.safetensors", folder / "inner" / "x.safetensors"):
+        save_file({"a": torch.ones(1)}, place)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard.format(folder=folder)}}))
+    with refused("names the shard .*, which is not a file beside it"):
+        read_tensors(index)
+
+
+def test_an_index_that_names_itself(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with refused(re.escape(index.name)):
+        read_tensors(index)
+
+
+def test_tensors_that_a_shard_does_not_hold(tmp_path):
+    index = write_shards(tmp_path, [{"a": TENSORS["a"], "d": TENSORS["d"]}])
+    save_file({"a": TENSORS["a"]}, tmp_path / "model-0.safetensors")
+    with refused("lists tensors that its shards do not hold: d$"):
+        read_tensors(index)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "3", "null", '"weight_map"', "[" * 99_999, *(json.dumps({"weight_map": v}) for v in (None, [], 3, "a", {"a": 1}, {"a": None}, {"a": ["b"]}))],
+)  # fmt: skip
+def test_malformed_indices(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with refused("is not an index of shards: it needs a 'weight_map' of names to files"):
+        read_tensors(index)
+
+
+def test_an_index_that_is_not_text(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(b"\xff\xfe")
+    with refused("cannot read .*index.json"):
+        read_tensors(tmp_path)

@@ -1,0 +1,264 @@
+"""The command as a user meets it: exit codes, one line on errors, JSON, files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from spatial_tokens import SPProjector, SPProjectorConfig, __version__
+from spatial_tokens.checkpoint import to_llava_sp
+from spatial_tokens.cli import main
+from spatial_tokens.presets import PRESETS
+
+TINY = SPProjectorConfig(
+    vision_hidden_size=6, text_hidden_size=10, grid_size=8, kernel_sizes=(4, 8), spatial_hidden_size=4,
+    detail_kernel_size=4, spatial_head="linear",
+)  # fmt: skip
+
+
+@pytest.fixture
+def projector(tmp_path):
+    made = SPProjector.from_config(TINY)
+    made.save_pretrained(tmp_path / "own")
+    return made
+
+
+def run(capsys, *arguments, code=0):
+    """Runs the command in this process: what it printed, and one line of error if it should fail."""
+    try:
+        given = main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        given = exit_.code
+    printed = capsys.readouterr()
+    assert given == code, printed.err
+    if code == 2:
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        assert printed.err.startswith("spatial-tokens")
+        return printed.err
+    return printed.out
+
+
+def test_demo_draws_its_own_picture(capsys, tmp_path):
+    report = json.loads(run(capsys, "demo", "--output", tmp_path, "--json"))
+    shapes = {stage["stage"]: stage["shape"] for stage in report["stages"]}
+    assert shapes == {
+        "picture": [336, 336, 3],
+        "transform": [1, 3, 336, 336],
+        "encoder layer -2": [1, 576, 192],
+        "extractor": [1, 6, 64],
+        "integrator": [1, 6, 128],
+        "spatial head": [1, 6, 512],
+        "patch head": [1, 576, 512],
+        "whole projector": [1, 582, 512],
+    }
+    parts = [stage["parameters"] for stage in report["stages"]]
+    assert sum(parts[3:7]) == parts[7]
+    assert all(stage["milliseconds"] >= 0 for stage in report["stages"])
+    assert report["pictures"] == [str(tmp_path / "windows-cropping.png"), str(tmp_path / "attention.png")]
+    for picture in report["pictures"]:
+        assert Image.open(picture).format == "PNG"
+
+
+def test_demo_prints_a_table_and_where_to_go_next(capsys, tmp_path):
+    printed = run(capsys, "demo", "--output", tmp_path, "--preset", "llava-sp-pooling")
+    assert "1 x 582 x 512" in printed
+    assert f"wrote {tmp_path / 'windows-pooling.png'}" in printed
+    assert "no attention to draw" in printed
+    assert "next: " in printed
+
+
+def test_demo_leaves_the_random_state_alone(capsys, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    run(capsys, "demo", "--output", tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("RGBA", "a.png"), ("L", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"), ("I;16", "a.png")]
+)
+def test_demo_reads_pictures_of_every_mode(capsys, tmp_path, mode, name):
+    picture = Image.effect_noise((120, 90), 60)
+    picture = picture.convert("I").convert("I;16") if mode == "I;16" else picture.convert("RGB").convert(mode)
+    picture.save(tmp_path / name)
+    report = json.loads(run(capsys, "demo", tmp_path / name, "--output", tmp_path, "--json"))
+    assert report["stages"][0]["shape"] == [90, 120, 3]
+
+
+def test_demo_scales_sixteen_bits(capsys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("spatial_tokens.demo._run_stages", lambda picture, *rest: (seen.append(picture), (picture, None))[1])
+    Image.new("I;16", (20, 10), 128 * 256).save(tmp_path / "grey.png")
+    run(capsys, "demo", tmp_path / "grey.png", "--output", tmp_path, "--json")
+    assert seen[0].getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_demo_refuses_an_unknown_range(capsys, tmp_path):
+    Image.new("F", (20, 10), 0.5).save(tmp_path / "float.tiff")
+    assert "has pixels of mode F" in run(capsys, "demo", tmp_path / "float.tiff", "--output", tmp_path, code=2)
+
+
+def test_demo_turns_the_picture_upright(capsys, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (120, 90)).save(tmp_path / "turned.jpg", exif=exif)
+    report = json.loads(run(capsys, "demo", tmp_path / "turned.jpg", "--output", tmp_path, "--json"))
+    assert report["stages"][0]["shape"] == [120, 90, 3]
+
+
+def test_demo_fits_the_preset_to_another_grid_and_says_so(capsys, tmp_path):
+    report = json.loads(run(capsys, "demo", "--encoder", "vit_tiny_patch16_224", "--output", tmp_path, "--json"))
+    assert report["stages"][-1]["shape"] == [1, 4 + 196, 512]
+    assert any("14 x 14 grid" in note and "(2, 6, 10, 14)" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.jpg",), "cannot read the picture missing.jpg: No such file"),
+        ((__file__,), "cannot read the picture"),
+        (("--preset", "llava"), "unknown preset 'llava'"),
+        (("--encoder", "nonsense"), "timm does not know a model 'nonsense'"),
+        (("--output", __file__), "cannot make the directory"),
+        (("--seed", "x"), "invalid int value: 'x'"),
+        (("a.jpg", "b.jpg"), "unrecognized arguments: b.jpg"),
+    ],
+)
+def test_demo_mistakes(capsys, tmp_path, arguments, message):
+    given = arguments if "--output" in arguments else (*arguments, "--output", tmp_path / "out")
+    assert message in run(capsys, "demo", *given, code=2)
+
+
+def test_demo_truncated_picture(capsys, tmp_path):
+    Image.effect_noise((200, 200), 60).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
+    assert "cannot read the picture" in run(capsys, "demo", tmp_path / "cut.png", "--output", tmp_path, code=2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_info_of_every_preset(capsys, preset):
+    config = SPProjectorConfig.from_preset(preset)
+    told = json.loads(run(capsys, "info", preset, "--json", "--dtype", "float32"))
+    assert SPProjectorConfig.from_json(json.dumps(told["config"])) == config
+    assert told["parts"][-1]["parameters"] == config.num_parameters
+    assert told["parts"][-1]["bytes"] == 4 * config.num_parameters
+    printed = run(capsys, "info", preset)
+    assert f"{config.num_parameters:,}" in printed
+    assert f"{config.num_spatial_tokens} spatial + {config.num_patches} patch" in printed
+
+
+def test_info_lists_the_presets(capsys):
+    assert list(json.loads(run(capsys, "info", "--json"))) == list(PRESETS)
+    printed = run(capsys, "info")
+    assert all(name in printed for name in PRESETS)
+
+
+def test_info_of_a_file_and_of_a_directory(capsys, tmp_path, projector):
+    for path in (tmp_path / "own", tmp_path / "own" / "config.json"):
+        assert json.loads(run(capsys, "info", path, "--json"))["config"]["kernel_sizes"] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the config is not valid JSON"),
+        ("[]", "read from a dict of fields"),
+        ('{"grid": 3}', "unknown field 'grid'"),
+        ("{}", "missing field vision_hidden_size"),
+    ],
+)
+def test_info_of_a_broken_config(capsys, tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    assert message in run(capsys, "info", tmp_path / "config.json", code=2)
+
+
+def test_info_of_a_missing_config(capsys):
+    assert "cannot read missing.json: No such file" in run(capsys, "info", "missing.json", code=2)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
+@pytest.mark.parametrize("name", ["released.bin", "released.safetensors"])
+def test_convert_there_and_back(capsys, tmp_path, projector, prefix, name):
+    told = json.loads(run(capsys, "convert", tmp_path / "own", tmp_path / name, "--prefix", prefix, "--json"))
+    assert told["config"] == json.loads(json.dumps(TINY.to_dict()))
+    released = load_file(tmp_path / name) if name.endswith("safetensors") else torch.load(tmp_path / name, weights_only=True)
+    assert released.keys() == to_llava_sp(projector, prefix=prefix).keys()
+    assert "wrote" in run(capsys, "convert", tmp_path / name, tmp_path / "again")
+    again = SPProjector.from_pretrained(tmp_path / "again")
+    assert again.config == TINY
+    assert all(torch.equal(tensor, projector.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+def test_convert_with_the_config_given(capsys, tmp_path, projector):
+    save_file(to_llava_sp(projector), tmp_path / "released.safetensors")
+    (tmp_path / "wide.json").write_text(SPProjectorConfig(**{**TINY.to_dict(), "grid_size": 12}).to_json())
+    run(capsys, "convert", tmp_path / "released.safetensors", tmp_path / "wide", "--config", tmp_path / "wide.json")
+    assert SPProjector.from_pretrained(tmp_path / "wide").config.grid_size == (12, 12)
+    message = run(capsys, "convert", tmp_path / "released.safetensors", tmp_path / "no", "--config", "llava-sp-pooling", code=2)
+    assert "missing: " in message
+    assert not (tmp_path / "no").exists()
+
+
+def test_convert_overwrites_only_when_told(capsys, tmp_path, projector):
+    target = tmp_path / "released.bin"
+    target.write_text("precious")
+    assert "is already there" in run(capsys, "convert", tmp_path / "own", target, code=2)
+    assert target.read_text() == "precious"
+    run(capsys, "convert", tmp_path / "own", target, "--overwrite")
+    assert "conv_4.weight" in torch.load(target, weights_only=True)
+
+
+def test_convert_mistakes(capsys, tmp_path, projector):
+    own, released = tmp_path / "own", tmp_path / "released.bin"
+    run(capsys, "convert", own, released)
+    (tmp_path / "cut.bin").write_bytes(released.read_bytes()[:400])
+    (tmp_path / "empty").mkdir()
+    for arguments, message in [
+        ((own, tmp_path / "out"), "OUT must end in .safetensors or .bin"),
+        ((released, tmp_path / "out.bin"), "OUT must not be a file's name"),
+        ((tmp_path / "cut.bin", tmp_path / "out"), "is not a whole PyTorch file"),
+        ((tmp_path / "empty", tmp_path / "out"), "no weights in"),
+        ((tmp_path / "missing.bin", tmp_path / "out"), "does not exist"),
+        ((own, tmp_path / "missing" / "out.bin"), "cannot write"),
+        ((own, tmp_path / "out.bin", "--prefix", "x."), "invalid choice: 'x.'"),
+    ]:
+        assert message in run(capsys, "convert", *arguments, code=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "released.bin", "cut.bin", "empty"}
+
+
+def test_convert_refuses_what_the_released_names_cannot_hold(capsys, tmp_path):
+    SPProjector.from_config(SPProjectorConfig(**{**TINY.to_dict(), "spatial_head": "mlp"})).save_pretrained(tmp_path / "mlp")
+    assert "save_pretrained holds every projector" in run(capsys, "convert", tmp_path / "mlp", tmp_path / "out.bin", code=2)
+
+
+@pytest.mark.parametrize("command", ["demo", "info", "convert"])
+def test_every_command_has_help_with_an_example(capsys, command):
+    printed = run(capsys, command, "--help")
+    assert f"example:\n  spatial-tokens {command} " in printed
+    assert "--json" in printed
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("info", "--nonsense")])
+def test_mistakes_in_the_words(capsys, arguments):
+    assert "--help" in run(capsys, *arguments, code=2)
+
+
+def test_tables_without_rich_name_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    for name in ("rich.box", "rich.console", "rich.markup", "rich.table"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install 'spatial-tokens[viz]'" in run(capsys, "info", "llava-sp-cropping", code=2)
+    assert json.loads(run(capsys, "info", "llava-sp-cropping", "--json"))
+
+
+def test_the_installed_command():
+    command = Path(sys.executable).with_name("spatial-tokens")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"spatial-tokens {__version__}\n"
