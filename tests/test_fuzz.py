@@ -99,9 +99,7 @@ def made(make):
     try:
         with time_limit(5):
             return make()
-    except SpatialTokensError as error:
-        assert "\n" not in str(error)
-        assert str(error)
+    except SpatialTokensError:
         return None
 
 
@@ -146,5 +144,7 @@ def test_json_is_taken_or_refused_alike(values):
 def test_any_dict_is_taken_or_refused(values):
     config = made(lambda: SPProjectorConfig.from_dict(values))
     if config is not None:
-        assert {name: getattr(config, name) for name in values}.keys() == values.keys()
+        assert is_valid(config.to_dict())
+        assert values.keys() >= {"vision_hidden_size", "text_hidden_size", "grid_size"}
+        assert values.keys() <= config.to_dict().keys()
         check_runs(config, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,10 @@ from torch import nn
 from spatial_tokens import visualize
 from spatial_tokens.adapters.timm import TimmPatchEncoder
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.grid import crop_sizes
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.storage.files import make_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,11 +78,7 @@ def run_demo(
     """
     report = Report()
     picture = _open(image) if image is not None else visualize.sample_picture()
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpatialTokensError(f"cannot make the directory {folder}: {error.strerror}") from error
+    folder = make_directory(output)
 
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
@@ -160,5 +156,4 @@ def _open(path: str) -> Image:
     except SpatialTokensError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SpatialTokensError(f"cannot read the picture {path}: {reason}") from error
+        raise SpatialTokensError(f"cannot read the picture {path}: {reason(error)}") from error

@@ -5,6 +5,12 @@ class SpatialTokensError(ValueError):
     """Whatever a caller can get wrong: a shape, a dtype, a config field, a file."""
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, on one line, to be quoted in one of ours."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(text).splitlines()[0]
+
+
 class MissingExtraError(SpatialTokensError, ImportError):
     """An optional library is not installed; the text names the extra that brings it.
 

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.grid import KernelSize, Size, as_size
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def _create(name: str, pretrained: bool, model_kwargs: dict[str, Any]) -> Any:
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_kwargs)
     except Exception as error:  # timm and its hub raise what they like
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SpatialTokensError(f"timm cannot make {name!r}: {reason}") from error
+        raise SpatialTokensError(f"timm cannot make {name!r}: {reason(error)}") from error
     if not hasattr(model, "forward_intermediates"):
         raise SpatialTokensError(f"timm model {name!r} has no forward_intermediates; use a ViT, for example vit_base_patch16_224")
     return model

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.errors import SpatialTokensError, reason
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,9 +39,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
-        raise SpatialTokensError(f"cannot write {target}: {error.strerror or error}") from error
+        raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_directory(path: str | os.PathLike[str]) -> Path:
+    """Makes a directory and those above it, if they are not there.
+
+    Raises:
+        SpatialTokensError: If it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpatialTokensError(f"cannot make the directory {path}: {reason(error)}") from error
+    return Path(path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -59,7 +72,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpatialTokensError(f"cannot read {path}: {_reason(error)}") from error
+        raise SpatialTokensError(f"cannot read {path}: {reason(error)}") from error
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -79,7 +92,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
             else:
                 save_file(whole, temporary, metadata={"format": "pt", **metadata})
         except (SafetensorError, RuntimeError) as error:
-            raise SpatialTokensError(f"cannot write {path}: {_reason(error)}") from error
+            raise SpatialTokensError(f"cannot write {path}: {reason(error)}") from error
 
 
 def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
@@ -110,7 +123,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise SpatialTokensError(f"{path} is not a whole safetensors file: {_reason(error)}") from error
+        raise SpatialTokensError(f"{path} is not a whole safetensors file: {reason(error)}") from error
 
 
 def _read_pickle(path: Path, wanted: Callable[[str], bool]) -> Tensors:
@@ -118,7 +131,7 @@ def _read_pickle(path: Path, wanted: Callable[[str], bool]) -> Tensors:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise SpatialTokensError(
-            f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {_reason(error)}"
+            f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {reason(error)}"
         ) from error
     if not isinstance(values, Mapping) or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise SpatialTokensError(f"{path} holds a {type(values).__name__} that is not a state dict of tensors")
@@ -142,9 +155,3 @@ def _read_index(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     if lost:
         raise SpatialTokensError(f"{path} lists tensors that its shards do not hold: {', '.join(lost[:20])}")
     return tensors
-
-
-def _reason(error: BaseException) -> str:
-    """An error's first line, for a message of one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).strip().splitlines()[0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.storage.files import Tensors, atomic_write, read_tensors, read_text, write_tensors
+from spatial_tokens.storage.files import Tensors, atomic_write, make_directory, read_tensors, read_text, write_tensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -21,11 +21,7 @@ def save(directory: str | PathLike[str], config: SPProjectorConfig, tensors: Map
     Raises:
         SpatialTokensError: If they cannot be written; what was there before is still there.
     """
-    folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SpatialTokensError(f"cannot make the directory {folder}: {error.strerror}") from error
+    folder = make_directory(directory)
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
         write_tensors(folder / WEIGHTS_NAME, tensors, {"library": "spatial-tokens"})
