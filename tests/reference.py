@@ -102,9 +102,7 @@ def projector(
     parameters, patches, *, grid_size, kernel_sizes, variant="cropping", detail_kernel_size=None, detail_stride=2, **_others
 ):
     """Tokens, and the attention where there is an integrator: a tuple of one or two."""
-    tokens = extractor(
-        part(parameters, "extractor."), patches, grid_size=grid_size, kernel_sizes=kernel_sizes, variant=variant
-    )
+    tokens = extractor(part(parameters, "extractor."), patches, grid_size=grid_size, kernel_sizes=kernel_sizes, variant=variant)
     attention = ()
     if detail_kernel_size is not None:
         tokens, *attention = integrator(

@@ -38,7 +38,7 @@ def fields(draw):
         "kernel_sizes": tuple(map(square, kernels)),
         "spatial_hidden_size": draw(sides),
         "detail_kernel_size": square(detail),
-        "detail_stride": None if detail is None else square(draw(sizes)),
+        "detail_stride": None if detail is None else square(draw(within(grid))),
         "spatial_head": head,
         "spatial_head_bias": head == "mlp" or draw(st.booleans()),
     }

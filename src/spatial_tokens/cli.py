@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +14,7 @@ from typing import Any, NoReturn
 from spatial_tokens import __version__
 from spatial_tokens.checkpoint import from_llava_sp, to_llava_sp
 from spatial_tokens.checkpoint.llava_sp import PREFIXES
-from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.costs import PartCost
+from spatial_tokens.config import PartCost, SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.presets import PRESETS
@@ -30,9 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except SpatialTokensError as error:
         print(f"spatial-tokens {arguments.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     return 0

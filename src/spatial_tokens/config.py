@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from math import prod
+from typing import Any, Literal, NamedTuple, get_args
 
-from spatial_tokens.costs import PartCost, part_costs
-from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import (
     KernelSize,
     Size,
@@ -23,6 +23,17 @@ from spatial_tokens.grid import (
 from spatial_tokens.presets import PRESETS
 
 SpatialHead = Literal["mlp", "linear"]
+
+MOST_PARAMETERS = 2**48
+
+
+class PartCost(NamedTuple):
+    """One part's size and work: parameters, their bytes, and the multiply-adds of one image's forward pass."""
+
+    part: str
+    parameters: int
+    bytes: int
+    multiply_adds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +51,7 @@ class SPProjectorConfig:
         kernel_sizes: One spatial token each, increasing; when cropping, of the grid's parity.
         spatial_hidden_size: Channels `S` of the spatial tokens before their head.
         detail_kernel_size: Kernel of the DetailFeatureIntegrator (section 3.3); None for a projector without one.
-        detail_stride: Its stride; 2 when left out, None without an integrator.
+        detail_stride: Its stride; 2 when left out (1 along a side of one patch), None without an integrator.
         spatial_head: "mlp": the paper's two layers with GELU between; "linear": GELU + Linear, as released.
         spatial_head_bias: Whether a "linear" spatial head has a bias (the released pooling model has none).
 
@@ -76,6 +87,8 @@ class SPProjectorConfig:
         self._set("kernel_sizes", check_kernel_sizes(self.grid_size, self.kernel_sizes, self.variant))
         self._check_detail()
         self._check_spatial_head()
+        if self.num_parameters > MOST_PARAMETERS:
+            raise SpatialTokensError(f"this config has {self.num_parameters:,} parameters, more than any machine holds; reduce it")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -84,20 +97,21 @@ class SPProjectorConfig:
         if self.detail_kernel_size is None:
             if self.detail_stride is not None:
                 raise SpatialTokensError(
-                    f"detail_stride is {self.detail_stride!r} but detail_kernel_size is None (no DetailFeatureIntegrator); "
+                    f"detail_stride is {shown(self.detail_stride)} but detail_kernel_size is None (no DetailFeatureIntegrator); "
                     "give both or neither"
                 )
             return
         self._set("detail_kernel_size", as_kernel_size(self.detail_kernel_size, "detail_kernel_size"))
-        stride = 2 if self.detail_stride is None else self.detail_stride
+        stride = tuple(min(2, side) for side in self.grid_size) if self.detail_stride is None else self.detail_stride
         self._set("detail_stride", as_kernel_size(stride, "detail_stride"))
         check_fits(self.grid_size, as_size(self.detail_kernel_size, "detail_kernel_size"), "detail_kernel_size")
+        check_fits(self.grid_size, as_size(self.detail_stride, "detail_stride"), "detail_stride")
 
     def _check_spatial_head(self) -> None:
         if self.spatial_head not in get_args(SpatialHead):
-            raise SpatialTokensError(f"spatial_head must be 'mlp' or 'linear', got {self.spatial_head!r}")
+            raise SpatialTokensError(f"spatial_head must be 'mlp' or 'linear', got {shown(self.spatial_head)}")
         if not isinstance(self.spatial_head_bias, bool):
-            raise SpatialTokensError(f"spatial_head_bias must be True or False, got {self.spatial_head_bias!r}")
+            raise SpatialTokensError(f"spatial_head_bias must be True or False, got {shown(self.spatial_head_bias)}")
         if self.spatial_head == "mlp" and not self.spatial_head_bias:
             raise SpatialTokensError("spatial_head_bias=False needs spatial_head='linear'; the paper's MLP has biases")
 
@@ -129,7 +143,9 @@ class SPProjectorConfig:
         return sum(cost.parameters for cost in self.costs())
 
     def costs(self, *, bytes_per_parameter: int = 2) -> tuple[PartCost, ...]:
-        """Parameters, bytes and multiply-adds an image, part by part; nothing is allocated.
+        """Parameters, bytes and multiply-adds an image, part by part, in the order in which patches pass them.
+
+        Nothing is allocated. Matrix products are counted; the additions of pooling, norms, softmax and GELU are not.
 
         Args:
             bytes_per_parameter: 2 for bfloat16 and float16, 4 for float32.
@@ -138,7 +154,33 @@ class SPProjectorConfig:
             >>> SPProjectorConfig.from_preset("llava-sp-pooling").costs()[0]
             PartCost(part='extractor', parameters=763363328, bytes=1526726656, multiply_adds=763363328)
         """
-        return part_costs(self, bytes_per_parameter)
+        counts = {**self._extractor_counts(), **self._integrator_counts(), **self._head_counts()}
+        return tuple(PartCost(part, size, size * bytes_per_parameter, work) for part, (size, work) in counts.items())
+
+    def _extractor_counts(self) -> dict[str, tuple[int, int]]:
+        patches = sum(prod(as_size(k, "kernel size")) for k in self.kernel_sizes)
+        kernels = patches * self.vision_hidden_size * self.spatial_hidden_size
+        return {"extractor": (kernels, kernels)}
+
+    def _integrator_counts(self) -> dict[str, tuple[int, int]]:
+        if self.detail_kernel_size is None:
+            return {}
+        s, k, p = self.spatial_hidden_size, self.num_spatial_tokens, prod(self.detail_grid_size)
+        kernel = prod(as_size(self.detail_kernel_size, "detail_kernel_size")) * self.vision_hidden_size * s
+        norms_and_linears = 3 * (2 * s) + 3 * (s * s + s)
+        products = (k + 2 * p) * s * s + 2 * k * p * s
+        return {"integrator detail map": (kernel, p * kernel), "integrator attention": (norms_and_linears, products)}
+
+    def _head_counts(self) -> dict[str, tuple[int, int]]:
+        c, d, n = self.vision_hidden_size, self.text_hidden_size, self.num_patches
+        s = self.spatial_hidden_size * (1 if self.detail_kernel_size is None else 2)
+        layers = [s, d] if self.spatial_head == "mlp" else [s]
+        spatial, spatial_biases = sum(layers) * d, len(layers) * d if self.spatial_head_bias else 0
+        patch = (c + d) * d
+        return {
+            "spatial head": (spatial + spatial_biases, self.num_spatial_tokens * spatial),
+            "patch head": (patch + 2 * d, n * patch),
+        }
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SPProjectorConfig:
@@ -147,8 +189,8 @@ class SPProjectorConfig:
         Raises:
             SpatialTokensError: If the name or a field is unknown (the known ones are listed), or the result is not valid.
         """
-        if name not in PRESETS:
-            raise SpatialTokensError(f"unknown preset {name!r}{_did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise SpatialTokensError(f"unknown preset {shown(name)}{_did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
@@ -159,11 +201,11 @@ class SPProjectorConfig:
             SpatialTokensError: If a field is unknown or missing, or the result is not valid.
         """
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise SpatialTokensError(f"an SPProjectorConfig is read from a dict of fields, got {values!r:.200}")
+            raise SpatialTokensError(f"an SPProjectorConfig is read from a dict of fields, got {shown(values)}")
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                raise SpatialTokensError(f"unknown field {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
+                raise SpatialTokensError(f"unknown field {shown(name)}{_did_you_mean(name, known)}; known: {', '.join(known)}")
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise SpatialTokensError(f"missing field {', '.join(missing)}; an SPProjectorConfig needs them")
@@ -178,8 +220,10 @@ class SPProjectorConfig:
         """
         try:
             values = json.loads(text, object_pairs_hook=_without_repeats)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SpatialTokensError(f"the config is not valid JSON: {error}") from error
+        except SpatialTokensError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SpatialTokensError(f"the config is not valid JSON: {reason(error)}") from error
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,15 @@ class SpatialTokensError(ValueError):
     """Whatever a caller can get wrong: a shape, a dtype, a config field, a file."""
 
 
+def shown(value: object) -> str:
+    """A value as an error message can hold it: short, and never an error of its own."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list nested as deep
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def reason(error: BaseException) -> str:
     """What another library's error says, on one line, to be quoted in one of ours."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

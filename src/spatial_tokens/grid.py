@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
-from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.errors import SpatialTokensError, shown
 
 Size = tuple[int, int]
 KernelSize = int | tuple[int, int]
 Variant = Literal["cropping", "pooling"]
+
+LARGEST = 2**31 - 1
 
 
 class Window(NamedTuple):
@@ -43,7 +45,7 @@ def as_size(value: Any, name: str) -> Size:
     """
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_positive_int, pair)):
-        raise SpatialTokensError(f"{name} must be a positive integer or a (height, width) pair of them, got {value!r}")
+        raise SpatialTokensError(f"{name} must be a positive integer or a (height, width) pair of them, got {shown(value)}")
     return pair[0], pair[1]
 
 
@@ -58,15 +60,15 @@ def as_kernel_size(value: Any, name: str) -> KernelSize:
 
 
 def is_positive_int(value: Any) -> bool:
-    """Whether `value` is an integer of at least 1; a bool is not an integer here."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Whether `value` is an integer from 1 to 2**31 - 1; a bool is not an integer here."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def check_positive(**values: Any) -> None:
     """Raises SpatialTokensError, with its name, if a value is not a positive integer."""
     for name, value in values.items():
         if not is_positive_int(value):
-            raise SpatialTokensError(f"{name} must be a positive integer, got {value!r}")
+            raise SpatialTokensError(f"{name} must be a positive integer, got {shown(value)}")
 
 
 def crop_sizes(grid_size: KernelSize, stride: int) -> tuple[KernelSize, ...]:
@@ -80,10 +82,17 @@ def crop_sizes(grid_size: KernelSize, stride: int) -> tuple[KernelSize, ...]:
     >>> crop_sizes((8, 12), 2)
     ((4, 8), (8, 12))
     """
-    height, width = as_size(grid_size, "grid_size")
+    grid = as_size(grid_size, "grid_size")
     check_positive(stride=stride)
-    steps = range((min(height, width) - 1) // (2 * stride), -1, -1)
-    return tuple(as_kernel_size((height - 2 * stride * i, width - 2 * stride * i), "kernel_size") for i in steps)
+    return tuple(_cropped(grid, stride, steps) for steps in range(_most_crops(grid, stride), -1, -1))
+
+
+def _most_crops(grid: Size, stride: int) -> int:
+    return (min(grid) - 1) // (2 * stride)
+
+
+def _cropped(grid: Size, stride: int, steps: int) -> KernelSize:
+    return as_kernel_size((grid[0] - 2 * stride * steps, grid[1] - 2 * stride * steps), "kernel_size")
 
 
 def crop_window(grid_size: KernelSize, kernel_size: KernelSize) -> Window:
@@ -99,8 +108,9 @@ def crop_window(grid_size: KernelSize, kernel_size: KernelSize) -> Window:
     check_fits(grid, kernel, "kernel size")
     for length, k in zip(grid, kernel, strict=True):
         if (length - k) % 2:
-            sizes = crop_sizes(grid, 2)
-            proposal = ", ".join(map(str, sizes[:3])) + (", ..." if len(sizes) > 3 else "")
+            most = _most_crops(grid, 2)
+            sizes = [str(_cropped(grid, 2, steps)) for steps in range(most, max(most - 3, -1), -1)]
+            proposal = ", ".join(sizes) + (", ..." if most > 2 else "")
             raise SpatialTokensError(
                 f"grid_size {grid} cannot be cropped to a centred {kernel[0]} x {kernel[1]} window: "
                 f"{length} - {k} is odd; use kernel sizes {proposal}"
@@ -175,13 +185,14 @@ def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], varia
     (4, 8)
     """
     if not isinstance(kernel_sizes, (tuple, list)) or not kernel_sizes:
-        raise SpatialTokensError(f"kernel_sizes must be a non-empty tuple such as (4, 8, 12), got {kernel_sizes!r}")
+        raise SpatialTokensError(f"kernel_sizes must be a non-empty tuple such as (4, 8, 12), got {shown(kernel_sizes)}")
     if variant not in get_args(Variant):
-        raise SpatialTokensError(f"variant must be 'cropping' or 'pooling', got {variant!r}")
+        raise SpatialTokensError(f"variant must be 'cropping' or 'pooling', got {shown(variant)}")
     sizes = tuple(as_kernel_size(k, "each of kernel_sizes") for k in kernel_sizes)
-    for k in sizes:
-        crop_window(grid_size, k) if variant == "cropping" else pool_bins(grid_size, k)
+    grid = as_size(grid_size, "grid_size")
     pairs = [as_size(k, "kernel size") for k in sizes]
+    for pair in pairs:
+        crop_window(grid, pair) if variant == "cropping" else check_fits(grid, pair, "kernel size")
     for before, after in pairwise(pairs):
         if before == after or before[0] > after[0] or before[1] > after[1]:
             raise SpatialTokensError(f"kernel_sizes must increase, got {sizes}; sort them and drop repeated ones")

@@ -29,7 +29,12 @@ class Case(NamedTuple):
 
 def projector(detail, **kwargs):
     config = SPProjectorConfig(
-        vision_hidden_size=4, spatial_hidden_size=6, text_hidden_size=5, grid_size=GRID, kernel_sizes=SIZES, detail_kernel_size=detail
+        vision_hidden_size=4,
+        spatial_hidden_size=6,
+        text_hidden_size=5,
+        grid_size=GRID,
+        kernel_sizes=SIZES,
+        detail_kernel_size=detail,
     )
     return SPProjector.from_config(config, **kwargs)
 
@@ -45,10 +50,11 @@ CASES = {
     "linear head": Case(lambda **kw: LinearHead(4, 5, **kw)),
     "linear head without bias": Case(lambda **kw: LinearHead(4, 5, bias=False, **kw)),
     "projector": Case(lambda **kw: projector(4, **kw), options=ATTENTION),
+    "projector, tokens alone": Case(lambda **kw: projector(4, **kw)),
     "projector without DFI": Case(lambda **kw: projector(None, **kw)),
     "sliding window": Case(lambda **kw: SlidingWindowExtractor(4, 6, grid_size=GRID, kernel_size=(3, 4), **kw)),
     "transformer": Case(
-        lambda **kw: TransformerExtractor(4, grid_size=GRID, kernel_sizes=SIZES, num_layers=2, num_heads=2, **kw).eval()
+        lambda **kw: TransformerExtractor(4, grid_size=GRID, kernel_sizes=SIZES[:2], num_layers=1, num_heads=2, **kw).eval()
     ),
 }
 READERS = [name for name in CASES if "head" not in name]  # those that know their grid

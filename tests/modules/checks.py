@@ -1,5 +1,7 @@
 """What the tests of the modules share: random sizes and inputs, and the comparison of a module with the reference."""
 
+from functools import partial
+
 import torch
 from hypothesis import strategies as st
 
@@ -12,26 +14,16 @@ ZERO = ("key_projector.0.bias", "key_projector.1.bias")  # they shift all scores
 def assert_equals_reference(module, reference, *inputs, tolerance=FLOAT32, **options):
     """Outputs and the gradients of inputs and parameters equal those of `reference(parameters, *inputs)` in float64."""
     parameters = dict(module.named_parameters())
-    inputs = [x.detach().requires_grad_() for x in inputs]
     exact = {name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()}
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-
-    given = outputs_and_gradients(module(*inputs, **options), inputs, parameters)
-    expected = outputs_and_gradients(reference(exact, *exact_inputs), exact_inputs, exact)
-    assert given.keys() == expected.keys()
-    for name in expected:
-        ours, theirs = given[name], expected[name]
-        if name.endswith(ZERO):  # so it is measured against the weight's
-            weight = name.removesuffix("bias") + "weight"
-            ours, theirs = (torch.cat([grads[name], grads[weight].flatten()]) for grads in (given, expected))
-        try:
-            assert_close(ours, theirs, tolerance)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+    given = outputs_and_gradients(lambda *x: module(*x, **options), inputs, parameters)
+    expected = outputs_and_gradients(lambda *x: reference(exact, *x), [x.double() for x in inputs], exact)
+    assert_all_close(given, expected, tolerance)
 
 
-def outputs_and_gradients(outputs, inputs, parameters):
+def outputs_and_gradients(function, inputs, parameters):
     """All by name; the gradients are those of a fixed random weighting of all outputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output) for output in outputs]
@@ -40,13 +32,27 @@ def outputs_and_gradients(outputs, inputs, parameters):
     return dict(zip(names, (*outputs, *gradients), strict=True))
 
 
+def assert_all_close(given, expected, tolerance):
+    assert given.keys() == expected.keys()
+    for name in expected:
+        ours, theirs = given[name], expected[name]
+        if name.endswith(ZERO):  # so it is measured against the weight's
+            weight = name.removesuffix("bias") + "weight"
+            ours, theirs = (torch.cat([tensors[name], tensors[weight].flatten()]) for tensors in (given, expected))
+        try:
+            assert_close(ours, theirs, tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+randn = partial(torch.randn, dtype=torch.float64)
 LAYOUTS = {
-    "contiguous": lambda b, n, c: torch.randn(b, n, c),
-    "channels first": lambda b, n, c: torch.randn(b, c, n).transpose(1, 2),
-    "class token dropped": lambda b, n, c: torch.randn(b, n + 1, c)[:, 1:],
-    "every second": lambda b, n, c: torch.randn(b, 2 * n, c + 1)[:, ::2, 1:],
-    "batch last": lambda b, n, c: torch.randn(n, c, b).permute(2, 0, 1),
-    "expanded": lambda b, n, c: torch.randn(1, n, c).expand(b, n, c),
+    "contiguous": lambda b, n, c: randn(b, n, c),
+    "channels first": lambda b, n, c: randn(b, c, n).transpose(1, 2),
+    "class token dropped": lambda b, n, c: randn(b, n + 1, c)[:, 1:],
+    "every second": lambda b, n, c: randn(b, 2 * n, c + 1)[:, ::2, 1:],
+    "batch last": lambda b, n, c: randn(n, c, b).permute(2, 0, 1),
+    "expanded": lambda b, n, c: randn(1, n, c).expand(b, n, c),
 }
 batches = st.integers(0, 3)
 widths = st.integers(1, 5)
@@ -58,7 +64,7 @@ variants = st.sampled_from(["cropping", "pooling"])
 @st.composite
 def features(draw, batch, positions, channels):
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    return LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](batch, positions, channels).double()
+    return LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](batch, positions, channels)
 
 
 @st.composite

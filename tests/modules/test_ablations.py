@@ -82,6 +82,7 @@ def test_no_two_layers_start_alike():
         module.reset_parameters()
 
 
+@pytest.mark.filterwarnings("error")  # as of torch's transformers about options that do not go together
 def test_parameters_of_the_paper_size():
     module = TransformerExtractor(1024, grid_size=24, kernel_sizes=(4, 8, 12, 16, 20, 24), device="meta")
     attention, feedforward, norm = 4 * 1024**2, 2 * 1024**2, 1024

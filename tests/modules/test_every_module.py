@@ -1,35 +1,33 @@
 """What each module promises as an `nn.Module`."""
 
 import copy
+import inspect
 import io
 import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.modules.cases import ATTENTION, CASES, GRID, every_case
-from tests.modules.checks import outputs_and_gradients
-from tests.tolerances import assert_close, rounding
+from spatial_tokens.modules.ablations import TransformerExtractor
+from tests.modules.cases import CASES, GRID, every_case
+from tests.modules.checks import assert_all_close, outputs_and_gradients
+from tests.tolerances import FLOAT32, assert_close, rounding
 
 
-def evaluate(case, module, inputs):
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    return outputs_and_gradients(case.run(module, inputs), inputs, dict(module.named_parameters()))
-
-
-def assert_same(given, expected, tolerance):
-    assert given.keys() == expected.keys()
-    largest = max(tensor.abs().max() for tensor in expected.values())
-    for name in expected:  # with the largest at the end, since some gradients are zero but for rounding
-        assert_close(*(torch.cat([side[name].flatten(), largest[None]]) for side in (given, expected)), tolerance)
+def evaluate(case, module, inputs, compiled=None):
+    function = module if compiled is None else compiled
+    return outputs_and_gradients(lambda *x: case.run(function, x), inputs, dict(module.named_parameters()))
 
 
 @every_case
 def test_device_and_dtype_reach_every_parameter(case):
     tensors = case.build(device="meta", dtype=torch.bfloat16).state_dict().values()
     assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("meta", torch.bfloat16)}
-    assert {output.dtype for output in case.run(case.build(dtype=torch.float64), case.inputs(dtype=torch.float64))} == {torch.float64}
+    assert {output.dtype for output in case.run(case.build(dtype=torch.float64), case.inputs(dtype=torch.float64))} == {
+        torch.float64
+    }
 
 
 @every_case
@@ -44,7 +42,6 @@ def test_from_meta_by_to_empty_and_reset_parameters(case):
     random = 0
     for name, after in module.state_dict().items():
         assert after.isfinite().all(), name
-        assert after.abs().max() <= 1, name
         if after.unique().numel() > 1:
             assert not torch.equal(before[name], after), name
             random += 1
@@ -55,69 +52,78 @@ def test_from_meta_by_to_empty_and_reset_parameters(case):
 
 
 @every_case
+def test_linear_layers_start_within_the_bound_of_a_convolution(case):
+    module = case.build()
+    for _ in range(2):
+        for layer in module.modules():
+            if type(layer) is nn.Linear and not isinstance(module, TransformerExtractor):  # that one follows Xavier's rule
+                assert 0.7 < layer.weight.abs().max() * layer.in_features**0.5 <= 1
+        module.reset_parameters()
+
+
+@every_case
 def test_autocast_to_bfloat16(case):
     module, inputs = case.build(), case.inputs()
-    expected = evaluate(case, module, inputs)
+    exact = case.run(module, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         given = evaluate(case, module, inputs)
-    assert {name: tensor.dtype for name, tensor in given.items() if "output" not in name} == {
-        name: torch.float32 for name in expected if "output" not in name
-    }
-    assert any(not torch.equal(given[name], expected[name]) for name in expected)
-    assert_same(given, expected, rounding(torch.bfloat16, 20))
+    outputs = [given.pop(f"output {i}") for i in range(len(exact))]
+    for output, expected in zip(outputs, exact, strict=True):
+        assert_close(output, expected, rounding(torch.bfloat16, 10))
+    assert not all(map(torch.equal, outputs, exact))
+    assert {gradient.dtype for gradient in given.values()} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in given.values())
 
 
 @every_case
 def test_compile_without_graph_break_or_recompilation(case):
     torch._dynamo.reset()
-    module, counter = case.build(), CompileCounterWithBackend("aot_eager")
+    module, counter, graphs = case.build(), CompileCounterWithBackend("aot_eager"), set()
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
-    for batch in (2, 5):
+    for batch in (2, 5, 3):
         inputs = case.inputs(batch)
-        inputs_of = [x.detach().requires_grad_() for x in inputs]
-        given = outputs_and_gradients(case.run(compiled, inputs_of), inputs_of, dict(module.named_parameters()))
-        assert_same(given, evaluate(case, module, inputs), 1e-6)
-    assert counter.frame_count == 1
+        assert_all_close(evaluate(case, module, inputs, compiled), evaluate(case, module, inputs), FLOAT32)
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_compile_with_inductor(attention):
+def test_compile_with_inductor():
     torch._dynamo.reset()
-    case = CASES["projector"]._replace(options=ATTENTION if attention else {})
-    module = case.build()
+    case = CASES["projector"]
+    module, inputs = case.build(), case.inputs()
     compiled = torch.compile(module, fullgraph=True)
-    inputs = case.inputs()
-    inputs_of = [x.detach().requires_grad_() for x in inputs]
-    given = outputs_and_gradients(case.run(compiled, inputs_of), inputs_of, dict(module.named_parameters()))
-    assert_same(given, evaluate(case, module, inputs), 1e-5)
+    assert_all_close(evaluate(case, module, inputs, compiled), evaluate(case, module, inputs), FLOAT32)
 
 
 @every_case
 def test_export_with_a_dynamic_batch(case):
-    module = case.build()
-    batch = torch.export.Dim("batch")
-    exported = torch.export.export(
-        module, tuple(case.inputs(2)), case.options,
-        dynamic_shapes=([{0: batch} for _ in case.shapes], *([[None]] if 0 else [])) if 0 else None,
-    )
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for size in (2,):
+    module, inputs = case.build(), case.inputs()
+    names, batch = list(inspect.signature(module.forward).parameters), {0: torch.export.Dim("batch")}
+    shapes = dict.fromkeys(names[: len(inputs)], batch) | dict.fromkeys(case.options)
+    exported = torch.export.export(module, tuple(inputs), case.options, dynamic_shapes=shapes)
+    loaded = torch.export.load(as_file(torch.export.save, exported)).module()
+    for size in (0, 1, 5):
         inputs = case.inputs(size)
         for given, expected in zip(case.run(loaded, inputs), case.run(module, inputs), strict=True):
-            assert_close(given, expected, 1e-6)
+            assert_close(given, expected)
 
 
-def through_file(module):
+def as_file(save, *content):
     file = io.BytesIO()
-    torch.save(module, file)
+    save(*content, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return file
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), through_file])
+def by_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def by_save(module):
+    return torch.load(as_file(torch.save, module), weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_save], ids=["deepcopy", "pickle", "save"])
 @every_case
 def test_copies_are_equal_and_their_own(case, duplicate):
     module, inputs = case.build(), case.inputs()
@@ -166,7 +172,7 @@ def test_images_do_not_know_each_other_and_stay_as_they_are(case):
         ("pooling", f"4, 6, grid_size={GRID}, kernel_sizes=(2, (4, 6), (6, 8)), variant='pooling'"),
         ("integrator", f"4, 6, grid_size={GRID}, kernel_size=(4, 2), stride=2"),
         ("sliding window", f"4, 6, grid_size={GRID}, kernel_size=(3, 4), stride=(3, 4)"),
-        ("transformer", f"4, grid_size={GRID}, kernel_sizes=(2, (4, 6), (6, 8)), variant='cropping'"),
+        ("transformer", f"4, grid_size={GRID}, kernel_sizes=(2, (4, 6)), variant='cropping'"),
     ],
 )
 def test_extra_repr(name, expected):

@@ -14,9 +14,7 @@ from tests.modules.checks import FLOAT64, assert_equals_reference, batches, feat
 def test_it_equals_convolutions_of_any_sizes(data, grid, variant, channels, width, batch):
     sizes = data.draw(scales(grid, variant))
     patches = data.draw(features(batch, grid[0] * grid[1], channels))
-    module = SpatialFeatureExtractor(
-        channels, width, grid_size=grid, kernel_sizes=sizes, variant=variant, dtype=torch.float64
-    )
+    module = SpatialFeatureExtractor(channels, width, grid_size=grid, kernel_sizes=sizes, variant=variant, dtype=torch.float64)
     expected = partial(reference.extractor, grid_size=grid, kernel_sizes=sizes, variant=variant)
     assert_equals_reference(module, expected, patches, tolerance=FLOAT64)
     assert module(patches).shape == (batch, module.num_spatial_tokens, width) == (batch, len(sizes), width)

@@ -36,7 +36,10 @@ def test_its_output_is_exact_for_the_fewest_channels(width):
     sizes = {"grid_size": 4, "kernel_size": 2, "stride": 2}
     module = DetailFeatureIntegrator(1, width, **sizes, dtype=torch.float64)
     inputs = torch.randn(2, 3, width).double(), torch.randn(2, 16, 1).double()
-    given, expected = module(*inputs, return_attention=True), reference.integrator(dict(module.named_parameters()), *inputs, **sizes)
+    given, expected = (
+        module(*inputs, return_attention=True),
+        reference.integrator(dict(module.named_parameters()), *inputs, **sizes),
+    )
     torch.testing.assert_close(given, expected)
 
 

@@ -29,6 +29,7 @@ TENSORS = {
     "b.c": torch.tensor([float("nan"), 1, 2], dtype=torch.bfloat16),
     "d": torch.tensor(3),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage", "ignore:Defining your `__torch")
 SUFFIXES = {".safetensors": save_file, ".bin": torch.save, ".pt": legacy_save}
 
 
@@ -47,9 +48,6 @@ class Payload:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
-
-
-# atomic_write, write_text, read_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -103,9 +101,6 @@ def test_unreadable_text(tmp_path):
     for name, reason in (("none", "No such file or directory"), ("latin", "'utf-8' codec can't decode"), ("", "Is a directory")):
         with refused(re.escape(f"cannot read {tmp_path / name}: {reason}")):
             read_text(tmp_path / name)
-
-
-# write_tensors, read_tensors
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from os import PathLike
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,7 +25,7 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size, as_size
 from spatial_tokens.modules import SPProjector
-from spatial_tokens.storage.files import Tensors, read_tensors
+from spatial_tokens.storage.files import Tensors, is_state_dict, read_tensors
 from spatial_tokens.storage.pretrained import assign, require_exactly
 
 PREFIXES = ("base_model.model.model.", "model.", "")
@@ -67,23 +68,20 @@ def from_llava_sp(
         >>> from_llava_sp(released).config == config
         True
     """
-    if isinstance(source, Mapping):
-        origin, tensors = "the state dict", {n: t for n, t in source.items() if not _REST_OF_MODEL.match(n)}
-    else:
-        origin, tensors = str(source), read_tensors(source, lambda name: not _REST_OF_MODEL.match(name))
-    tensors = _without_prefix(tensors, origin)
+    origin = "the state dict" if isinstance(source, Mapping) else str(source)
+    tensors = _without_prefix(_projector_tensors(source), origin)
     config = _infer_config(tensors, origin) if config is None else config
 
     projector = SPProjector.from_config(config, device="meta")
     names = _released_names(config)
     shapes = {names[name]: _released_shape(config, name, tensor.shape) for name, tensor in projector.state_dict().items()}
     require_exactly(shapes, tensors, origin)
-    assign(projector, {name: _from_convolution(tensors[released], dtype) for name, released in names.items()}, origin)
+    assign(projector, {name: _from_convolution(tensors[released]) for name, released in names.items()}, origin, dtype)
     return projector.to(device=device)
 
 
 def to_llava_sp(projector: SPProjector, *, prefix: str = "") -> Tensors:
-    """The projector's tensors under the released names and in the released shapes.
+    """A copy of the projector's tensors under the released names and in the released shapes.
 
     Args:
         projector: Any that the released names can hold: square kernels and a "linear" spatial head.
@@ -96,7 +94,19 @@ def to_llava_sp(projector: SPProjector, *, prefix: str = "") -> Tensors:
         raise SpatialTokensError(f"prefix must be one of {', '.join(map(repr, PREFIXES))}, got {prefix!r}")
     config = projector.config
     names, tensors = _released_names(config), projector.exact_state_dict()
-    return {prefix + released: _to_convolution(config, name, tensors[name]).contiguous() for name, released in names.items()}
+    return {
+        prefix + released: _to_convolution(config, name, tensors[name]).clone(memory_format=torch.contiguous_format)
+        for name, released in names.items()
+    }
+
+
+def _projector_tensors(source: Any) -> Tensors:
+    """What may belong to a projector, from wherever it is."""
+    if isinstance(source, (str, PathLike)):
+        return read_tensors(source, lambda name: not _REST_OF_MODEL.match(name))
+    if not is_state_dict(source):
+        raise SpatialTokensError(f"source must be a path, or a state dict of names to tensors, got a {type(source).__name__}")
+    return {name: tensor for name, tensor in source.items() if not _REST_OF_MODEL.match(name)}
 
 
 def _released_names(config: SPProjectorConfig) -> dict[str, str]:
@@ -145,10 +155,11 @@ def _to_convolution(config: SPProjectorConfig, name: str, tensor: torch.Tensor) 
     return tensor if kernel is None else rearrange(tensor, "s (h w c) -> s c h w", h=kernel[0], w=kernel[1])
 
 
-def _from_convolution(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _from_convolution(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, in our layout."""
     if tensor.ndim == 4:
         tensor = rearrange(tensor, "s c h w -> s h w c")
-    own = tensor.detach().to(dtype=dtype or tensor.dtype, memory_format=torch.contiguous_format, copy=True)
+    own = tensor.detach().clone(memory_format=torch.contiguous_format)
     return own.flatten(1) if tensor.ndim == 4 else own
 
 
@@ -159,6 +170,11 @@ def _without_prefix(tensors: Mapping[str, torch.Tensor], origin: str) -> Tensors
         raise SpatialTokensError(
             f"{origin} holds no single LLaVA-SP projector: expected conv_{{k}}.weight under one of the prefixes "
             f"{', '.join(map(repr, PREFIXES))}, found it under {', '.join(map(repr, found)) or 'none'}"
+        )
+    strays = [name for name in tensors if not name.startswith(found[0])]
+    if strays:
+        raise SpatialTokensError(
+            f"the tensors of {origin} do not fit: unexpected beside the prefix {found[0]!r}: {', '.join(strays[:20])}"
         )
     return {name.removeprefix(found[0]): tensor for name, tensor in tensors.items()}
 

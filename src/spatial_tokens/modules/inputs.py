@@ -74,12 +74,18 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
+def _autocasts(*tensors: torch.Tensor) -> bool:
+    """Whether autocast brings these together: it knows no meta device and leaves float64 alone."""
+    device = tensors[0].device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and all(t.dtype != torch.float64 for t in tensors)
+
+
 def _check_placement(features: torch.Tensor, weight: torch.Tensor, name: str) -> None:
     if features.device != weight.device:
         raise SpatialTokensError(
             f"{name} are on {features.device}, the weights on {weight.device}; move one of them: .to({str(weight.device)!r})"
         )
-    if features.dtype != weight.dtype and not torch.is_autocast_enabled(features.device.type):
+    if features.dtype != weight.dtype and not _autocasts(features, weight):
         raise SpatialTokensError(
             f"{name} are {features.dtype}, the weights {weight.dtype}; cast one of them: .to({weight.dtype}), or use torch.autocast"
         )

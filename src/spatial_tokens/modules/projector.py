@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from types import NoneType
 from typing import Literal, overload
 
 import torch
@@ -107,6 +108,8 @@ class SPProjector(nn.Module):
             raise _not_described(head)
         if not isinstance(patch_head, MLPHead):
             raise _not_described(patch_head)
+        if not isinstance(integrator, (DetailFeatureIntegrator, NoneType)):
+            raise _not_described(integrator)
         return SPProjectorConfig(
             vision_hidden_size=extractor.vision_hidden_size,
             text_hidden_size=head.out_features,
@@ -117,7 +120,7 @@ class SPProjector(nn.Module):
             detail_kernel_size=integrator.kernel_size if integrator else None,
             detail_stride=integrator.stride if integrator else None,
             spatial_head="linear" if isinstance(head, LinearHead) else "mlp",
-            spatial_head_bias=head.fc.bias is not None if isinstance(head, LinearHead) else True,
+            spatial_head_bias=getattr(head.fc, "bias", None) is not None if isinstance(head, LinearHead) else True,
         )
 
     def reset_parameters(self) -> None:
@@ -176,8 +179,8 @@ class SPProjector(nn.Module):
         """
         config, tensors = pretrained.load(directory)
         projector = cls.from_config(config, device="meta")
-        pretrained.assign(projector, tensors, str(directory))
-        return projector.to(device=device, dtype=dtype)
+        pretrained.assign(projector, tensors, str(directory), dtype)
+        return projector.to(device=device)
 
 
 def _not_described(part: nn.Module) -> SpatialTokensError:

@@ -2,10 +2,10 @@
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,9 @@ FOLDER_NAMES = (
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, renamed to it when the block ends well and removed when it does not.
+    """Gives a temporary file beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    The file has the permissions of any new file, whatever writes it.
 
     Raises:
         SpatialTokensError: If the file cannot be written; what was at `path` is still there.
@@ -36,12 +38,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(permissions)
         os.replace(temporary, target)
     except OSError as error:
         raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
@@ -52,7 +58,7 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot make the directory {path}: {reason(error)}") from error
     return Path(path)
 
@@ -71,7 +77,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot read {path}: {reason(error)}") from error
 
 
@@ -106,15 +112,30 @@ def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = l
         SpatialTokensError: If a file is missing, truncated, of another kind, or would need code to be run.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
         if not found:
             raise SpatialTokensError(f"no weights in {path}; looked for {', '.join(FOLDER_NAMES)}")
         path = found[0]
-    if not path.is_file():
+    if not os.path.isfile(path):  # which, unlike Path.is_file(), takes any name
         raise SpatialTokensError(f"{path} does not exist; give a weight file, an index file or a folder of them")
-    if path.name.endswith(".index.json"):
-        return _read_index(path, wanted)
+    return _read_index(path, wanted) if path.name.endswith(".index.json") else _read_file(path, wanted)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        SpatialTokensError: If it is missing or not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SpatialTokensError(f"{path} is not a whole safetensors file: {reason(error)}") from error
+
+
+def _read_file(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     return _read_safetensors(path, wanted) if path.suffix == ".safetensors" else _read_pickle(path, wanted)
 
 
@@ -129,28 +150,33 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
 def _read_pickle(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise SpatialTokensError(
             f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {reason(error)}"
         ) from error
-    if not isinstance(values, Mapping) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+    if not is_state_dict(values):
         raise SpatialTokensError(f"{path} holds a {type(values).__name__} that is not a state dict of tensors")
     return {name: tensor for name, tensor in values.items() if wanted(name)}
+
+
+def is_state_dict(values: object) -> TypeGuard[Mapping[str, torch.Tensor]]:
+    """Whether all names are strings and all values tensors."""
+    return isinstance(values, Mapping) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in values.items())
 
 
 def _read_index(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     try:
         shard_of = json.loads(read_text(path))["weight_map"].items()
         shards = {Path(shard) for name, shard in shard_of if wanted(name)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, SpatialTokensError):
-            raise
+    except SpatialTokensError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SpatialTokensError(f"{path} is not an index of shards: it needs a 'weight_map' of names to files") from error
     tensors: Tensors = {}
     for shard in sorted(shards):
-        if shard.name != str(shard) or not (path.parent / shard).is_file():
+        if shard.name != str(shard) or not os.path.isfile(path.parent / shard):
             raise SpatialTokensError(f"{path} names the shard {str(shard)!r}, which is not a file beside it")
-        tensors |= read_tensors(path.parent / shard, wanted)
+        tensors |= _read_file(path.parent / shard, wanted)
     lost = [name for name, _ in shard_of if wanted(name) and name not in tensors]
     if lost:
         raise SpatialTokensError(f"{path} lists tensors that its shards do not hold: {', '.join(lost[:20])}")

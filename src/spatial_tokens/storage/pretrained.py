@@ -9,7 +9,15 @@ from torch import nn
 
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.storage.files import Tensors, atomic_write, make_directory, read_tensors, read_text, write_tensors
+from spatial_tokens.storage.files import (
+    Tensors,
+    atomic_write,
+    make_directory,
+    read_metadata,
+    read_tensors,
+    read_text,
+    write_tensors,
+)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -18,36 +26,49 @@ WEIGHTS_NAME = "model.safetensors"
 def save(directory: str | PathLike[str], config: SPProjectorConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes both files; neither takes its place before both are whole.
 
+    The weights name the config that they belong to, so that `load` can tell if a process died between the two renames.
+
     Raises:
-        SpatialTokensError: If they cannot be written; what was there before is still there.
+        SpatialTokensError: If they cannot be written; a file that was not replaced is as it was.
     """
     folder = make_directory(directory)
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
-        write_tensors(folder / WEIGHTS_NAME, tensors, {"library": "spatial-tokens"})
+        write_tensors(folder / WEIGHTS_NAME, tensors, {"config": config.to_json()})
 
 
 def load(directory: str | PathLike[str]) -> tuple[SPProjectorConfig, Tensors]:
     """Reads both files.
 
     Raises:
-        SpatialTokensError: If one is missing or damaged.
+        SpatialTokensError: If one is missing or damaged, or they are of two different saves.
     """
     folder = Path(directory)
-    return SPProjectorConfig.from_json(read_text(folder / CONFIG_NAME)), read_tensors(folder / WEIGHTS_NAME)
+    config = SPProjectorConfig.from_json(read_text(folder / CONFIG_NAME))
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    written_with = read_metadata(folder / WEIGHTS_NAME).get("config")
+    if written_with is not None and SPProjectorConfig.from_json(written_with) != config:
+        raise SpatialTokensError(
+            f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are of different saves; the config of the weights is {written_with}"
+        )
+    return config, tensors
 
 
-def assign(module: nn.Module, tensors: Tensors, source: str) -> None:
-    """Makes the tensors a module's parameters, without a copy.
+def assign(module: nn.Module, tensors: Tensors, source: str, dtype: torch.dtype | None = None) -> None:
+    """Makes the tensors a module's parameters, cast to a dtype or as they are.
 
     Raises:
-        SpatialTokensError: If names or shapes are not exactly the module's, or the dtypes are mixed or not floating.
+        SpatialTokensError: If names or shapes are not exactly the module's, a tensor is not floating, or they are of several
+            dtypes and none is given.
     """
     require_exactly({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, source)
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        raise SpatialTokensError(f"{source} has tensors of {', '.join(sorted(map(str, dtypes)))}; cast them to one floating dtype")
-    module.load_state_dict(tensors, assign=True)
+    named = ", ".join(sorted(map(str, dtypes)))
+    if not all(given.is_floating_point for given in dtypes):
+        raise SpatialTokensError(f"{source} has tensors of {named}; all must be floating point")
+    if dtype is None and len(dtypes) > 1:
+        raise SpatialTokensError(f"{source} has tensors of {named}; give the dtype that all should have")
+    module.load_state_dict({name: tensor.to(dtype=dtype) for name, tensor in tensors.items()}, assign=True)
 
 
 def require_exactly(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, torch.Tensor], source: str) -> None:

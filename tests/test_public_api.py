@@ -1,0 +1,153 @@
+import ast
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import spatial_tokens
+
+PACKAGE = Path(spatial_tokens.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+FLOORS = [  # ground first; a room is a top-level name of the package
+    {"errors", "grid"},
+    {"config", "presets", "ops", "storage"},
+    {"modules"},
+    {"checkpoint", "adapters", "visualize", "bench"},
+    {"demo", "cli"},
+]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FORBIDDEN = {  # what a room must not know although it lies below
+    "ops": {"spatial_tokens.config", "spatial_tokens.storage"},
+    "storage": {"spatial_tokens.ops"},
+    "config": {"spatial_tokens.ops", "spatial_tokens.storage"},
+}
+OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
+    "timm": {"adapters"},
+    "torchvision": {"adapters"},
+    "transformers": {"adapters"},
+    "huggingface_hub": {"adapters"},
+    "peft": {"adapters"},
+    "triton": {"ops"},
+    "numpy": {"visualize", "bench", "demo"},
+    "PIL": {"visualize", "demo"},
+    "matplotlib": {"visualize", "bench"},
+    "rich": {"cli", "demo", "bench"},
+}
+CORE = {"torch", "einops", "safetensors", "spatial_tokens"}
+
+
+def imports(path):
+    """The modules that a file imports, anywhere but under TYPE_CHECKING, each with whether it is imported at the top."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in tree.body) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield (submodule if submodule in MODULES else node.module), node in tree.body
+
+
+def room(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_public_names():
+    assert sorted(spatial_tokens.__all__) == [
+        "DetailFeatureIntegrator",
+        "SPProjector",
+        "SPProjectorConfig",
+        "SpatialFeatureExtractor",
+        "SpatialTokensError",
+        "__version__",
+    ]
+    assert all(hasattr(spatial_tokens, name) for name in spatial_tokens.__all__)
+    assert spatial_tokens.__version__ == version("spatial-tokens")
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("spatial_tokens.checkpoint", {"from_llava_sp", "to_llava_sp"}),
+        ("spatial_tokens.modules", {"DetailFeatureIntegrator", "SPProjector", "SpatialFeatureExtractor", "LinearHead", "MLPHead"}),
+        ("spatial_tokens.modules.ablations", {"SlidingWindowExtractor", "TransformerExtractor"}),
+    ],
+)
+def test_names_of_the_rooms(module, names):
+    exported = __import__(module, fromlist=["__all__"])
+    assert set(exported.__all__) == names
+    assert all(hasattr(exported, name) for name in names)
+
+
+def test_errors_are_value_errors():
+    assert issubclass(spatial_tokens.SpatialTokensError, ValueError)
+
+
+def test_types_are_shipped():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_importing_costs_torch_einops_and_safetensors_alone():
+    script = (
+        "import json, sys, torch, einops, safetensors.torch; before = {n.partition('.')[0] for n in sys.modules};"
+        "import spatial_tokens, spatial_tokens.checkpoint, spatial_tokens.modules.ablations;"
+        "print(json.dumps(sorted({n.partition('.')[0] for n in sys.modules} - before)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(json.loads(result.stdout)) - sys.stdlib_module_names == {"spatial_tokens"}
+    assert not result.stderr
+
+
+@pytest.mark.parametrize("room_name", ["errors", "grid", "presets", "config"])
+def test_what_is_counted_and_checked_needs_no_torch(room_name):
+    for module, _ in imports(PACKAGE / f"{room_name}.py"):
+        root = module.split(".")[0]
+        assert root in sys.stdlib_module_names or room(module) in {"errors", "grid", "presets", "config"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    if module == "spatial_tokens":
+        return
+    assert room(module) in FLOOR_OF, "a new room: give it a floor"
+    for imported, _ in imports(MODULES[module]):
+        if imported.split(".")[0] == "spatial_tokens" and room(imported):
+            assert FLOOR_OF[room(imported)] <= FLOOR_OF[room(module)], f"{module} imports {imported}, from a higher floor"
+            assert not any(imported.startswith(name) for name in FORBIDDEN.get(room(module), ()))
+
+
+def test_imports_make_no_circle():
+    below = {
+        module: {name for name, _ in imports(path) if name in MODULES and name not in ("spatial_tokens", module)}
+        for module, path in MODULES.items()
+    }
+    while below:
+        ground = {module for module, needs in below.items() if not needs & below.keys()}
+        assert ground, f"a circle within {sorted(below)}"
+        below = {module: needs for module, needs in below.items() if module not in ground}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_libraries_stay_in_their_rooms(module):
+    for imported, at_top in imports(MODULES[module]):
+        library = imported.split(".")[0]
+        if library in CORE or library in sys.stdlib_module_names:
+            continue
+        assert room(module) in OPTIONAL[library], f"{module} imports {library}"
+        assert not at_top or room(module) == "ops", f"{module} imports {library} at its top, not where it is used"
