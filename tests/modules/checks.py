@@ -91,5 +91,5 @@ def written(draw, size):
 
 
 @st.composite
-def strides(draw):
-    return draw(written([draw(st.integers(1, 4)), draw(st.integers(1, 4))]))
+def strides(draw, grid):
+    return draw(written([draw(st.integers(1, min(4, side))) for side in grid]))

@@ -87,6 +87,7 @@ def test_compile_without_graph_break_or_recompilation(case):
     assert len(graphs) == 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="inductor 2.6 on CPUs fails in its own code generator on unfold's gradient")
 def test_compile_with_inductor():
     torch._dynamo.reset()
     case = CASES["projector"]
@@ -98,7 +99,7 @@ def test_compile_with_inductor():
 @every_case
 def test_export_with_a_dynamic_batch(case):
     module, inputs = case.build(), case.inputs()
-    names, batch = list(inspect.signature(module.forward).parameters), {0: torch.export.Dim("batch")}
+    names, batch = list(inspect.signature(module.forward).parameters), {0: torch.export.Dim("batch", max=64)}
     shapes = dict.fromkeys(names[: len(inputs)], batch) | dict.fromkeys(case.options)
     exported = torch.export.export(module, tuple(inputs), case.options, dynamic_shapes=shapes)
     loaded = torch.export.load(as_file(torch.export.save, exported)).module()

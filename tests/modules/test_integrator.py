@@ -12,12 +12,12 @@ from tests.modules.checks import FLOAT64, assert_equals_reference, batches, feat
 normal_widths = st.integers(3, 6)  # a LayerNorm of one or two channels has no gradient but rounding
 
 
-@given(data=st.data(), grid=grids, channels=widths, width=normal_widths, batch=batches, count=st.integers(1, 4), stride=strides())
-def test_it_equals_a_strided_convolution_and_attention_by_hand(data, grid, channels, width, batch, count, stride):
+@given(data=st.data(), grid=grids, channels=widths, width=normal_widths, batch=batches, count=st.integers(1, 4))
+def test_it_equals_a_strided_convolution_and_attention_by_hand(data, grid, channels, width, batch, count):
     size = data.draw(kernels(grid))
     tokens = data.draw(features(batch, count, width))
     patches = data.draw(features(batch, grid[0] * grid[1], channels))
-    sizes = {"grid_size": grid, "kernel_size": size, "stride": stride}
+    sizes = {"grid_size": grid, "kernel_size": size, "stride": data.draw(strides(grid))}
     module = DetailFeatureIntegrator(channels, width, **sizes, dtype=torch.float64)
     assert_equals_reference(
         module, partial(reference.integrator, **sizes), tokens, patches, tolerance=FLOAT64, return_attention=True

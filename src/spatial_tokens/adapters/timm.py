@@ -116,8 +116,11 @@ def _create(name: str, pretrained: bool, model_kwargs: dict[str, Any]) -> Any:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_kwargs)
     except Exception as error:  # timm and its hub raise what they like
         raise SpatialTokensError(f"timm cannot make {name!r}: {reason(error)}") from error
-    if not hasattr(model, "forward_intermediates"):
-        raise SpatialTokensError(f"timm model {name!r} has no forward_intermediates; use a ViT, for example vit_base_patch16_224")
+    for needed in ("forward_intermediates", "prune_intermediate_layers"):
+        if not hasattr(model, needed):
+            raise SpatialTokensError(
+                f"timm {timm.__version__}'s {name!r} has no {needed}; use a ViT, for example vit_base_patch16_224"
+            )
     return model
 
 

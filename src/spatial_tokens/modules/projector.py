@@ -191,17 +191,18 @@ def _not_described(part: nn.Module) -> SpatialTokensError:
 def _check_parts(
     extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module
 ) -> None:
-    """Raises SpatialTokensError if two parts that name their widths disagree; a part of the user's own may name none."""
-    spatial_source = extractor.spatial_hidden_size if integrator is None else integrator.out_features
-    pairs = [
-        ("spatial_head.in_features", spatial_head, "in_features", "its input has", spatial_source),
-        ("patch_head.in_features", patch_head, "in_features", "the extractor reads", extractor.vision_hidden_size),
-        ("patch_head.out_features", patch_head, "out_features", "spatial_head gives", getattr(spatial_head, "out_features", None)),
+    """Raises SpatialTokensError if two parts that name their widths disagree; parts of the user's own may name none."""
+    before_head = extractor if integrator is None else integrator
+    agreements = [
+        ("spatial_head", "in_features", before_head, "spatial_hidden_size" if integrator is None else "out_features"),
+        ("patch_head", "in_features", extractor, "vision_hidden_size"),
+        ("patch_head", "out_features", spatial_head, "out_features"),
+        *(("integrator", name, extractor, name) for name in ("vision_hidden_size", "spatial_hidden_size", "grid_size")),
     ]
-    if integrator is not None:
-        for name in ("vision_hidden_size", "spatial_hidden_size", "grid_size"):
-            pairs.append((f"integrator.{name}", integrator, name, "the extractor has", getattr(extractor, name)))
-    for label, part, name, relation, expected in pairs:
-        given = getattr(part, name, None)
+    parts = {"integrator": integrator, "spatial_head": spatial_head, "patch_head": patch_head}
+    for part, name, other, other_name in agreements:
+        given, expected = getattr(parts[part], name, None), getattr(other, other_name, None)
         if None not in (given, expected) and given != expected:
-            raise SpatialTokensError(f"{label} is {given} but {relation} {expected}; build the parts for each other")
+            raise SpatialTokensError(
+                f"{part}.{name} is {given}, but {other_name} of the {type(other).__name__} is {expected}; build them for each other"
+            )

@@ -1,6 +1,7 @@
 """The transformer-block extractor (LLaVA-SP, table 3, type "T"; appendix A)."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ class TransformerExtractor(nn.Module):
         )
         if vision_hidden_size % num_heads:
             raise SpatialTokensError(f"num_heads must divide vision_hidden_size, got {num_heads} and {vision_hidden_size}")
-        if not 0 <= dropout <= 1:
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise SpatialTokensError(f"dropout must be between 0 and 1, got {dropout!r}")
         self.vision_hidden_size = self.spatial_hidden_size = vision_hidden_size
         self.grid_size = as_size(grid_size, "grid_size")
@@ -110,11 +111,11 @@ class TransformerExtractor(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(B, N, C)` to spatial tokens `(B, K, C)`."""
-        first = self.get_submodule("transformers.0.encoder.layers.0.linear1")
+        first = cast(Any, self.transformers[0]).encoder.layers[0].linear1
         patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, first)
         scales = [self._window(patch_map, size).flatten(1, 2) for size in self._windows]  # (B, h * w, C) each
         tokens = [
-            transformer(scale, query.expand(len(patches), -1, -1))  # (B, 1, C)
+            transformer(scale, query.expand(patches.shape[0], -1, -1))  # (B, 1, C)
             for transformer, scale, query in zip(self.transformers, scales, self.queries, strict=True)
         ]
         return torch.cat(tokens, dim=1)
