@@ -55,8 +55,8 @@ def test_patch_features(case, patches, message):
         (torch.zeros(2, 3, 6).int(), "spatial tokens must be floating point, got torch.int32"),
         (torch.zeros(2, 3, 6).half(), "spatial tokens are torch.float16, the weights torch.float32"),
         (torch.zeros(2, 3, 6, device="meta"), "spatial tokens are on meta, the weights on cpu"),
-        (torch.zeros(3, 3, 6), "spatial tokens are of 3 images, patch features of 2; give both of the same"),
-        (torch.zeros(1, 3, 6), "spatial tokens are of 1 images, patch features of 2"),
+        (torch.zeros(3, 3, 6), "spatial tokens are for a batch of 3, patch features for one of 2; give both of the same images"),
+        (torch.zeros(1, 3, 6), "spatial tokens are for a batch of 1, patch features for one of 2"),
     ],
 )
 def test_spatial_tokens(tokens, message):

@@ -87,7 +87,6 @@ def test_compile_without_graph_break_or_recompilation(case):
     assert len(graphs) == 1
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="inductor 2.6 on CPUs fails in its own code generator on unfold's gradient")
 def test_compile_with_inductor():
     torch._dynamo.reset()
     case = CASES["projector"]

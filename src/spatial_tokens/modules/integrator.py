@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_grid_size
+from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_grid_size, strided_windows
 from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.inputs import as_patch_map, check_features
 from spatial_tokens.ops.windows import unfold
@@ -62,7 +62,7 @@ class DetailFeatureIntegrator(nn.Module):
         self.kernel_size = as_kernel_size(kernel_size, "kernel_size")
         self.stride = as_kernel_size(stride, "stride")
         self.detail_grid_size = strided_grid_size(self.grid_size, self.kernel_size, self.stride)
-        self._window, self._step = as_size(self.kernel_size, "kernel_size"), as_size(self.stride, "stride")
+        self._windows = strided_windows(self.grid_size, self.kernel_size, self.stride)
 
         def projector() -> nn.Sequential:
             return nn.Sequential(
@@ -71,7 +71,11 @@ class DetailFeatureIntegrator(nn.Module):
             )
 
         self.detail_kernel = nn.Linear(
-            prod(self._window) * vision_hidden_size, spatial_hidden_size, bias=False, device=device, dtype=dtype
+            prod(as_size(self.kernel_size, "kernel_size")) * vision_hidden_size,
+            spatial_hidden_size,
+            bias=False,
+            device=device,
+            dtype=dtype,
         )
         self.query_projector = projector()
         self.key_projector = projector()
@@ -107,10 +111,10 @@ class DetailFeatureIntegrator(nn.Module):
         check_features(spatial_tokens, self.spatial_hidden_size, self.query_projector[1], "spatial tokens", "(B, K, S)")
         if spatial_tokens.shape[0] != patches.shape[0]:
             raise SpatialTokensError(
-                f"spatial tokens are of {spatial_tokens.shape[0]} images, patch features of {patches.shape[0]}; "
+                f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {patches.shape[0]}; "
                 "give both of the same images"
             )
-        detail = self.detail_kernel(unfold(patch_map, self._window, self._step))  # (B, P, S)
+        detail = self.detail_kernel(unfold(patch_map, self._windows))  # (B, P, S)
         query, key, value = self.query_projector(spatial_tokens), self.key_projector(detail), self.value_projector(detail)
         scores = (query * self.spatial_hidden_size**-0.5) @ key.transpose(1, 2)  # (B, K, P); scaled first for float16's range
         attention = scores.softmax(dim=-1)
