@@ -14,13 +14,14 @@ import platform
 import statistics
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from spatial_tokens import SpatialFeatureExtractor, __version__
 from spatial_tokens.grid import crop_window
-from spatial_tokens.storage.files import write_text
+from spatial_tokens.storage.files import make_directory, write_text
 
 GRID, SIZES, CHANNELS, SPATIAL = (24, 24), (4, 8, 12, 16, 20, 24), 1024, 512
 
@@ -101,6 +102,7 @@ def main() -> None:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         command = "python benchmarks/extractor.py --json FILE"
+        make_directory(Path(arguments.json).parent)
         write_text(arguments.json, json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
 
 

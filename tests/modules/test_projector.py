@@ -172,3 +172,9 @@ def test_a_bad_patch_shows_in_its_own_token_and_in_the_spatial_tokens_that_conta
     tokens = compose()(patches.flatten(1, 2))
     assert tokens[0].isfinite().all(-1).tolist() == [True, False, True, False] + [True] * 22
     assert tokens[1].isfinite().all()
+
+
+@pytest.mark.parametrize("config", ["llava-sp-cropping", None, {"vision_hidden_size": 4}])
+def test_a_config_of_another_kind(config):
+    with pytest.raises(SpatialTokensError, match="config must be an SPProjectorConfig, got"):
+        SPProjector.from_config(config)

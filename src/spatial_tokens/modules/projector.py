@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.modules.extractor import SpatialFeatureExtractor
 from spatial_tokens.modules.heads import LinearHead, MLPHead
 from spatial_tokens.modules.initialization import reset
@@ -64,7 +64,15 @@ class SPProjector(nn.Module):
     def from_config(
         cls, config: SPProjectorConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> SPProjector:
-        """The projector that a config describes, freshly initialised; `device="meta"` allocates nothing."""
+        """The projector that a config describes, freshly initialised; `device="meta"` allocates nothing.
+
+        Raises:
+            SpatialTokensError: If it is not an SPProjectorConfig.
+        """
+        if not isinstance(config, SPProjectorConfig):
+            raise SpatialTokensError(
+                f"config must be an SPProjectorConfig, got {shown(config)}; make one: SPProjectorConfig.from_preset(...)"
+            )
         c, s, d = config.vision_hidden_size, config.spatial_hidden_size, config.text_hidden_size
         extractor = SpatialFeatureExtractor(
             c,
@@ -134,15 +142,13 @@ class SPProjector(nn.Module):
     def forward(self, patches: torch.Tensor, *, return_attention: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
     def forward(self, patches: torch.Tensor, *, return_attention: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Patch features `(B, N, C)` to tokens `(B, K + N, D)`, and the attention `(B, K, P)` if asked."""
+        if return_attention and self.integrator is None:
+            raise SpatialTokensError("there is no attention to return: this projector has no DetailFeatureIntegrator")
         spatial_tokens, attention = self.extractor(patches), None
         if self.integrator is not None:
             spatial_tokens, attention = self.integrator(spatial_tokens, patches, return_attention=True)
         tokens = torch.cat([self.spatial_head(spatial_tokens), self.patch_head(patches)], dim=1)
-        if not return_attention:
-            return tokens
-        if attention is None:
-            raise SpatialTokensError("there is no attention to return: this projector has no DetailFeatureIntegrator")
-        return tokens, attention
+        return tokens if attention is None or not return_attention else (tokens, attention)
 
     def exact_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict, once it is sure that it is the config's: no part is wrapped by an adapter or a quantizer.
