@@ -33,6 +33,14 @@ def authors(convolutions: nn.ModuleList, patches: torch.Tensor) -> torch.Tensor:
     return torch.stack([conv(crop).flatten(1) for conv, crop in zip(convolutions, crops, strict=True)], dim=1)
 
 
+def cpu_name() -> str:
+    """The processor's model and instruction set, as the system and torch tell them."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def seconds(work, *arguments) -> float:
     start = time.perf_counter()
     work(*arguments)
@@ -93,7 +101,7 @@ def main() -> None:
             )
     if arguments.json:
         machine = {
-            "device": platform.processor() or platform.machine(),
+            "device": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
