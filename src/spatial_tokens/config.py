@@ -24,6 +24,8 @@ from spatial_tokens.presets import PRESETS
 
 SpatialHead = Literal["mlp", "linear"]
 
+# Beyond these a config is a mistake: 512 x 512 patches are a picture of 8192 x 8192 pixels.
+MOST_PATCHES = 2**18
 MOST_PARAMETERS = 2**48
 
 
@@ -84,6 +86,10 @@ class SPProjectorConfig:
             spatial_hidden_size=self.spatial_hidden_size,
         )
         self._set("grid_size", as_size(self.grid_size, "grid_size"))
+        if self.num_patches > MOST_PATCHES:
+            raise SpatialTokensError(
+                f"grid_size {self.grid_size} has {self.num_patches:,} patches; at most {MOST_PATCHES:,} are possible"
+            )
         self._set("kernel_sizes", check_kernel_sizes(self.grid_size, self.kernel_sizes, self.variant))
         self._check_detail()
         self._check_spatial_head()
