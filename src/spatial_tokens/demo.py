@@ -93,7 +93,7 @@ def run_demo(
         figures["attention.png"] = visualize.draw_attention(
             seen, attention, config.grid_size, config.detail_kernel_size, config.detail_stride
         )
-        report.notes.append("the projector's weights are random: its attention is what training starts from, near uniform")
+        report.notes.append("the projector's weights are random: the attention shows where its positions lie, not yet a meaning")
     else:
         report.notes.append(f"{preset} has no DetailFeatureIntegrator: no attention to draw")
     for name, figure in figures.items():

@@ -158,7 +158,11 @@ class SPProjector(nn.Module):
         """
         expected = SPProjector.from_config(self.config, device="meta").state_dict()
         tensors: dict[str, torch.Tensor] = self.state_dict()
-        pretrained.require_exactly({name: tensor.shape for name, tensor in expected.items()}, tensors, "this projector")
+        pretrained.require_exactly(
+            {name: tensor.shape for name, tensor in expected.items()},
+            tensors,
+            "this projector (if a part is wrapped, merge or unload it first)",
+        )
         return tensors
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
