@@ -5,7 +5,7 @@ kernels are square (LLaVA-SP, section 3.2); rectangular ones follow the same rul
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 from spatial_tokens.errors import SpatialTokensError, shown
@@ -133,6 +133,16 @@ def pool_bins(grid_size: KernelSize, kernel_size: KernelSize) -> tuple[Window, .
     check_fits(grid, kernel, "kernel size")
     rows, columns = ([(i * n // k, -(-(i + 1) * n // k)) for i in range(k)] for n, k in zip(grid, kernel, strict=True))
     return tuple(Window(top, left, bottom - top, right - left) for top, bottom in rows for left, right in columns)
+
+
+def pyramid_windows(sizes: Sequence[Size]) -> list[Window]:
+    """The windows of several poolings that lie one after another in a map of one row.
+
+    >>> pyramid_windows([(1, 2), (3, 4)])
+    [Window(top=0, left=0, height=1, width=2), Window(top=0, left=2, height=1, width=12)]
+    """
+    ends = list(accumulate(height * width for height, width in sizes))
+    return [Window(0, end - height * width, 1, height * width) for end, (height, width) in zip(ends, sizes, strict=True)]
 
 
 def strided_grid_size(grid_size: KernelSize, kernel_size: KernelSize, stride: KernelSize) -> Size:

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spatial_tokens.grid import strided_windows
+from spatial_tokens.grid import Window, strided_grid_size
 from spatial_tokens.ops.windows import crop, pool, unfold
 
 sides = st.integers(1, 9)
@@ -48,7 +48,8 @@ def test_unfold_lays_each_window_in_row_column_channel_order(data, patch_map, st
         for top in range(0, patch_map.shape[1] - h + 1, stride[0])
         for left in range(0, patch_map.shape[2] - w + 1, stride[1])
     ]
-    windows = unfold(patch_map, strided_windows(tuple(patch_map.shape[1:3]), size, stride))
+    count = strided_grid_size(tuple(patch_map.shape[1:3]), size, stride)
+    windows = unfold(patch_map, Window(0, 0, *size), stride, count)
     assert windows.shape[1] == len(corners)
     for position, (top, left) in enumerate(corners):
         assert torch.equal(windows[:, position], patch_map[:, top : top + h, left : left + w].flatten(1))

@@ -6,10 +6,11 @@ from math import prod
 import torch
 from torch import nn
 
-from spatial_tokens.grid import KernelSize, Variant, as_size, check_kernel_sizes, check_positive
+from spatial_tokens.grid import KernelSize, Variant, as_size, check_kernel_sizes, check_positive, crop_window, pyramid_windows
 from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.inputs import as_patch_map
-from spatial_tokens.ops.windows import crop, pool
+from spatial_tokens.modules.kernels import apply_kernels
+from spatial_tokens.ops.pyramid import pyramid
 
 
 class SpatialFeatureExtractor(nn.Module):
@@ -59,11 +60,12 @@ class SpatialFeatureExtractor(nn.Module):
         self.grid_size = as_size(grid_size, "grid_size")
         self.kernel_sizes = check_kernel_sizes(self.grid_size, kernel_sizes, variant)
         self.variant = variant
-        self._window = crop if variant == "cropping" else pool
-        self._windows = [as_size(size, "kernel size") for size in self.kernel_sizes]
+        sizes = [as_size(size, "kernel size") for size in self.kernel_sizes]
+        self._pooled_sizes = sizes if variant == "pooling" else None
+        self._windows = pyramid_windows(sizes) if variant == "pooling" else [crop_window(self.grid_size, size) for size in sizes]
         self.kernels = nn.ModuleList(
             nn.Linear(prod(size) * vision_hidden_size, spatial_hidden_size, bias=False, device=device, dtype=dtype)
-            for size in self._windows
+            for size in sizes
         )
 
     @property
@@ -78,9 +80,9 @@ class SpatialFeatureExtractor(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""
         patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0])
-        scales = [self._window(patch_map, size) for size in self._windows]  # (B, h, w, C) each
-        tokens = [kernel(scale.flatten(1)) for kernel, scale in zip(self.kernels, scales, strict=True)]  # (B, S) each
-        return torch.stack(tokens, dim=1)
+        if self._pooled_sizes is not None:
+            patch_map = pyramid(patch_map, self._pooled_sizes)  # (B, 1, R, C)
+        return apply_kernels(self.kernels, patch_map, self._windows)
 
     def extra_repr(self) -> str:
         return (

@@ -1,12 +1,12 @@
 """What every module asks of its input, and the error that says what is wrong with it."""
 
-from typing import TypeGuard
-
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
+from spatial_tokens.ops.autocast import autocasts
 
 
 def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kernel: nn.Module) -> torch.Tensor:
@@ -39,7 +39,7 @@ def check_features(features: torch.Tensor, hidden_size: int, layer: nn.Module, n
         )
     if not features.is_floating_point():
         raise SpatialTokensError(f"{name} must be floating point, got {features.dtype}; encode the picture first")
-    if is_plain(layer):
+    if isinstance(layer, nn.Linear) and is_plain(layer):
         _check_placement(features, layer.weight, name)
 
 
@@ -60,24 +60,24 @@ def check_num_patches(given: int, grid_size: Size) -> None:
     raise SpatialTokensError(f"{found}; resize the picture or build the module with its grid_size")
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is torch's own Linear, unwrapped.
+def is_plain(module: nn.Module) -> bool:
+    """Whether a Linear, a LayerNorm or a Sequential of them is torch's own, unwrapped: its parameters are all there is to it.
 
-    LoRA, quantized, sharded and offloaded layers change their class, their weight's class or their forward; what dtype and
-    device they accept is theirs to say.
+    LoRA, quantized, sharded and offloaded layers change their class, their weight's class or their forward, and others hang hooks
+    on them; what dtype and device they accept, and what they compute, is theirs to say.
     """
     return (
-        type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
-        and "forward" not in layer.__dict__
-        and not layer._forward_pre_hooks
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Sequential)
+        and all(
+            type(parameter) is nn.Parameter
+            for parameter in (getattr(module, name, None) for name in ("weight", "bias"))
+            if parameter is not None
+        )
+        and "forward" not in module.__dict__
+        and not any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and all(is_plain(child) for child in module.children())
     )
-
-
-def _autocasts(*tensors: torch.Tensor) -> bool:
-    """Whether autocast brings these together: it knows no meta device and leaves float64 alone."""
-    device = tensors[0].device.type
-    return device != "meta" and torch.is_autocast_enabled(device) and all(t.dtype != torch.float64 for t in tensors)
 
 
 def _check_placement(features: torch.Tensor, weight: torch.Tensor, name: str) -> None:
@@ -85,7 +85,7 @@ def _check_placement(features: torch.Tensor, weight: torch.Tensor, name: str) ->
         raise SpatialTokensError(
             f"{name} are on {features.device}, the weights on {weight.device}; move one of them: .to({str(weight.device)!r})"
         )
-    if features.dtype != weight.dtype and not _autocasts(features, weight):
+    if features.dtype != weight.dtype and not autocasts(features, weight):
         raise SpatialTokensError(
             f"{name} are {features.dtype}, the weights {weight.dtype}; cast one of them: .to({weight.dtype}), or use torch.autocast"
         )

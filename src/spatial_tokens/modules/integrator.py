@@ -1,16 +1,17 @@
 """The Detail Feature Integrator (LLaVA-SP, section 3.3)."""
 
 from math import prod
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_grid_size, strided_windows
+from spatial_tokens.grid import KernelSize, Window, as_kernel_size, as_size, check_positive, strided_grid_size
 from spatial_tokens.modules.initialization import reset
-from spatial_tokens.modules.inputs import as_patch_map, check_features
-from spatial_tokens.ops.windows import unfold
+from spatial_tokens.modules.inputs import as_patch_map, check_features, is_plain
+from spatial_tokens.modules.kernels import apply_kernels
+from spatial_tokens.ops.integrate import attend, integrate
 
 
 class DetailFeatureIntegrator(nn.Module):
@@ -62,7 +63,8 @@ class DetailFeatureIntegrator(nn.Module):
         self.kernel_size = as_kernel_size(kernel_size, "kernel_size")
         self.stride = as_kernel_size(stride, "stride")
         self.detail_grid_size = strided_grid_size(self.grid_size, self.kernel_size, self.stride)
-        self._windows = strided_windows(self.grid_size, self.kernel_size, self.stride)
+        self._window = Window(0, 0, *as_size(self.kernel_size, "kernel_size"))
+        self._step = as_size(self.stride, "stride")
 
         def projector() -> nn.Sequential:
             return nn.Sequential(
@@ -114,11 +116,14 @@ class DetailFeatureIntegrator(nn.Module):
                 f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {patches.shape[0]}; "
                 "give both of the same images"
             )
-        detail = self.detail_kernel(unfold(patch_map, self._windows))  # (B, P, S)
-        query, key, value = self.query_projector(spatial_tokens), self.key_projector(detail), self.value_projector(detail)
-        scores = (query * self.spatial_hidden_size**-0.5) @ key.transpose(1, 2)  # (B, K, P); scaled first for float16's range
-        attention = scores.softmax(dim=-1)
-        tokens = torch.cat([spatial_tokens, attention @ value], dim=-1)
+        detail = apply_kernels([self.detail_kernel], patch_map, [self._window], self._step, self.detail_grid_size)  # (B, P, S)
+        query, key, value = projectors = self.query_projector, self.key_projector, self.value_projector
+        parameters = [list(projector.parameters()) for projector in projectors]
+        if all(is_plain(projector) for projector in projectors) and all(len(each) == 4 for each in parameters):
+            eps = [cast(nn.LayerNorm, projector[0]).eps for projector in projectors]
+            tokens, attention = integrate(spatial_tokens, detail, *parameters, eps=eps)
+        else:
+            tokens, attention = attend(spatial_tokens, query(spatial_tokens), key(detail), value(detail))
         return (tokens, attention) if return_attention else tokens
 
     def extra_repr(self) -> str:

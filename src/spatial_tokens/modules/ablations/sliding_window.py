@@ -8,7 +8,7 @@ from torch import nn
 from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_windows
 from spatial_tokens.modules.initialization import reset
 from spatial_tokens.modules.inputs import as_patch_map
-from spatial_tokens.ops.windows import cut
+from spatial_tokens.modules.kernels import apply_kernels
 
 
 class SlidingWindowExtractor(nn.Module):
@@ -73,9 +73,7 @@ class SlidingWindowExtractor(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""
         patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0])
-        windows = [cut(patch_map, window) for window in self._windows]  # (B, h, w, C) each
-        tokens = [kernel(window.flatten(1)) for kernel, window in zip(self.kernels, windows, strict=True)]  # (B, S) each
-        return torch.stack(tokens, dim=1)
+        return apply_kernels(self.kernels, patch_map, self._windows)
 
     def extra_repr(self) -> str:
         return (

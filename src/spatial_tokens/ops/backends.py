@@ -1,0 +1,55 @@
+"""Which implementation of an operator runs.
+
+`naive` is the specification in plain torch, `gemm` the fast form in plain torch, `triton` the GPU kernels. The environment variable
+`SPATIAL_TOKENS_BACKEND`, read when the library is imported, names one for the whole process.
+"""
+
+import os
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+from spatial_tokens.errors import SpatialTokensError, shown
+
+Backend = Literal["auto", "naive", "gemm", "triton"]
+
+VARIABLE = "SPATIAL_TOKENS_BACKEND"
+OVERRIDE = os.environ.get(VARIABLE, "auto")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve(backend: str, features: torch.Tensor) -> str:
+    """The backend that runs for these features: the one that is named, else the environment's, else the fastest measured.
+
+    Raises:
+        SpatialTokensError: If there is no such backend, or the named one cannot run here.
+    """
+    named, source = (backend, "backend") if backend != "auto" else (OVERRIDE, VARIABLE)
+    if named not in get_args(Backend):
+        raise SpatialTokensError(f"{source} must be one of {', '.join(get_args(Backend))}, got {shown(named)}")
+    if named == "auto":
+        # CPU: `gemm` takes 0.4 to 0.9 of `naive`'s time at every batch, in float32 and bfloat16 (benchmarks/results/cpu).
+        # GPU: nothing is measured yet, so nothing is preferred to plain torch; `triton` runs where it is asked for.
+        return "gemm"
+    if named == "triton":
+        _require_triton(features, source)
+    return named
+
+
+def _require_triton(features: torch.Tensor, source: str) -> None:
+    problem = None
+    if find_spec("triton") is None:
+        problem = "triton is not installed"
+    elif features.dtype not in TRITON_DTYPES:
+        problem = f"its kernels take float32, bfloat16 and float16, got {features.dtype}"
+    elif features.device.type != "cuda" and not (features.device.type == "cpu" and _interprets()):
+        problem = f"the features are on {features.device}, its kernels run on CUDA (on a CPU only with TRITON_INTERPRET=1)"
+    elif features.device.type == "cuda" and torch.cuda.get_device_capability(features.device) < (8, 0):
+        problem = "the GPU is older than compute capability 8.0"
+    if problem:
+        raise SpatialTokensError(f"{source}='triton' cannot run: {problem}; use 'auto' or 'gemm'")
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
