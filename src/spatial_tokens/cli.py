@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spatial_tokens import __version__
+from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.bench.suites import SUITES
 from spatial_tokens.checkpoint import from_llava_sp, to_llava_sp
 from spatial_tokens.checkpoint.llava_sp import PREFIXES
 from spatial_tokens.config import PartCost, SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.presets import PRESETS
 from spatial_tokens.storage.files import read_text, write_tensors
@@ -74,6 +77,27 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
     )
 
+    bench = _command(
+        commands,
+        "bench",
+        run_bench,
+        "measure the operators, projectors and models on this machine",
+        "bench --suite kernels --batch 1 --json kernels.json\n  spatial-tokens bench compare before.json after.json",
+        json=False,
+    )
+    bench.add_argument("--suite", choices=SUITES, help="one of them (default: all, one after another)")
+    bench.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    bench.add_argument("--dtype", choices=DTYPES, help="of weights and features (default: float32 and bfloat16)")
+    bench.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the suite's own choice)")
+    bench.add_argument("--json", metavar="FILE", help="write machine, versions and rows")
+    bench.add_argument("--plots", metavar="DIR", help="draw each suite into a PNG")
+    actions = bench.add_subparsers(dest="action", metavar="[compare]", parser_class=_Parser)
+    compare = _command(
+        actions, "compare", run_compare, "show the times of two reports as ratios", "bench compare a.json b.json", json=False
+    )
+    compare.add_argument("before", metavar="A.json")
+    compare.add_argument("after", metavar="B.json")
+
     convert = _command(
         commands,
         "convert",
@@ -89,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, purpose: str, example: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, run: Any, purpose: str, example: str, *, json: bool = True) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=purpose,
@@ -97,7 +121,8 @@ def _command(commands: Any, name: str, run: Any, purpose: str, example: str) -> 
         epilog=f"example:\n  spatial-tokens {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
     return parser
 
@@ -154,6 +179,35 @@ def run_info(arguments: argparse.Namespace) -> None:
     for name, value in config.to_dict().items():
         print(f"{name} = {value}")
     print(f"tokens = {config.num_spatial_tokens} spatial + {config.num_patches} patch = {config.num_tokens}")
+
+
+def run_bench(arguments: argparse.Namespace) -> None:
+    """`spatial-tokens bench`: the suites' tables, and their files."""
+    from spatial_tokens.bench.command import run
+    from spatial_tokens.bench.machine import as_device
+
+    chosen: dict[str, Any] = {"device": as_device(arguments.device)}
+    if arguments.dtype is not None:
+        chosen["dtypes"] = (arguments.dtype,)
+    if arguments.batch is not None:
+        chosen["batches"] = (arguments.batch,)
+    suites = list(SUITES) if arguments.suite is None else [arguments.suite]
+    given = {name: getattr(arguments, name) for name in ("suite", "device", "dtype", "batch")}
+    options = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
+    run(Options(**chosen), suites, f"spatial-tokens bench {options}".strip(), arguments.json, arguments.plots)
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    """`spatial-tokens bench compare`: two reports side by side."""
+    from spatial_tokens.bench.command import compare
+
+    compare(arguments.before, arguments.after)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not is_positive_int(int(text)):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

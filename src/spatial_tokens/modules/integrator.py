@@ -109,22 +109,29 @@ class DetailFeatureIntegrator(nn.Module):
         self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Spatial tokens `(B, K, S)` and patch features `(B, N, C)` to `(B, K, 2S)`, and the attention `(B, K, P)` if asked."""
-        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.detail_kernel)
+        detail = self.detail_map(patches)
         check_features(spatial_tokens, self.spatial_hidden_size, self.query_projector[1], "spatial tokens", "(B, K, S)")
         if spatial_tokens.shape[0] != patches.shape[0]:
             raise SpatialTokensError(
                 f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {patches.shape[0]}; "
                 "give both of the same images"
             )
-        detail = apply_kernels([self.detail_kernel], patch_map, [self._window], self._step, self.detail_grid_size)  # (B, P, S)
+        tokens, attention = self.look_up(spatial_tokens, detail)
+        return (tokens, attention) if return_attention else tokens
+
+    def detail_map(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patch features `(B, N, C)` to the detail map `(B, P, S)`, its positions row by row."""
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.detail_kernel)
+        return apply_kernels([self.detail_kernel], patch_map, [self._window], self._step, self.detail_grid_size)
+
+    def look_up(self, spatial_tokens: torch.Tensor, detail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Spatial tokens `(B, K, S)` and a detail map `(B, P, S)` to `(B, K, 2S)` and the attention `(B, K, P)`."""
         query, key, value = projectors = self.query_projector, self.key_projector, self.value_projector
         parameters = [list(projector.parameters()) for projector in projectors]
         if all(is_plain(projector) for projector in projectors) and all(len(each) == 4 for each in parameters):
             eps = [cast(nn.LayerNorm, projector[0]).eps for projector in projectors]
-            tokens, attention = integrate(spatial_tokens, detail, *parameters, eps=eps)
-        else:
-            tokens, attention = attend(spatial_tokens, query(spatial_tokens), key(detail), value(detail))
-        return (tokens, attention) if return_attention else tokens
+            return integrate(spatial_tokens, detail, *parameters, eps=eps)
+        return attend(spatial_tokens, query(spatial_tokens), key(detail), value(detail))
 
     def extra_repr(self) -> str:
         return (

@@ -1,10 +1,12 @@
 """Which implementation of an operator runs.
 
 `naive` is the specification in plain torch, `gemm` the fast form in plain torch, `triton` the GPU kernels. The environment variable
-`SPATIAL_TOKENS_BACKEND`, read when the library is imported, names one for the whole process.
+`SPATIAL_TOKENS_BACKEND`, read when the library is imported, names one for the whole process; `using` for a block.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -35,6 +37,21 @@ def resolve(backend: str, features: torch.Tensor) -> str:
     if named == "triton":
         _require_triton(features, source)
     return named
+
+
+@contextmanager
+def using(backend: Backend) -> Iterator[None]:
+    """Names a backend for the operators called in the block, in every thread.
+
+    Raises:
+        SpatialTokensError: When one is called, as `resolve`.
+    """
+    global OVERRIDE
+    before, OVERRIDE = OVERRIDE, backend
+    try:
+        yield
+    finally:
+        OVERRIDE = before
 
 
 def _require_triton(features: torch.Tensor, source: str) -> None:

@@ -1,7 +1,7 @@
 """One matrix product for each row of a kernel, on the features as they lie in memory; sums in float32, in the rows' order.
 
 A row of a window is one run of `w * C` numbers, and so is the row of the weight that meets it. So a window needs no copy: its rows
-are the batch of a batched product, and splitting the long sum this way is also what keeps every core reading. Where a kernel meets
+are the batch of a batched product, and splitting the long sum is also what keeps every core reading. Where a kernel meets
 several windows, these overlap in memory; one row of all of them is gathered at a time, `1 / h` of the unfolded map.
 """
 
@@ -13,6 +13,7 @@ from spatial_tokens.grid import Size, Window
 from spatial_tokens.ops.windows import ONCE, cut
 
 LONGEST_RUN = 32  # patches; longer rows are split, so that a pooled scale, which is one row, is a batch of products too
+FEWEST_RUNS = 4  # of one image's window: enough for the cores, long enough to stream
 
 
 def window_linear(
@@ -22,14 +23,13 @@ def window_linear(
     batch, positions = patch_map.shape[0], count[0] * count[1]
     tokens = patch_map.new_empty(batch, len(weights), positions, weights[0].shape[0])
     for i, (weight, window) in enumerate(zip(weights, windows, strict=True)):
-        rows = _weight_rows(weight, _num_runs(patch_map, window) if count == ONCE else window.height)
         if count == ONCE:
-            runs = _runs(patch_map, window, rows.shape[0])
-            tokens[:, i, 0] = _sum(torch.bmm(runs, rows.transpose(1, 2)))
+            runs = _runs(patch_map, window)
+            tokens[:, i, 0] = _sum(_products(runs, _weight_runs(weight, runs.shape[0]).transpose(1, 2)))
         else:
             total = torch.zeros(batch * positions, weight.shape[0], dtype=_sum_dtype(weight), device=weight.device)
-            for r in range(window.height):
-                total += torch.mm(_row_of_windows(patch_map, window, step, count, r), rows[r].t())
+            for r, row in enumerate(_weight_runs(weight, window.height)):
+                total += torch.mm(_row_of_windows(patch_map, window, step, count, r), row.t())
             tokens[:, i] = total.view(batch, positions, weight.shape[0])
     return tokens.flatten(1, 2)
 
@@ -43,12 +43,12 @@ def input_grad(
     total = torch.zeros(batch, *grid, channels, dtype=_sum_dtype(grad), device=grad.device)
     for i, (weight, window) in enumerate(zip(weights, windows, strict=True)):
         if count == ONCE:
-            rows = _weight_rows(weight, _num_runs(grad, window))
-            runs = torch.bmm(grad[:, i, 0].expand(rows.shape[0], -1, -1), rows)  # (runs, B, length)
+            weight_runs = _weight_runs(weight, _num_runs(grad, window))
+            runs = _products(grad[:, i, 0].expand(weight_runs.shape[0], -1, -1), weight_runs)  # (runs, B, length)
             part = runs.transpose(0, 1).reshape(batch, window.height, window.width, channels)
             cut(total, window).add_(part)
             continue
-        for r, row in enumerate(_weight_rows(weight, window.height)):
+        for r, row in enumerate(_weight_runs(weight, window.height)):
             part = torch.mm(grad[:, i].flatten(0, 1), row).view(batch, *count, window.width, channels)
             for y in range(count[0]):
                 for x in range(count[1]):
@@ -65,7 +65,7 @@ def weight_grad(
     for i, window in enumerate(windows):
         tokens = grad[:, i].flatten(0, 1).t()  # (S, B * P)
         weight = grad.new_empty(grad.shape[-1], window.height * window.width * patch_map.shape[-1])
-        for r, row in enumerate(_weight_rows(weight, window.height)):
+        for r, row in enumerate(_weight_runs(weight, window.height)):
             torch.mm(tokens, _row_of_windows(patch_map, window, step, count, r), out=row)
         grads.append(weight)
     return grads
@@ -75,28 +75,38 @@ def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.mm(left[0], right[0])[None] if left.shape[0] == 1 else torch.bmm(left, right)
+
+
 def _sum(parts: torch.Tensor) -> torch.Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0, dtype=_sum_dtype(parts))
 
 
-def _num_runs(tensor: torch.Tensor, window: Window) -> int:
-    """Into how many equal runs the sum over a single window is split."""
-    # One product for all of it in 16 bits: oneDNN's batched product takes 20 times its plain product's time there (CPU, batch 1).
-    if tensor.dtype.itemsize == 2:
-        return 1
-    return window.height * next(n for n in range(1, window.width + 1) if not window.width % n and window.width // n <= LONGEST_RUN)
+def _num_runs(images: torch.Tensor, window: Window) -> int:
+    """Into how many equal runs the sum over a single window is split: times on a CPU at the paper's size (README.md)."""
+    if images.dtype.itemsize == 2:
+        return 1  # oneDNN's batched product takes 20 times the time of its plain one here
+    if images.shape[0] == 1:  # copying one image's window is 1/256 of the reading, and long runs read faster
+        return _divisor(window.height * window.width, FEWEST_RUNS)
+    return window.height * _divisor(window.width, -(-window.width // LONGEST_RUN))
 
 
-def _weight_rows(weight: torch.Tensor, runs: int) -> torch.Tensor:
+def _divisor(number: int, least: int) -> int:
+    """The smallest divisor that is at least so large, or the number itself."""
+    return next((n for n in range(least, number) if number % n == 0), number)
+
+
+def _weight_runs(weight: torch.Tensor, runs: int) -> torch.Tensor:
     """`(S, h * w * C)` as `(runs, S, length)`. A view."""
     return torch.unflatten(weight, 1, (runs, -1)).transpose(0, 1)
 
 
-def _runs(patch_map: torch.Tensor, window: Window, runs: int) -> torch.Tensor:
-    """One window as `(runs, B, length)`: a view where the runs are whole rows, or parts of one."""
-    rows = cut(patch_map, window).flatten(2)  # (B, h, w * C)
-    if runs == 1:
-        return rows.flatten(1)[None]
+def _runs(patch_map: torch.Tensor, window: Window) -> torch.Tensor:
+    """One window of each image as `(runs, B, length)`: a view where the runs are whole rows, or parts of one."""
+    runs, rows = _num_runs(patch_map, window), cut(patch_map, window).flatten(2)  # (B, h, w * C)
+    if runs % window.height:
+        return torch.unflatten(rows.flatten(1), 1, (runs, -1)).transpose(0, 1)
     return torch.unflatten(rows, 2, (runs // window.height, -1)).flatten(1, 2).transpose(0, 1)
 
 

@@ -296,7 +296,7 @@ def weight_grad_blocks(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _block(size: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, int(triton.next_power_of_2(size))))
 
 
 def _constants(windows: Sequence[Window]) -> tuple[tuple[int, ...], ...]:
@@ -317,8 +317,7 @@ def _precision(tensor: torch.Tensor) -> str:
 def _multiprocessors(tensor: torch.Tensor) -> int:
     if not tensor.is_cuda:
         return 1
-    count: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return count
+    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
 
 
 def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -1,0 +1,1 @@
+"""What is measured, against whom, against which limit, and how it is reported."""

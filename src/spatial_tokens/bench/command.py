@@ -1,0 +1,70 @@
+"""`spatial-tokens bench`: runs suites, shows their rows as they come, and keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from spatial_tokens.bench import plots, show
+from spatial_tokens.bench.contest import Row
+from spatial_tokens.bench.machine import describe
+from spatial_tokens.bench.options import Options
+from spatial_tokens.bench.report import Report, comparison, read_report
+from spatial_tokens.bench.runner import cudnn_benchmark, run_contest
+from spatial_tokens.bench.suites import SUITES
+from spatial_tokens.bench.suites.limits import products
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.storage.files import make_directory, write_text
+
+
+def run(options: Options, suites: Sequence[str], command: str, json_file: str | None, plot_directory: str | None) -> Report:
+    """Runs suites and prints a table for each contest; writes the report after each suite, so that a cut run keeps what it has.
+
+    Raises:
+        SpatialTokensError: If a file cannot be written, a reference fails, or nothing could be run.
+    """
+    show.require_rich()
+    if json_file is not None:
+        write_text(json_file, "")  # an impossible path is to be known now, not after the work
+    if plot_directory is not None:
+        make_directory(plot_directory)
+    report = Report(command, describe(options.device))
+    show.print_machine(report.machine)
+    with cudnn_benchmark(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        peaks = {dtype: _peak(options, dtype) for dtype in options.dtypes}
+        for suite in suites:
+            with show.Screen() as screen:
+                for contest in SUITES[suite](options):
+                    peak = peaks.get(str(contest.setting.get("dtype")))
+                    report.rows.extend(screen.run(contest, partial(run_contest, contest, options.device, peak)))
+            if json_file is not None:
+                report.write(json_file)
+    show.print_exponents(report.rows)
+    for path in plots.draw(report, plot_directory) if plot_directory is not None else []:
+        print(f"wrote {path}")
+    if json_file is not None:
+        print(f"wrote {json_file}")
+    if all(row.failure for row in report.rows):
+        raise SpatialTokensError("nothing could be run; the rows above say why")
+    return report
+
+
+def compare(before: str, after: str) -> None:
+    """Prints the second report's times over the first's.
+
+    Raises:
+        SpatialTokensError: If one cannot be read, or they have no row in common.
+    """
+    show.require_rich()
+    first, second = read_report(before), read_report(after)
+    show.print_comparison(first, second, comparison(first, second))
+
+
+def _peak(options: Options, dtype: str) -> float | None:
+    """Operations a second of the matrix product, measured; None where it cannot run."""
+    rows: list[Row] = run_contest(products(options.device, dtype), options.device, None, budget=0.5)
+    found = [row.values["tflop_per_s"] for row in rows if "tflop_per_s" in row.values]
+    return found[0] * 1e12 if found else None

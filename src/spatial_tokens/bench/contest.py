@@ -1,0 +1,76 @@
+"""One comparison: implementations of the same thing, to be checked against each other and timed side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Setting = Mapping[str, "str | int"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An implementation, built and ready.
+
+    Args:
+        run: The work that is timed.
+        result: What it gave, as tensors that can be compared with the reference's; `run`'s own result when left out.
+        values: What else is to be told of it: parameters, say.
+        finish: Figures that follow from its median time in seconds: tokens per second, say.
+    """
+
+    run: Callable[[], Any]
+    result: Callable[[Any], Sequence[torch.Tensor]] = lambda outcome: [outcome]
+    values: Mapping[str, float] = field(default_factory=dict)
+    finish: Callable[[float], Mapping[str, float]] = lambda seconds: {}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Implementations of one thing.
+
+    Args:
+        suite: Its suite.
+        subject: What is done.
+        setting: With what: batch, dtype, pass.
+        entries: Each implementation's name, and the function that builds it.
+        reference: The entry whose result the others must give; None where they compute different things.
+        tolerance: How far, relative to the reference's norm.
+        baseline: The entry whose time is divided by the others' in `ratio`.
+        num_bytes: The fewest bytes that must be moved.
+        num_flops: The operations that must be done, two for a multiply-add.
+        weights: What is read side by side with the entries, to know the bandwidth of the moment.
+        memory: Bytes that building and running needs, about; more than is free is not tried.
+    """
+
+    suite: str
+    subject: str
+    setting: Setting
+    entries: Mapping[str, Callable[[], Entry]]
+    reference: str | None = None
+    tolerance: float = 1e-4
+    baseline: str | None = None
+    num_bytes: int = 0
+    num_flops: int = 0
+    weights: Sequence[torch.Tensor] = ()
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of one entry: its figures, or why there are none."""
+
+    suite: str
+    subject: str
+    implementation: str
+    setting: Setting
+    values: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes it the same row in another report."""
+        return self.suite, self.subject, self.implementation, tuple(sorted(self.setting.items()))

@@ -1,0 +1,37 @@
+"""What a run of the benchmarks was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from spatial_tokens.config import SPProjectorConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where, in what, how many images at once, and at what size.
+
+    Args:
+        device: Where.
+        dtypes: Names of `DTYPES`, one contest each.
+        batches: Images at once, one contest each; the suite's own choice when empty.
+        config: The sizes: the paper's.
+    """
+
+    device: torch.device
+    dtypes: Sequence[str] = ("float32", "bfloat16")
+    batches: Sequence[int] = ()
+    config: SPProjectorConfig = field(default_factory=lambda: SPProjectorConfig.from_preset("llava-sp-cropping"))
+
+    def batches_or(self, *, cpu: Sequence[int], cuda: Sequence[int]) -> Sequence[int]:
+        """The batches asked for, else the suite's for this device."""
+        return self.batches or (cuda if self.device.type == "cuda" else cpu)
+
+    def features(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
+        """Random patch features `(B, N, C)`."""
+        return torch.randn(batch, self.config.num_patches, self.config.vision_hidden_size, device=self.device).to(dtype)

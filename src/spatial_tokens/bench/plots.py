@@ -1,0 +1,98 @@
+"""Pictures of a report: bars for the contests, log-log lines with their fitted exponents for the scaling suite."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import log
+from typing import TYPE_CHECKING
+
+from spatial_tokens.bench.contest import Row
+from spatial_tokens.bench.report import Report
+from spatial_tokens.errors import MissingExtraError
+from spatial_tokens.storage.files import make_directory
+from spatial_tokens.visualize import save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def exponent(points: Iterable[tuple[float, float]]) -> float | None:
+    """The slope of the straight line through `(log x, log y)`: 1 is linear, 2 quadratic; None for fewer than two points."""
+    logs = [(log(x), log(y)) for x, y in points if x > 0 and y > 0]
+    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True)) if logs else (0.0, 0.0)
+    spread = sum((x - mean_x) ** 2 for x, _ in logs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread if spread else None
+
+
+def draw(report: Report, directory: str) -> list[str]:
+    """Draws each suite of a report into PNGs of its name; gives their paths.
+
+    Raises:
+        SpatialTokensError: If they cannot be written.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "bench") from error
+    folder, paths = make_directory(directory), []
+    for suite in dict.fromkeys(row.suite for row in report.rows):
+        rows = [row for row in report.rows if row.suite == suite and "ms" in row.values]
+        if not rows:
+            continue
+        figure = _scaling(rows) if suite == "scaling" else _bars(rows)
+        caption = f"{report.machine.get('device', '')}, {report.machine.get('date', '')}"
+        figure.suptitle(f"{suite}: {caption}", fontsize=9)
+        path = folder / f"{suite}.png"
+        save(figure, path)
+        paths.append(str(path))
+    return paths
+
+
+def _scaling(rows: Sequence[Row]) -> Figure:
+    from matplotlib.figure import Figure
+
+    subjects = list(dict.fromkeys(row.subject for row in rows))
+    figure = Figure(figsize=(4 * len(subjects), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(subjects), squeeze=False)
+    for column, subject in enumerate(subjects):
+        for line, (name, label) in enumerate((("ms", "milliseconds"), ("peak_mib", "peak MiB above weights"))):
+            axis = axes[line][column]
+            lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for row in rows:
+                if row.subject == subject and row.values.get(name, 0) > 0:
+                    lines[str(row.setting["dtype"])].append((float(row.setting["value"]), row.values[name]))
+            for dtype, points in lines.items():
+                slope = exponent(points)
+                legend = dtype if slope is None else f"{dtype}: {subject}^{slope:.2f}"
+                axis.plot(*zip(*points, strict=True), marker="o", label=legend)
+            axis.set(xscale="log", yscale="log", xlabel=subject, ylabel=label)
+            axis.grid(which="both", alpha=0.3)
+            if lines:
+                axis.legend(fontsize=8)
+    return figure
+
+
+def _bars(rows: Sequence[Row]) -> Figure:
+    """One panel for each setting, one group of bars for each subject."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        panels[", ".join(f"{name} {value}" for name, value in row.setting.items())].append(row)
+    heights = [0.22 * len(panel) + 0.8 for panel in panels.values()]
+    figure = Figure(figsize=(8, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis, (setting, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        names = [f"{row.subject}: {row.implementation}" for row in panel]
+        axis.barh(range(len(panel)), [row.values["ms"] for row in panel], color=_colours(panel))
+        axis.set_yticks(range(len(panel)), names, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_title(f"{setting} (milliseconds)", fontsize=8, loc="left")
+    return figure
+
+
+def _colours(rows: Sequence[Row]) -> list[str]:
+    order = list(dict.fromkeys(row.implementation for row in rows))
+    return [f"C{order.index(row.implementation) % 10}" for row in rows]

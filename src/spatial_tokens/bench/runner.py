@@ -1,0 +1,142 @@
+"""Runs a contest: builds, checks, then times its entries, and says what went wrong with those that could not."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from spatial_tokens.bench.contest import Contest, Entry, Row
+from spatial_tokens.bench.machine import free_memory
+from spatial_tokens.bench.measure import Times, peak_bytes, side_by_side
+from spatial_tokens.errors import SpatialTokensError, reason
+
+READ = "read the weights"
+BUDGET = 2.0  # seconds a contest
+
+
+def run_contest(contest: Contest, device: torch.device, peak_flops: float | None, budget: float = BUDGET) -> list[Row]:
+    """The rows of a contest, in its entries' order.
+
+    Args:
+        contest: What to compare.
+        device: Where.
+        peak_flops: The device's measured operations a second for this dtype, if the contest has a limit.
+        budget: Seconds to spend on timing.
+    """
+    free = free_memory(device)
+    if free is not None and contest.memory > free:
+        lack = f"needs about {contest.memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return [_row(contest, name, failure=lack) for name in contest.entries]
+
+    ready, failures, errors = _build(contest)
+    works = {name: entry.run for name, entry in ready.items()}
+    if contest.weights:
+        works[READ] = lambda: [_read(weight) for weight in contest.weights]
+    times = side_by_side(works, device, budget) if ready else {}
+    rows = []
+    for name in contest.entries:
+        if name in failures:
+            rows.append(_row(contest, name, failure=failures[name]))
+            continue
+        entry = ready[name]
+        values = {**_timed(times[name]), **entry.values, **entry.finish(times[name].median)}
+        if contest.baseline in times:
+            values["ratio"] = times[contest.baseline].median / times[name].median
+        if name in errors:
+            values["error"] = errors[name]
+        values.update(_limits(contest, times, name, peak_flops))
+        peak = peak_bytes(entry.run, device)
+        if peak is not None:
+            values["peak_mib"] = peak / 2**20
+        rows.append(_row(contest, name, values))
+    ready.clear()
+    works.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _build(contest: Contest) -> tuple[dict[str, Entry], dict[str, str], dict[str, float]]:
+    """Entries that run and give the reference's result; why the others do not; how far each is from the reference."""
+    ready: dict[str, Entry] = {}
+    failures: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    expected = None
+    names = sorted(contest.entries, key=lambda name: name != contest.reference)
+    for name in names:
+        try:
+            entry = contest.entries[name]()
+            found = entry.result(entry.run()) if contest.reference is not None else None
+            if name == contest.reference:
+                expected = found
+            elif expected is not None and found is not None:
+                errors[name] = _distance(found, expected)
+                if not errors[name] <= contest.tolerance:  # NaN never passes
+                    failures[name] = f"wrong: off by {errors[name]:.1e} of the reference's norm"
+                    continue
+            ready[name] = entry
+        except Exception as error:  # whatever a competitor raises is its row's to tell
+            failures[name] = failure_of(error)
+            if name == contest.reference:
+                raise SpatialTokensError(f"the reference of {contest.subject} failed: {failures[name]}") from error
+        finally:
+            found = None
+    return ready, failures, errors
+
+
+def failure_of(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {reason(error)}"[:160]
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Lets cuDNN try its algorithms and keep the fastest, as the authors' convolutions deserve."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _distance(found: Any, expected: Any) -> float:
+    """The largest relative distance of a tensor from its reference, in norm."""
+    pairs = zip(found, expected, strict=True)
+    return max(float(((a - b).float().norm() / b.float().norm()).item()) for a, b in pairs)
+
+
+def _read(weight: torch.Tensor) -> torch.Tensor:
+    """Reads every byte once, and does as little else as torch can."""
+    return weight.view(torch.float32).sum() if weight.dtype.itemsize < 4 else weight.sum()
+
+
+def _limits(contest: Contest, times: Mapping[str, Times], name: str, peak_flops: float | None) -> dict[str, float]:
+    """The least time that the bytes at the measured bandwidth and the operations at the measured peak allow."""
+    if READ not in times or peak_flops is None:
+        return {}
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in contest.weights)
+    bandwidth = num_bytes / times[READ].median
+    to_move, to_do = contest.num_bytes / bandwidth, contest.num_flops / peak_flops
+    limit = max(to_move, to_do)
+    return {
+        "read_gb_per_s": bandwidth / 1e9,
+        "limit_ms": 1000 * limit,
+        "share_of_limit": limit / times[name].median,
+    }
+
+
+def _timed(times: Times) -> dict[str, float]:
+    values = {"ms": times.median, "p20_ms": times.quantile(0.2), "p80_ms": times.quantile(0.8)}
+    return {**{name: 1000 * seconds for name, seconds in values.items()}, "rounds": len(times.seconds)}
+
+
+def _row(contest: Contest, name: str, values: Mapping[str, float] | None = None, failure: str | None = None) -> Row:
+    return Row(contest.suite, contest.subject, name, contest.setting, values or {}, failure)

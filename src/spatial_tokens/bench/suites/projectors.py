@@ -1,0 +1,129 @@
+"""Whole projectors on the same features: LLaVA's MLP, this library's in its variants and ablations, and the alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from spatial_tokens.bench import alternatives
+from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.bench.suites.kernels import TOLERANCE
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import crop_sizes
+from spatial_tokens.modules import LinearHead, MLPHead, SPProjector
+from spatial_tokens.modules.ablations import TransformerExtractor
+from spatial_tokens.ops.backends import using
+
+BASELINE = "LLaVA MLP"
+Builder = Callable[[torch.device, torch.dtype], nn.Module]
+
+
+def contests(options: Options) -> Iterator[Contest]:
+    """Each projector beside LLaVA's MLP, so that its ratio is of one moment."""
+    config = options.config
+    baseline = partial(_alternative, alternatives.LlavaMLP, config)
+    for name, build in builders(config).items():
+        for dtype in options.dtypes:
+            for batch in options.batches_or(cpu=(1,), cuda=(1, 32)):
+                entries = {
+                    each: partial(_entry, make, options, dtype, batch) for each, make in ((BASELINE, baseline), (name, build))
+                }
+                yield Contest(
+                    "projectors", name, {"dtype": dtype, "batch": batch}, entries, baseline=BASELINE,
+                    memory=3 * config.num_parameters * DTYPES[dtype].itemsize,
+                )  # fmt: skip
+
+
+def builders(config: SPProjectorConfig) -> dict[str, Builder]:
+    """How each projector is made, by name."""
+    bare = replace(config, detail_kernel_size=None, detail_stride=None)
+    fewer = {
+        f"SP, {len(sizes)} tokens": partial(_projector, replace(bare, kernel_sizes=sizes)) for sizes in _token_ablations(config)
+    }
+    return {
+        "SP cropping": partial(_projector, replace(bare, variant="cropping")),
+        "SP pooling": partial(_projector, replace(bare, variant="pooling")),
+        "SP cropping + DFI": partial(_projector, replace(config, variant="cropping")),
+        "SP pooling + DFI": partial(_projector, replace(config, variant="pooling")),
+        **fewer,
+        "SP, transformer blocks": partial(_transformer_projector, config),
+        "DeCo": partial(_alternative, alternatives.DecoProjector, config),
+        "C-Abstractor": partial(_alternative, alternatives.CAbstractor, config),
+        "Perceiver resampler": partial(_alternative, alternatives.PerceiverResampler, config),
+        "Q-Former": partial(_alternative, alternatives.QFormer, config),
+    }
+
+
+def _token_ablations(config: SPProjectorConfig) -> list[tuple[int | tuple[int, int], ...]]:
+    """Table 4: one, three and twelve tokens, on this grid."""
+    six = config.kernel_sizes
+    return [six[-1:], six[1::2], crop_sizes(config.grid_size, 1)]
+
+
+def _projector(config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return SPProjector.from_config(config, device=device, dtype=dtype)
+
+
+def _transformer_projector(config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    c, d = config.vision_hidden_size, config.text_hidden_size
+    extractor = TransformerExtractor(
+        c, grid_size=config.grid_size, kernel_sizes=config.kernel_sizes, variant=config.variant, device=device, dtype=dtype
+    )
+    head = LinearHead(c, d, bias=False, device=device, dtype=dtype)
+    return SPProjector(extractor, None, head, MLPHead(c, d, device=device, dtype=dtype))
+
+
+def _alternative(kind: type[nn.Module], config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    c, d = config.vision_hidden_size, config.text_hidden_size
+    return kind(c, d, grid_size=config.grid_size, device=device, dtype=dtype)
+
+
+def _entry(build: Builder, options: Options, dtype: str, batch: int) -> Entry:
+    projector = build(options.device, DTYPES[dtype]).eval()
+    features = options.features(batch, DTYPES[dtype])
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            tokens: torch.Tensor = projector(features)
+            return tokens
+
+    num_tokens = _verified(run, projector, TOLERANCE[dtype]).shape[1]
+    values = {
+        "tokens": num_tokens,
+        "parameters": sum(parameter.numel() for parameter in projector.parameters()),
+        "gflop_per_image": _flops(build, options) / 1e9,
+    }
+    return Entry(run, values=values, finish=lambda seconds: {"tokens_per_s": batch * num_tokens / seconds})
+
+
+def _verified(run: Callable[[], torch.Tensor], projector: nn.Module, tolerance: float) -> torch.Tensor:
+    """The projector's tokens, once they are sure to be those of the operators' specification."""
+    tokens = run()
+    if isinstance(projector, SPProjector):
+        with using("naive"):
+            expected = run()
+        error = ((tokens - expected).float().norm() / expected.float().norm()).item()
+        if not error <= tolerance:
+            raise SpatialTokensError(f"wrong: off by {error:.1e} of the specification's norm")
+    return tokens
+
+
+def _flops(build: Builder, options: Options) -> int:
+    """Of one image, counted on shapes alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    projector = build(torch.device("meta"), torch.float32).eval().requires_grad_(False)
+    size = (1, options.config.num_patches, options.config.vision_hidden_size)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        projector(torch.empty(size, device="meta"))
+    return int(counter.get_total_flops())
