@@ -6,7 +6,7 @@ import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
 
-LOWEST = ["torch==2.6.0", "torchvision==0.21.0", "einops==0.8.0", "safetensors==0.4.3", "timm==1.0.22"]
+LOWEST = ["torch==2.6.0", "torchvision==0.21.0", "einops==0.8.0", "safetensors==0.4.3", "timm==1.0.22", "transformers==5.0.0"]
 
 
 def here(session: nox.Session, *command: str) -> None:

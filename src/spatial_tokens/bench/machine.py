@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+import spatial_tokens
 from spatial_tokens.errors import SpatialTokensError, reason
 
-PACKAGES = ("spatial-tokens", "torch", "triton", "transformers", "timm")
+PACKAGES = ("torch", "triton", "transformers", "timm")
 
 
 def as_device(name: str | None) -> torch.device:
@@ -50,7 +51,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         **hardware,
         "python": platform.python_version(),
-        "versions": {package: found for package in PACKAGES if (found := _version(package))},
+        "versions": {
+            "spatial-tokens": spatial_tokens.__version__,
+            **{package: found for package in PACKAGES if (found := _version(package))},
+        },
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 

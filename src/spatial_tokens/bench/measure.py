@@ -37,7 +37,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
-    before, after = (torch.Event(device, enable_timing=True) for _ in range(2))
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     before.record()
     work()
     after.record()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.contest import Contest, Entry
@@ -25,7 +26,7 @@ PASSES = ("forward", "forward + backward")
 def contests(options: Options) -> Iterator[Contest]:
     """Tokens (cropping and pooling), detail map, integrator, whole projector."""
     for subject in (cropping, pooling, detail, integration, projection):
-        for dtype, batch in product(options.dtypes, options.batches_or(cpu=(1, 8), cuda=(1, 8, 32, 256))):
+        for dtype, batch in product(options.dtypes, options.batches_or(cpu=(1, 8), cuda=(1, 8, 32, 256, 512))):
             for direction in PASSES:
                 contest = subject(options, DTYPES[dtype], batch, direction)
                 if contest is not None:
@@ -172,14 +173,23 @@ def _contest(
 
 def work(module: nn.Module, features: torch.Tensor, positions: int = 1) -> tuple[int, int]:
     """The fewest bytes to move and the operations to do, forward, of modules whose weights meet `positions` windows an image."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     num_bytes = sum(p.numel() * p.element_size() for p in module.parameters()) + features.nbytes
     if not isinstance(module, SPProjector):
         return num_bytes, 2 * features.shape[0] * positions * sum(p.numel() for p in module.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        SPProjector.from_config(module.config, device="meta", dtype=features.dtype)(features.to("meta"))
-    return num_bytes, counter.get_total_flops()
+    projector = SPProjector.from_config(module.config, device="meta", dtype=features.dtype)
+    return num_bytes, flops_of(projector, features.to("meta"))
+
+
+def flops_of(module: nn.Module, features: torch.Tensor) -> int:
+    """The operations of one forward pass, counted on shapes alone: both are on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import spatial_tokens.ops.window_linear.flops  # noqa: F401 - registers the operators' counts
+
+    module.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        module(features)
+    return int(counter.get_total_flops())
 
 
 def _backends(device: torch.device) -> Sequence[str]:

@@ -12,7 +12,7 @@ from torch import nn
 from spatial_tokens.bench import alternatives
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
-from spatial_tokens.bench.suites.kernels import TOLERANCE
+from spatial_tokens.bench.suites.kernels import TOLERANCE, flops_of
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import crop_sizes
@@ -115,15 +115,6 @@ def _verified(run: Callable[[], torch.Tensor], projector: nn.Module, tolerance: 
 
 
 def _flops(build: Builder, options: Options) -> int:
-    """Of one image, counted on shapes alone."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    projector = build(torch.device("meta"), torch.float32).eval().requires_grad_(False)
+    """Of one image."""
     size = (1, options.config.num_patches, options.config.vision_hidden_size)
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
-        projector(torch.empty(size, device="meta"))
-    return int(counter.get_total_flops())
+    return flops_of(build(torch.device("meta"), torch.float32).eval(), torch.empty(size, device="meta"))

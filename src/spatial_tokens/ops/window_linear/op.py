@@ -4,12 +4,10 @@ Tokens are linear in the patch map and in the weights, so each gradient is linea
 derivatives: that gives gradients of any order.
 """
 
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size, Window
@@ -140,26 +138,6 @@ def _(grad: Any, weights: Any, windows: Any, step: Any, count: Any, grid: Any, b
 @_weight_grad.register_fake
 def _(grad: Any, patch_map: Any, windows: Any, step: Any, count: Any, backend: str) -> list[torch.Tensor]:
     return [grad.new_empty(grad.shape[2], w.height * w.width * patch_map.shape[3]) for w in _windows(windows)]
-
-
-def _flops(batch: int, weights: Iterable[Sequence[int]], count: Sequence[int]) -> int:
-    """Two for each multiply-add: every weight meets its windows of every image; each gradient takes as many."""
-    return 2 * batch * count[0] * count[1] * sum(prod(shape) for shape in weights)
-
-
-@register_flop_formula(torch.ops.spatial_tokens.window_linear)
-def _(patch_map: Any, weights: Any, windows: Any, step: Any, count: Any, *_: Any, **__: Any) -> int:
-    return _flops(patch_map[0], weights, count)
-
-
-@register_flop_formula(torch.ops.spatial_tokens.window_linear_input_grad)
-def _(grad: Any, weights: Any, windows: Any, step: Any, count: Any, *_: Any, **__: Any) -> int:
-    return _flops(grad[0], weights, count)
-
-
-@register_flop_formula(torch.ops.spatial_tokens.window_linear_weight_grad)
-def _(grad: Any, patch_map: Any, windows: Any, step: Any, count: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    return _flops(grad[0], out_shape, count)
 
 
 def _save_tokens(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Regenerates benchmarks/results/cpu: about 40 minutes on two cores, with 24 GiB of memory. Let nothing else run beside it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+results=benchmarks/results/cpu
+mkdir -p "$results"
+for suite in ${*:-limits kernels projectors llm scaling}; do
+    PYTHONPATH=src "$python" -m spatial_tokens bench --suite "$suite" --device cpu --json "$results/$suite.json" --plots "$results"
+done
+"$python" benchmarks/figures.py
