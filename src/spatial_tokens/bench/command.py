@@ -23,7 +23,7 @@ def run(options: Options, suites: Sequence[str], command: str, json_file: str | 
     """Runs suites and prints a table for each contest; writes the report after each suite, so that a cut run keeps what it has.
 
     Raises:
-        SpatialTokensError: If a file cannot be written, a reference fails, or nothing could be run.
+        SpatialTokensError: If a file cannot be written, or nothing could be run.
     """
     show.require_rich()
     if json_file is not None:

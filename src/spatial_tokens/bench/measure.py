@@ -49,12 +49,10 @@ def side_by_side(works: Mapping[str, Callable[[], Any]], device: torch.device, b
     """Each work's times, one of each in every round.
 
     Args:
-        works: What to time, by name; each is run once before.
+        works: What to time, by name; each has run before.
         device: Where they run.
         budget: Seconds to spend, about; three rounds are taken whatever they cost.
     """
-    for work in works.values():
-        work()
     taken: dict[str, list[float]] = {name: [] for name in works}
     gc.collect()
     start = time.perf_counter()
