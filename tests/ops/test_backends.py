@@ -91,7 +91,7 @@ print(any("spatial_tokens::" in event.key for event in profile.key_averages()))
 """
 
 
-@pytest.mark.parametrize(("value", "printed"), [("naive", "False\n"), ("gemm", "True\n"), (None, "True\n")])
+@pytest.mark.parametrize(("value", "printed"), [("naive", "False\n"), (None, "True\n")])
 def test_the_environment_variable_is_read(value, printed):
     run = run_code({"SPATIAL_TOKENS_BACKEND": value})
     assert (run.returncode, run.stdout) == (0, printed), run.stderr

@@ -95,12 +95,10 @@ def assert_fits(built):
 
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+# Those of float32, and bfloat16 with 64 images on sm_80, spilled when this was written.
 COVERING = [
     *[("tokens", bf16, capability, "crops", images, "ieee") for capability in (80, 90) for images in (1, 32, 64, 512)],
-    *[
-        ("tokens", fp32, 80, shape, images, "ieee")
-        for shape, images in (("crops", 32), ("crops", 64), ("detail", 1), ("detail", 8))
-    ],
+    *[("tokens", fp32, 80, shape, images, "ieee") for shape, images in (("crops", 32), ("crops", 64), ("detail", 8))],
     *[("tokens", fp32, 90, "crops", images, "ieee") for images in (1, 64, 512)],
     ("tokens", bf16, 80, "detail", 8, "ieee"),
     ("tokens", bf16, 90, "detail", 1, "ieee"),
@@ -110,12 +108,12 @@ COVERING = [
     *[("input_grad", bf16, capability, "crops", images, "ieee") for capability in (80, 90) for images in (1, 512)],
     ("input_grad", bf16, 90, "detail", 32, "ieee"),
     ("input_grad", fp32, 80, "crops", 512, "ieee"),
-    *[("input_grad", fp32, 90, "detail", images, "ieee") for images in (64, 128)],
+    ("input_grad", fp32, 90, "detail", 128, "ieee"),
     ("input_grad", fp32, 80, "crops", 64, "tf32"),
     ("input_grad", fp16, 90, "detail", 1, "ieee"),
     *[("weight_grad", bf16, capability, "crops", images, "ieee") for capability in (80, 90) for images in (1, 512)],
     ("weight_grad", bf16, 80, "detail", 8, "ieee"),
-    *[("weight_grad", fp32, 80, "detail", images, "ieee") for images in (1, 8)],
+    ("weight_grad", fp32, 80, "detail", 8, "ieee"),
     ("weight_grad", fp32, 90, "crops", 32, "ieee"),
     ("weight_grad", fp32, 90, "crops", 512, "tf32"),
     ("weight_grad", fp16, 90, "detail", 8, "ieee"),

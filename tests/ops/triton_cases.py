@@ -20,7 +20,8 @@ from tests.tolerances import FLOAT32, assert_close
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+kernel_dtypes = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", kernel_dtypes, ids=str)
 several = Geometry((4, 5), [Window(0, 0, 2, 3), Window(1, 0, 1, 1), Window(0, 1, 1, 2)], (1, 2), (3, 2))
 detail = Geometry((6, 7), [Window(0, 1, 2, 2)], (1, 1), (5, 5))
 once = Geometry((3, 4), [Window(1, 1, 2, 3), Window(0, 1, 3, 2)])
@@ -65,8 +66,10 @@ def test_geometry(name):
     check(GEOMETRIES[name], 1, 9, 5)
 
 
-@every_dtype
-@pytest.mark.parametrize("batch", [1, 3, 17, 130])
+FEW_AND_MANY = [(1, torch.float32), (3, torch.bfloat16), (17, torch.float16), *[(130, dtype) for dtype in kernel_dtypes]]
+
+
+@pytest.mark.parametrize(("batch", "dtype"), FEW_AND_MANY)
 def test_few_and_many_windows(batch, dtype):
     check(Geometry((3, 3), [Window(1, 0, 1, 2), Window(0, 1, 2, 2)]), batch, 37, 70, dtype)
 
@@ -86,7 +89,7 @@ def test_odd_sizes_and_overlapping_windows(geometry, batch, channels, hidden, dt
     check(geometry, batch, channels, hidden, dtype)
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5, 1000])
+@pytest.mark.parametrize("programs", [1, 3, 1000])
 @both_counts
 def test_any_split_of_the_long_sum(geometry, programs, monkeypatch):
     from spatial_tokens.ops.window_linear import triton as kernels
@@ -122,10 +125,9 @@ def test_any_layout_in_memory(geometry, layout):
     assert_equals_reference(geometry, "triton", patch_map, [weight.t().contiguous().t() for weight in weights], grad)
 
 
-@every_dtype
 @both_counts
-def test_repeats_are_equal_to_the_bit(geometry, dtype):
-    given = tensors(geometry, 3, 9, 5, dtype)
+def test_repeats_are_equal_to_the_bit(geometry):
+    given = tensors(geometry, 3, 9, 5)
     first, second = [evaluate(lambda x, w: geometry.run(x, w, "triton"), *given) for _ in range(2)]
     assert all(map(torch.equal, first, second))
 
@@ -201,9 +203,9 @@ def check_pyramid(patch_map, sizes, tolerance=FLOAT32):
     assert_close(gradient[0].cpu(), theirs[0], tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", ["channels first", "every second channel", "every second image", "expanded map"])
 def test_pyramid_of_any_layout(layout):
-    check_pyramid(layout(3, 4, 5, 6).to(DEVICE), [(3, 2), (4, 5)])
+    check_pyramid(LAYOUTS[layout](2, 3, 4, 6).to(DEVICE), [(2, 2), (3, 4)])
 
 
 def test_pyramid_repeats_are_equal_to_the_bit_and_nan_stays_in_its_bins():

@@ -20,7 +20,7 @@ from spatial_tokens.storage.files import make_directory, write_text
 
 
 def run(options: Options, suites: Sequence[str], command: str, json_file: str | None, plot_directory: str | None) -> Report:
-    """Runs suites and prints a table for each contest; writes the report after each suite, so that a cut run keeps what it has.
+    """Runs suites and prints a table for each contest; writes the report after each contest, so that a cut run keeps what it has.
 
     Raises:
         SpatialTokensError: If a file cannot be written, or nothing could be run.
@@ -40,8 +40,8 @@ def run(options: Options, suites: Sequence[str], command: str, json_file: str | 
                 for contest in SUITES[suite](options):
                     peak = peaks.get(str(contest.setting.get("dtype")))
                     report.rows.extend(screen.run(contest, partial(run_contest, contest, options.device, peak)))
-            if json_file is not None:
-                report.write(json_file)
+                    if json_file is not None:
+                        report.write(json_file)
     show.print_exponents(report.rows)
     for path in plots.draw(report, plot_directory) if plot_directory is not None else []:
         print(f"wrote {path}")

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 from spatial_tokens.errors import SpatialTokensError, shown
 
@@ -24,6 +25,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def resolve(backend: str, features: torch.Tensor) -> str:
     """The backend that runs for these features: the one that is named, else the environment's, else the fastest measured.
 
+    Under torch.func's transforms and forward-mode differentiation it is `naive`.
+
     Raises:
         SpatialTokensError: If there is no such backend, or the named one cannot run here.
     """
@@ -33,10 +36,10 @@ def resolve(backend: str, features: torch.Tensor) -> str:
     if named == "auto":
         # CPU: `gemm` takes 0.4 to 0.9 of `naive`'s time at every batch, in float32 and bfloat16 (benchmarks/results/cpu).
         # GPU: nothing is measured yet, so nothing is preferred to plain torch; `triton` runs where it is asked for.
-        return "gemm"
+        named = "gemm"
     if named == "triton":
         _require_triton(features, source)
-    return named
+    return "naive" if _transformed() else named
 
 
 @contextmanager
@@ -52,6 +55,13 @@ def using(backend: Backend) -> Iterator[None]:
         yield
     finally:
         OVERRIDE = before
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: both need plain torch, and see nothing of an operator's inside."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _require_triton(features: torch.Tensor, source: str) -> None:

@@ -65,8 +65,10 @@ def weight_grad(
     for i, window in enumerate(windows):
         tokens = grad[:, i].flatten(0, 1).t()  # (S, B * P)
         weight = grad.new_empty(grad.shape[-1], window.height * window.width * patch_map.shape[-1])
-        for r, row in enumerate(_weight_runs(weight, window.height)):
-            torch.mm(tokens, _row_of_windows(patch_map, window, step, count, r), out=row)
+        runs = _runs(patch_map, window) if count == ONCE else None
+        for r, row in enumerate(_weight_runs(weight, window.height if runs is None else runs.shape[0])):
+            inputs = _row_of_windows(patch_map, window, step, count, r) if runs is None else runs[r]
+            torch.mm(tokens, inputs, out=row)
         grads.append(weight)
     return grads
 
