@@ -58,7 +58,7 @@ def using(backend: Backend) -> Iterator[None]:
 
 
 def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: both need plain torch, and see nothing of an operator's inside."""
+    """Whether torch.func or forward-mode differentiation is at work: they need plain torch, and cannot look into an operator."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -24,8 +24,8 @@ PASSES = ("forward", "forward + backward")
 
 
 def contests(options: Options) -> Iterator[Contest]:
-    """Tokens (cropping and pooling), detail map, integrator, whole projector."""
-    for subject in (cropping, pooling, detail, integration, projection):
+    """Tokens of crops, whole projector, detail map, integrator, tokens of poolings."""
+    for subject in (cropping, projection, detail, integration, pooling):
         for dtype, batch in product(options.dtypes, options.batches_or(cpu=(1, 8), cuda=(1, 8, 32, 256, 512))):
             for direction in PASSES:
                 contest = subject(options, DTYPES[dtype], batch, direction)
