@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooks
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
@@ -75,7 +75,8 @@ def is_plain(module: nn.Module) -> bool:
         )
         and "forward" not in module.__dict__
         and not any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not any((hooks._global_forward_hooks, hooks._global_forward_pre_hooks))
+        and not any((hooks._global_backward_hooks, hooks._global_backward_pre_hooks))
         and all(is_plain(child) for child in module.children())
     )
 

@@ -7,7 +7,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, get_args
 
 import torch
@@ -17,8 +17,20 @@ from spatial_tokens.errors import SpatialTokensError, shown
 
 Backend = Literal["auto", "naive", "gemm", "triton"]
 
+BACKENDS = get_args(Backend)
+
+
+def _release(package: str) -> tuple[int, int] | None:
+    try:
+        major, minor = version(package).split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
 VARIABLE = "SPATIAL_TOKENS_BACKEND"
 OVERRIDE = os.environ.get(VARIABLE, "auto")
+TRITON = _release("triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,8 +43,8 @@ def resolve(backend: str, features: torch.Tensor) -> str:
         SpatialTokensError: If there is no such backend, or the named one cannot run here.
     """
     named, source = (backend, "backend") if backend != "auto" else (OVERRIDE, VARIABLE)
-    if named not in get_args(Backend):
-        raise SpatialTokensError(f"{source} must be one of {', '.join(get_args(Backend))}, got {shown(named)}")
+    if named not in BACKENDS:
+        raise SpatialTokensError(f"{source} must be one of {', '.join(BACKENDS)}, got {shown(named)}")
     if named == "auto":
         # CPU: `gemm` takes 0.4 to 0.9 of `naive`'s time at every batch, in float32 and bfloat16 (benchmarks/results/cpu).
         # GPU: nothing is measured yet, so nothing is preferred to plain torch; `triton` runs where it is asked for.
@@ -66,13 +78,15 @@ def _transformed() -> bool:
 
 def _require_triton(features: torch.Tensor, source: str) -> None:
     problem = None
-    if find_spec("triton") is None:
+    if TRITON is None:
         problem = "triton is not installed"
+    elif TRITON < (3, 3):
+        problem = f"its kernels need triton 3.3 or newer, got {TRITON[0]}.{TRITON[1]}"
     elif features.dtype not in TRITON_DTYPES:
         problem = f"its kernels take float32, bfloat16 and float16, got {features.dtype}"
     elif features.device.type != "cuda" and not (features.device.type == "cpu" and _interprets()):
         problem = f"the features are on {features.device}, its kernels run on CUDA (on a CPU only with TRITON_INTERPRET=1)"
-    elif features.device.type == "cuda" and torch.cuda.get_device_capability(features.device) < (8, 0):
+    elif not torch.compiler.is_compiling() and features.is_cuda and torch.cuda.get_device_capability(features.device) < (8, 0):
         problem = "the GPU is older than compute capability 8.0"
     if problem:
         raise SpatialTokensError(f"{source}='triton' cannot run: {problem}; use 'auto' or 'gemm'")

@@ -35,7 +35,7 @@ def unfold(patch_map: torch.Tensor, window: Window, step: Size = ONCE, count: Si
     grid, and a tenth in the backward pass (CPU, batch 8, 1024 channels).
     """
     moved = [
-        window._replace(top=window.top + i * step[0], left=window.left + j * step[1])
+        Window(window.top + i * step[0], window.left + j * step[1], window.height, window.width)
         for i in range(count[0])
         for j in range(count[1])
     ]

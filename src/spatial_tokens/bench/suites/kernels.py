@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -16,7 +15,7 @@ from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
 from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
-from spatial_tokens.ops.backends import using
+from spatial_tokens.ops.backends import TRITON, using
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 AUTHORS = "Conv2d (authors)"
@@ -193,7 +192,7 @@ def flops_of(module: nn.Module, features: torch.Tensor) -> int:
 
 
 def _backends(device: torch.device) -> Sequence[str]:
-    return ("naive", "gemm", "triton") if device.type == "cuda" and find_spec("triton") else ("naive", "gemm")
+    return ("naive", "gemm", "triton") if device.type == "cuda" and TRITON is not None else ("naive", "gemm")
 
 
 def _with_backend(module: nn.Module, backend: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -34,14 +34,14 @@ def _sizes(flat: Sequence[int]) -> list[Size]:
     return [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
 
 
-@torch.library.custom_op("spatial_tokens::pyramid", mutates_args=())
+@torch.library.custom_op("spatial_tokens::pyramid", mutates_args=(), schema="(Tensor patch_map, int[] sizes) -> Tensor")
 def _pyramid(patch_map: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     from spatial_tokens.ops.pyramid import triton
 
     return triton.pyramid(patch_map, _sizes(sizes))
 
 
-@torch.library.custom_op("spatial_tokens::pyramid_grad", mutates_args=())
+@torch.library.custom_op("spatial_tokens::pyramid_grad", mutates_args=(), schema="(Tensor grad, int[] sizes, int[] grid) -> Tensor")
 def _pyramid_grad(grad: torch.Tensor, sizes: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
     from spatial_tokens.ops.pyramid import triton
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from spatial_tokens.grid import Size
 
 BLOCK_C = 256
+WARPS = 2  # with 4, the gradient's registers spill on sm_90 (triton 3.6)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def pyramid_grad(grad: torch.Tensor, sizes: Sequence[Size], grid: Size) -> torch
     if map_grad.numel():
         with _on(grad):
             pool_grad_kernel[(grid[0] * grid[1], triton.cdiv(channels, BLOCK_C), batch)](
-                grad, map_grad, *grid, rows, SIZES=tuple(sizes), C=channels, BLOCK=BLOCK_C
+                grad, map_grad, *grid, rows, SIZES=tuple(sizes), C=channels, BLOCK=BLOCK_C, num_warps=WARPS
             )
     return map_grad
 

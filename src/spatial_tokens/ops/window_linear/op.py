@@ -79,7 +79,11 @@ def _windows(flat: Sequence[int]) -> list[Window]:
     return [Window(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 
-@torch.library.custom_op("spatial_tokens::window_linear", mutates_args=())
+@torch.library.custom_op(
+    "spatial_tokens::window_linear",
+    mutates_args=(),
+    schema="(Tensor patch_map, Tensor[] weights, int[] windows, int[] step, int[] count, str backend) -> Tensor",
+)
 def _tokens(
     patch_map: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -93,7 +97,11 @@ def _tokens(
     return result
 
 
-@torch.library.custom_op("spatial_tokens::window_linear_input_grad", mutates_args=())
+@torch.library.custom_op(
+    "spatial_tokens::window_linear_input_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] weights, int[] windows, int[] step, int[] count, int[] grid, str backend) -> Tensor",
+)
 def _input_grad(
     grad: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -108,7 +116,11 @@ def _input_grad(
     return result
 
 
-@torch.library.custom_op("spatial_tokens::window_linear_weight_grad", mutates_args=())
+@torch.library.custom_op(
+    "spatial_tokens::window_linear_weight_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor patch_map, int[] windows, int[] step, int[] count, str backend) -> Tensor[]",
+)
 def _weight_grad(
     grad: torch.Tensor,
     patch_map: torch.Tensor,

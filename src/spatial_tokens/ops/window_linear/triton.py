@@ -277,22 +277,23 @@ def weight_grad(
 
 def tokens_blocks(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Few windows: bound by reading the weights, so deep and narrow. Many: bound by the products, so square."""
-    scale = 4 // dtype.itemsize  # channels of one block shrink as they widen, to keep the shared memory
+    wide = dtype.itemsize == 4  # half the channels a block, to keep the shared memory; more warps, to keep the registers
     if num_rows <= 64:
-        return {"BLOCK_R": _block(num_rows, 64), "BLOCK_S": 64, "BLOCK_C": 64 * scale, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_R": 128, "BLOCK_S": 128, "BLOCK_C": 32 * scale, "num_warps": 8, "num_stages": 3}
+        rows, warps = _block(num_rows, 32 if wide else 64), 8 if wide or num_rows > 32 else 4
+        return {"BLOCK_R": rows, "BLOCK_S": 64, "BLOCK_C": 64 if wide else 128, "num_warps": warps, "num_stages": 4}
+    return {"BLOCK_R": 128, "BLOCK_S": 128, "BLOCK_C": 32 if wide else 64, "num_warps": 8, "num_stages": 3}
 
 
 def input_grad_blocks(batch: int, dtype: torch.dtype) -> dict[str, int]:
     """As `tokens_blocks`, with images in the place of windows."""
-    scale = 4 // dtype.itemsize
-    return {"BLOCK_B": _block(batch, 128), "BLOCK_S": 32 * scale, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
+    outputs = 16 if dtype.itemsize == 4 else 64
+    return {"BLOCK_B": _block(batch, 128), "BLOCK_S": outputs, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
 
 
 def weight_grad_blocks(num_rows: int, dtype: torch.dtype) -> dict[str, int]:
     """The sum is over the windows; few of them leave the writing of the gradient as the limit."""
-    scale = 4 // dtype.itemsize
-    return {"BLOCK_R": _block(num_rows, 32 * scale), "BLOCK_S": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
+    rows = _block(num_rows, 16 if dtype.itemsize == 4 else 64)
+    return {"BLOCK_R": rows, "BLOCK_S": 128, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
 
 
 def _block(size: int, most: int) -> int:

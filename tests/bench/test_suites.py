@@ -1,0 +1,466 @@
+"""The suites at tiny size: every row runs, says what it should, and compares what it claims to compare."""
+
+import gc
+import sys
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector, SPProjectorConfig
+from spatial_tokens.bench import measure
+from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
+from spatial_tokens.bench.options import Options
+from spatial_tokens.bench.runner import run_contest
+from spatial_tokens.bench.suites import SUITES, kernels, limits, llm, projectors, scaling
+from spatial_tokens.ops.window_linear import gemm
+from tests.bench.tiny import CPU, LLAMA, TINY, options, shrink
+from tests.tolerances import assert_close
+
+TIMED = {"ms", "p20_ms", "p80_ms", "rounds"}
+LAYOUTS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+def rows_of(contests, peak=1e9):
+    return [row for contest in contests for row in run_contest(contest, CPU, peak)]
+
+
+def failures(rows):
+    return [(row.subject, row.implementation, dict(row.setting), row.failure) for row in rows if row.failure]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_row_of_every_suite_runs(suite):
+    if suite == "llm":
+        pytest.importorskip("transformers")
+    if suite == "projectors":
+        pytest.importorskip("transformers")
+        pytest.importorskip("timm")
+    contests = list(SUITES[suite](options("float32", "bfloat16")))
+    rows = rows_of(contests)
+    assert failures(rows) == []
+    assert all(row.suite == suite and row.values.keys() >= TIMED for row in rows)
+    assert all(row.values["p20_ms"] <= row.values["ms"] <= row.values["p80_ms"] for row in rows)
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert all(isinstance(value, (int, float)) for row in rows for value in row.values.values())
+
+
+def test_limits_count_what_is_moved_and_done(monkeypatch):
+    monkeypatch.setattr(measure, "seconds_of", lambda work, device: (work(), 0.5)[1])
+    rows = {row.implementation: row.values for row in rows_of(SUITES["limits"](options()))}
+    assert rows["read"]["gb_per_s"] == pytest.approx(2**16 / 0.5 / 1e9)
+    assert rows["copy"]["gb_per_s"] == pytest.approx(2 * 2**16 / 0.5 / 1e9)
+    assert rows["torch.mm"]["tflop_per_s"] == pytest.approx(2 * 32**3 / 0.5 / 1e12)
+
+
+def test_limits_measure_each_dtype():
+    products = [contest for contest in limits.contests(options("float32", "bfloat16")) if contest.subject == "matrix product"]
+    assert [contest.setting for contest in products] == [{"width": 32, "dtype": name} for name in ("float32", "bfloat16")]
+
+
+# What the authors wrote. In float64, where no library's choice of algorithm is in the way: oneDNN's weight gradient is wrong in
+# float32 for some shapes (torch 2.15, AVX-512: 64 to 32 channels, kernel 16, batch 1).
+
+
+def compare(ours, theirs, features):
+    given = ours(features), theirs(features)
+    grad = torch.randn(given[0].shape, dtype=features.dtype)
+    grads = [torch.autograd.grad(tokens, [features, *module.parameters()], grad)
+             for tokens, module in zip(given, (ours, theirs), strict=True)]  # fmt: skip
+    assert_close(given[1], given[0], 1e-12)
+    assert len(grads[0]) == len(grads[1])
+    for mine, other in zip(*grads, strict=True):
+        assert_close(kernels._as_linear(other), mine, 1e-12)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("variant", ["cropping", "pooling"])
+@pytest.mark.parametrize(("grid", "sizes"), [(12, (4, 8, 12)), ((8, 12), ((4, 8), (8, 12))), (7, (3, 5, 7))])
+def test_the_authors_extractor_is_ours(memory_format, variant, grid, sizes):
+    ours = SpatialFeatureExtractor(5, 6, grid_size=grid, kernel_sizes=sizes, variant=variant, dtype=torch.float64)
+    theirs = ConvExtractor(ours, memory_format)
+    assert all(kernel.is_contiguous(memory_format=memory_format) for kernel in theirs.kernels)
+    patches = ours.grid_size[0] * ours.grid_size[1]
+    compare(ours, theirs, torch.randn(2, patches, 5, dtype=torch.float64, requires_grad=True))
+
+
+@LAYOUTS
+@pytest.mark.parametrize(("grid", "size", "stride"), [(12, 8, 2), ((8, 12), (3, 5), (1, 3)), (7, 7, 1)])
+def test_the_authors_detail_map_is_ours(memory_format, grid, size, stride):
+    integrator = DetailFeatureIntegrator(5, 6, grid_size=grid, kernel_size=size, stride=stride, dtype=torch.float64)
+    patches = integrator.grid_size[0] * integrator.grid_size[1]
+    features = torch.randn(2, patches, 5, dtype=torch.float64, requires_grad=True)
+    compare(kernels._Detail(integrator), ConvDetail(integrator, memory_format), features)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("config", [TINY, replace(TINY, detail_kernel_size=None, detail_stride=None)], ids=["dfi", "bare"])
+def test_the_authors_projector_is_ours(memory_format, config):
+    projector = SPProjector.from_config(config, dtype=torch.float64)
+    authors = kernels._authors_projector(projector, memory_format)
+    features = torch.randn(2, 144, 16, dtype=torch.float64)
+    assert_close(authors(features), projector(features), 1e-12)
+    assert sum(p.numel() for p in authors.parameters()) == config.num_parameters
+
+
+# kernels
+
+
+def kernel_contests(config=TINY, **fields):
+    return {
+        (contest.subject, *contest.setting.values()): contest
+        for contest in kernels.contests(options(config=config, batches=(3,), **fields))
+    }
+
+
+def test_kernels_compare_every_operator_and_backend_with_the_authors_convolution():
+    found = kernel_contests()
+    subjects = ("tokens, cropping", "tokens, pooling", "detail map", "integrator", "projector")
+    assert list(found) == [(subject, direction, "float32", 3) for subject in subjects for direction in kernels.PASSES]
+    for (subject, *_), contest in found.items():
+        names = ["naive", "gemm"]
+        if subject != "integrator":
+            names += ["Conv2d (authors)", "Conv2d, channels last"]
+        if subject == "tokens, cropping":
+            names += ["Conv2d, torch.compile"]
+        assert list(contest.entries) == names
+        assert contest.reference == "naive"
+        assert contest.baseline == names[2] if len(names) > 2 else "naive"
+
+
+def test_kernels_without_an_integrator_have_no_detail_map():
+    bare = replace(TINY, detail_kernel_size=None, detail_stride=None)
+    assert {subject for subject, *_ in kernel_contests(bare)} == {"tokens, cropping", "tokens, pooling", "projector"}
+    assert failures(rows_of(kernel_contests(bare).values())) == []
+
+
+def test_kernels_values():
+    for row in rows_of(kernels.contests(options(batches=(2,)))):
+        expected = TIMED | {"ratio"}
+        if row.implementation != "naive":
+            expected |= {"error"}
+        if row.subject != "integrator":
+            expected |= {"read_gb_per_s", "limit_ms", "share_of_limit"}
+        assert row.values.keys() - {"peak_mib"} == expected
+        if row.implementation in (kernels.AUTHORS, "naive") and row.subject == "integrator":
+            assert row.values["ratio"] == 1
+
+
+@pytest.mark.parametrize("direction", kernels.PASSES)
+def test_forward_makes_no_graph_and_backward_all_gradients(direction):
+    found = kernel_contests()["tokens, cropping", direction, "float32", 3]
+    entry = found.entries["gemm"]()
+    outcome = entry.run()
+    if direction == "forward":
+        assert not outcome.requires_grad
+        assert outcome.shape == (3, 3, 16)
+        return
+    assert [tuple(t.shape) for t in outcome] == [(3, 3, 16), (3, 144, 16), *[(16, side * side * 16) for side in (4, 8, 12)]]
+    assert not any(tensor.requires_grad for tensor in outcome)
+
+
+@pytest.mark.parametrize("direction", kernels.PASSES)
+@pytest.mark.parametrize("subject", ["integrator", "projector"])
+def test_gradients_that_are_rounding_alone_are_not_compared(subject, direction):
+    """A shift of all keys is a shift of all of a query's scores: the gradients of whatever does that alone are zero."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert failures(rows_of([kernel_contests()[subject, direction, "float32", 3]])) == []
+
+
+def costs(config):
+    return {cost.part: cost for cost in config.costs()}
+
+
+@pytest.mark.parametrize("direction", kernels.PASSES)
+@pytest.mark.parametrize("head", ["mlp", "linear"])
+def test_work_is_what_the_config_counts(direction, head):
+    config, batch = replace(TINY, spatial_head=head), 3
+    found, parts = kernel_contests(config), costs(config)
+    features = 4 * batch * 144 * 16
+    factor = 1 if direction == "forward" else 3
+    for subject, operations, parameters in [
+        ("tokens, cropping", parts["extractor"].multiply_adds, parts["extractor"].parameters),
+        ("tokens, pooling", parts["extractor"].multiply_adds, parts["extractor"].parameters),
+        ("detail map", parts["integrator detail map"].multiply_adds, parts["integrator detail map"].parameters),
+        ("projector", sum(part.multiply_adds for part in parts.values()), config.num_parameters),
+    ]:
+        contest = found[subject, direction, "float32", batch]
+        assert contest.num_flops == factor * 2 * batch * operations
+        assert contest.num_bytes == factor * (4 * parameters + features)
+        weights = sum(weight.numel() for weight in contest.weights)
+        assert parameters * 0.95 < weights <= parameters
+        assert contest.memory >= 4 * weights + features
+        assert not any(weight.requires_grad for weight in contest.weights)
+
+
+def test_work_in_half_precision_is_half_the_bytes():
+    full, half = (kernel_contests()["projector", "forward", "float32", 3],
+                  {c.subject: c for c in kernels.contests(options("bfloat16", batches=(3,)))
+                   if c.setting["pass"] == "forward"}["projector"])  # fmt: skip
+    assert full.num_bytes == 2 * half.num_bytes
+    assert full.num_flops == half.num_flops
+    assert half.tolerance > full.tolerance
+
+
+def test_flops_of_a_linear_layer():
+    layer = nn.Linear(5, 7, device="meta")
+    assert kernels.flops_of(layer, torch.empty(3, 5, device="meta")) == 2 * 3 * 5 * 7
+
+
+def test_a_broken_backend_is_a_row_that_says_so(monkeypatch):
+    sound = gemm.window_linear
+    monkeypatch.setattr(gemm, "window_linear", lambda *arguments: 1.01 * sound(*arguments))
+    rows = rows_of(kernels.contests(options(batches=(1,))))
+    broken = [row for row in rows if row.subject != "integrator" and row.implementation == "gemm"]
+    assert len(broken) == 8
+    assert all(row.failure.startswith("wrong: off by ") and row.values == {} for row in broken)
+    forward = [row for row in rows if row.implementation != "gemm" and row.setting["pass"] == "forward"]
+    assert failures(forward) == []
+
+
+def test_a_broken_gradient_is_a_row_that_says_so(monkeypatch):
+    sound = gemm.weight_grad
+    monkeypatch.setattr(gemm, "weight_grad", lambda *arguments: [grad * 1.01 for grad in sound(*arguments)])
+    rows = rows_of([kernel_contests()["tokens, cropping", kernels.PASSES[1], "float32", 3]])
+    assert {row.implementation for row in rows if row.failure} == {"gemm"}
+
+
+def test_a_kernel_that_gives_nan_is_a_row_that_says_so(monkeypatch):
+    sound = gemm.weight_grad
+    monkeypatch.setattr(gemm, "weight_grad", lambda *arguments: [grad * float("nan") for grad in sound(*arguments)])
+    rows = rows_of([kernel_contests()["tokens, cropping", kernels.PASSES[1], "float32", 3]])
+    assert {row.implementation for row in rows if row.failure} == {"gemm"}
+
+
+@pytest.mark.parametrize("suite", ["kernels", "projectors", "scaling"])
+def test_what_does_not_fit_is_a_row_and_is_not_tried(monkeypatch, suite):
+    """The second half is what the user meets: the memory that is lacking is lacking for whatever is made first."""
+    monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 0)
+    rows = rows_of(SUITES[suite](options()))
+    assert all(row.failure.startswith("needs about ") for row in rows)
+
+    def out(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(nn.Linear, "__init__", out)
+    monkeypatch.setattr(Options, "features", out)
+    assert rows_of(SUITES[suite](options()))
+
+
+@pytest.mark.parametrize("suite", ["kernels", "projectors", "llm", "scaling"])
+def test_one_contest_is_gone_before_the_next_is_made(monkeypatch, suite):
+    """At the paper's size each holds gigabytes; a loop that lets go of a contest must have let go of its tensors."""
+    made = []
+    features = Options.features
+
+    def counted(*arguments):
+        tensor = features(*arguments)
+        made.append(weakref.ref(tensor))
+        gc.collect()
+        alive = [reference for reference in made if reference() is not None]
+        most.append(len(alive))
+        return tensor
+
+    most: list[int] = []
+    monkeypatch.setattr(Options, "features", counted)
+    contests = SUITES[suite](options(batches=(1,)))
+    while (contest := next(contests, None)) is not None:
+        most.clear()
+        run_contest(contest, CPU, None)
+        within = max(most, default=1)
+        del contest
+    assert within <= 3
+
+
+# projectors
+
+
+def test_projectors_values(monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    monkeypatch.setattr(measure, "seconds_of", lambda work, device: (work(), 0.5)[1])
+    rows = rows_of(projectors.contests(options(batches=(2,))))
+    assert failures(rows) == []
+    by_name = {row.implementation: row.values for row in rows}
+    assert list(by_name)[0] == "LLaVA MLP"
+    assert {name: values["tokens"] for name, values in by_name.items()} == {
+        "LLaVA MLP": 144, "SP cropping": 147, "SP pooling": 147, "SP cropping + DFI": 147, "SP pooling + DFI": 147,
+        "SP, 1 tokens": 145, "SP, 6 tokens": 150, "SP, transformer blocks": 147,
+        "DeCo": 4, "C-Abstractor": 4, "Perceiver resampler": 3, "Q-Former": 3,
+    }  # fmt: skip
+    for values in by_name.values():
+        assert values["tokens_per_s"] == 2 * values["tokens"] / 0.5
+        assert values["ratio"] == 1
+        assert values.keys() - {"peak_mib"} == TIMED | {"tokens", "parameters", "gflop_per_image", "tokens_per_s", "ratio"}
+    for variant in ("cropping", "pooling"):
+        for name, config in [(f"SP {variant} + DFI", TINY), (f"SP {variant}", replace(TINY, detail_kernel_size=None, detail_stride=None))]:
+            assert by_name[name]["parameters"] == config.num_parameters
+            assert by_name[name]["gflop_per_image"] == pytest.approx(2e-9 * sum(c.multiply_adds for c in config.costs()))
+    mlp = 16 * 24 + 24 * 24
+    assert by_name["LLaVA MLP"]["parameters"] == mlp + 2 * 24
+    assert by_name["LLaVA MLP"]["gflop_per_image"] == pytest.approx(2e-9 * 144 * mlp)
+
+
+def test_projectors_at_the_papers_size_are_the_papers(monkeypatch):
+    config = SPProjectorConfig.from_preset("llava-sp-cropping")
+    names = list(projectors.builders(config))
+    assert [name for name in names if "tokens" in name] == ["SP, 1 tokens", "SP, 3 tokens", "SP, 12 tokens"]
+    meta = torch.device("meta")
+    sizes = {
+        name: sum(p.numel() for p in projectors.builders(config)[name](meta, torch.float32).parameters())
+        for name in names if name.startswith("SP")
+    }  # fmt: skip
+    for name, preset in [
+        ("SP cropping + DFI", "llava-sp-cropping"), ("SP, 1 tokens", "llava-sp-1-token"),
+        ("SP, 3 tokens", "llava-sp-3-tokens"), ("SP, 12 tokens", "llava-sp-12-tokens"),
+    ]:  # fmt: skip
+        assert sizes[name] == SPProjectorConfig.from_preset(preset, spatial_head=config.spatial_head).num_parameters
+
+
+def test_a_projector_that_differs_from_its_specification_is_not_timed(monkeypatch):
+    sound = gemm.window_linear
+    monkeypatch.setattr(gemm, "window_linear", lambda *arguments: sound(*arguments) * float("nan"))
+    contest = next(contest for contest in projectors.contests(options()) if contest.subject == "SP cropping")
+    rows = {row.implementation: row for row in run_contest(contest, CPU, None)}
+    assert "wrong: off by nan" in rows["SP cropping"].failure
+    assert rows["LLaVA MLP"].failure is None
+
+
+def test_a_missing_library_is_its_projectors_row(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    found = [contest for contest in projectors.contests(options()) if contest.subject in ("C-Abstractor", "DeCo")]
+    rows = rows_of(found)
+    assert [(row.implementation, "spatial-tokens[timm]" in row.failure) for row in rows if row.failure] == [("C-Abstractor", True)]
+
+
+# scaling
+
+
+def test_scaling_varies_only_what_it_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(scaling, "_entry", lambda options, config, batch, dtype: seen.append((config, batch, dtype)) or 1 / 0)
+    for sizes in ({"BATCHES": (1, 512)}, {"GRIDS": (16, 24, 64)}, {"CHANNELS": (768, 4096)}, {"NUM_TOKENS": (1, 2, 3, 6, 12, 24)}):
+        monkeypatch.setattr(scaling, *next(iter(sizes.items())))
+    monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: None)
+    paper = SPProjectorConfig.from_preset("llava-sp-cropping")
+    bare = replace(paper, detail_kernel_size=None, detail_stride=None)
+    contests = list(scaling.contests(options(config=paper)))
+    rows_of(contests)
+    told = [(contest.subject, contest.setting["value"]) for contest in contests]
+    assert told == [
+        *(("batch", n) for n in (1, 512)), *(("grid", n) for n in (16, 24, 64)),
+        *(("channels", n) for n in (768, 4096)), *(("tokens", n) for n in (1, 2, 3, 6, 12, 24)),
+    ]  # fmt: skip
+    for (subject, value), (config, batch, dtype) in zip(told, seen, strict=True):
+        assert dtype == torch.float32
+        assert batch == (value if subject == "batch" else 1)
+        if subject == "batch":
+            assert config == bare
+        elif subject == "channels":
+            assert config == replace(bare, vision_hidden_size=value)
+        elif subject == "tokens":
+            assert config.num_spatial_tokens == value
+            assert config == replace(bare, kernel_sizes=config.kernel_sizes, variant="pooling")
+        else:
+            assert config == replace(bare, grid_size=(value, value), kernel_sizes=config.kernel_sizes)
+            assert config.num_spatial_tokens == 6, f"grid {value} has another number of tokens too: {config.kernel_sizes}"
+
+
+def test_scaling_takes_the_batches_it_is_given():
+    contests = list(scaling.contests(options("float32", "bfloat16", batches=(3,))))
+    assert [(c.setting["dtype"], c.setting["value"]) for c in contests if c.subject == "batch"] == [("float32", 3), ("bfloat16", 3)]
+
+
+@pytest.mark.parametrize("side", [7, 12, 16, 24, 27])
+def test_scaling_sizes_are_as_many_as_asked_and_grow(side):
+    config = replace(TINY, grid_size=(side, side), kernel_sizes=(side,), detail_kernel_size=None, detail_stride=None)
+    for count in range(1, side + 1):
+        sizes = scaling._sizes(config, count)
+        assert len(set(sizes)) == count
+        assert replace(config, kernel_sizes=sizes, variant="pooling").kernel_sizes[-1] == side
+    assert scaling._sizes(config, side + 1) == ()
+
+
+def test_scaling_shows_a_size_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(scaling, "CHANNELS", (8, 2**30))
+    monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 2**32)
+    rows = {(row.subject, row.setting["value"]): row for row in rows_of(scaling.contests(options()))}
+    assert rows["channels", 2**30].failure.startswith("needs about ")
+    assert rows["channels", 8].failure is None
+
+
+# llm
+
+
+@pytest.fixture
+def llama():
+    pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(("free_gib", "name"), [(80, "7B"), (16, "1.3B (7B does not fit)"), (1, LLAMA.name), (None, LLAMA.name)])
+def test_llm_takes_the_largest_model_that_fits_and_says_which(monkeypatch, free_gib, name):
+    monkeypatch.setattr(llm, "free_memory", lambda device: None if free_gib is None else free_gib * 2**30)
+    paper = SPProjectorConfig.from_preset("llava-sp-cropping")
+    asked = Options(torch.device("cuda"), ("bfloat16",), (), paper)
+    assert llm.fitting(asked, "bfloat16").name == name
+    assert llm.fitting(replace(asked, device=CPU), "bfloat16").name == LLAMA.name  # a CPU has room, but nobody the time
+
+
+def test_llm_labels_what_is_scaled_down():
+    shown = [llm.contest(options(), model, "float32", 1).subject for model in llm.MODELS]
+    assert shown == ["Llama 7B", "Llama 1.3B (7B does not fit)", "Llama 0.1B (7B scaled down for a CPU)"]
+
+
+def test_llm_model_sizes():
+    assert llm.MODELS[0].num_parameters == pytest.approx(6.74e9, rel=0.01)
+    assert llm.MODELS[1].num_parameters == pytest.approx(1.3e9, rel=0.1)
+
+
+def test_llm_model_is_the_size_it_says(llama):
+    made = llm._llama(LLAMA, CPU, torch.bfloat16)
+    norms = (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
+    assert sum(p.numel() for p in made.parameters()) == LLAMA.num_parameters + norms
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_llm_ratio_is_tokens_a_second_with_over_without(llama, monkeypatch):
+    taken = iter([0.5, 0.8, 1.0])
+    monkeypatch.setattr(measure, "seconds_of", lambda work, device: next(taken))
+    rows = {row.implementation: row for row in rows_of(llm.contests(options("bfloat16", batches=(2,))))}
+    assert list(rows) == ["LLaVA-1.5", "SP cropping + DFI", "SP pooling + DFI"]
+    assert failures(rows.values()) == []
+    rates = {name: row.values["tokens_per_s"] for name, row in rows.items()}
+    assert rates["LLaVA-1.5"] == pytest.approx(2 * LLAMA.answer / 0.5)
+    for name, row in rows.items():
+        assert row.values["ratio"] == pytest.approx(rates[name] / rates["LLaVA-1.5"])
+        assert row.setting == {"dtype": "bfloat16", "batch": 2, "prompt": 3, "answer": 2}
+
+
+def test_llm_image_tokens(llama):
+    paper = replace(SPProjectorConfig.from_preset("llava-sp-cropping"), vision_hidden_size=4, spatial_hidden_size=2)
+    rows = rows_of(llm.contests(options("float32", config=paper)))
+    assert failures(rows) == []
+    assert [row.values["image_tokens"] for row in rows] == [576, 582, 582]
+
+
+def test_llm_has_one_model_for_all_three(llama, monkeypatch):
+    made = []
+    build = llm._llama
+    monkeypatch.setattr(llm, "_llama", lambda *arguments: (made.append(1), build(*arguments))[1])
+    rows_of(llm.contests(options()))
+    assert made == [1]
+
+
+def test_llm_without_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert all("spatial-tokens[hf]" in row.failure for row in rows_of(llm.contests(options())))
