@@ -1,5 +1,6 @@
 """The suites at a size that a test can wait for."""
 
+import gc
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from spatial_tokens.bench import alternatives, measure
 from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.suites import limits, llm, scaling
 
+COLLECT = gc.collect  # which `shrink` puts aside
 CPU = torch.device("cpu")
 TINY = SPProjectorConfig(
     vision_hidden_size=16, text_hidden_size=24, grid_size=12, kernel_sizes=(4, 8, 12), spatial_hidden_size=16, detail_kernel_size=8
