@@ -342,7 +342,14 @@ def test_peak_memory_is_left_out_where_the_system_does_not_say(monkeypatch, cloc
 
 def test_cudnn_is_put_back():
     before = torch.backends.cudnn.benchmark
-    with pytest.raises(ValueError, match="x"), runner.cudnn_benchmark():
-        assert torch.backends.cudnn.benchmark
-        raise ValueError("x")
+    inside = []
+
+    def fail():
+        with runner.cudnn_benchmark():
+            inside.append(torch.backends.cudnn.benchmark)
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
+    assert inside == [True]
     assert torch.backends.cudnn.benchmark == before

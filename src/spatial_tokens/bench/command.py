@@ -16,7 +16,7 @@ from spatial_tokens.bench.runner import cudnn_benchmark, run_contest
 from spatial_tokens.bench.suites import SUITES
 from spatial_tokens.bench.suites.limits import products
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.storage.files import make_directory, write_text
+from spatial_tokens.storage.files import check_writable, make_directory
 
 
 def run(options: Options, suites: Sequence[str], command: str, json_file: str | None, plot_directory: str | None) -> Report:
@@ -27,9 +27,10 @@ def run(options: Options, suites: Sequence[str], command: str, json_file: str | 
     """
     show.require_rich()
     if json_file is not None:
-        write_text(json_file, "")  # an impossible path is to be known now, not after the work
+        check_writable(json_file)  # an impossible path is to be known now, not after the work
     if plot_directory is not None:
-        make_directory(plot_directory)
+        plots.require_matplotlib()
+        check_writable(make_directory(plot_directory) / "plot.png")
     report = Report(command, describe(options.device))
     show.print_machine(report.machine)
     with cudnn_benchmark(), torch.random.fork_rng():
@@ -42,6 +43,7 @@ def run(options: Options, suites: Sequence[str], command: str, json_file: str | 
                     report.rows.extend(screen.run(contest, partial(run_contest, contest, options.device, peak)))
                     if json_file is not None:
                         report.write(json_file)
+                    del contest  # and all it holds, before the next one is made
     show.print_exponents(report.rows)
     for path in plots.draw(report, plot_directory) if plot_directory is not None else []:
         print(f"wrote {path}")

@@ -21,8 +21,16 @@ def exponent(points: Iterable[tuple[float, float]]) -> float | None:
     """The slope of the straight line through `(log x, log y)`: 1 is linear, 2 quadratic; None for fewer than two points."""
     logs = [(log(x), log(y)) for x, y in points if x > 0 and y > 0]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True)) if logs else (0.0, 0.0)
-    spread = sum((x - mean_x) ** 2 for x, _ in logs)
+    spread = sum((x - mean_x) ** 2 for x, _ in logs) if len({x for x, _ in logs}) > 1 else 0.0
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread if spread else None
+
+
+def require_matplotlib() -> None:
+    """Raises MissingExtraError unless matplotlib is there."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "bench") from error
 
 
 def draw(report: Report, directory: str) -> list[str]:
@@ -83,9 +91,14 @@ def _bars(rows: Sequence[Row]) -> Figure:
     heights = [0.22 * len(panel) + 0.8 for panel in panels.values()]
     figure = Figure(figsize=(8, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    order = list(dict.fromkeys(row.implementation for row in rows))
     for axis, (setting, panel) in zip(axes[:, 0], panels.items(), strict=True):
         names = [f"{row.subject}: {row.implementation}" for row in panel]
-        axis.barh(range(len(panel)), [row.values["ms"] for row in panel], color=_colours(panel))
+        axis.barh(
+            range(len(panel)),
+            [row.values["ms"] for row in panel],
+            color=[f"C{order.index(row.implementation) % 10}" for row in panel],
+        )
         axis.set_yticks(range(len(panel)), names, fontsize=7)
         axis.invert_yaxis()
         axis.set_xscale("log")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from os import PathLike
 from typing import Any
 
@@ -29,7 +30,14 @@ class Report:
         Raises:
             SpatialTokensError: If it cannot be written.
         """
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_text(
+            path, json.dumps({"format": FORMAT, **asdict(self), "rows": [_plain(row) for row in self.rows]}, indent=1) + "\n"
+        )
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: figures that are none are left out."""
+    return {**asdict(row), "values": {name: value for name, value in row.values.items() if isfinite(value)}}
 
 
 def read_report(path: str | PathLike[str]) -> Report:
@@ -40,7 +48,9 @@ def read_report(path: str | PathLike[str]) -> Report:
     """
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except SpatialTokensError:
+        raise
+    except ValueError as error:
         raise SpatialTokensError(f"{path} is not JSON: {error}; give a file that `spatial-tokens bench --json` wrote") from error
     except RecursionError as error:
         raise SpatialTokensError(f"{path} is nested too deeply; give a file that `spatial-tokens bench --json` wrote") from error
@@ -48,14 +58,22 @@ def read_report(path: str | PathLike[str]) -> Report:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise SpatialTokensError(f"{path} is no benchmark report of format {FORMAT}: found {shown(found)}")
     try:
-        return Report(content["command"], content["machine"], [_row(row) for row in content["rows"]])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can say what UTF-8, and a terminal, cannot
+        command, machine = content["command"], content["machine"]
+        if not isinstance(command, str) or not isinstance(machine, dict):
+            raise TypeError("command must be a string and machine an object")
+        return Report(command, machine, [_row(row) for row in content["rows"]])
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise SpatialTokensError(f"{path} is a damaged benchmark report: {type(error).__name__}: {error}") from error
 
 
 def _row(fields: dict[str, Any]) -> Row:
     values = {str(name): float(value) for name, value in fields["values"].items()}
     setting = {str(name): value for name, value in fields["setting"].items()}
+    if not all(isfinite(value) for value in values.values()) or values.get("ms", 1.0) <= 0:
+        raise ValueError(f"values must be finite and times positive, got {shown(values)}")
+    if not all(isinstance(value, (str, int)) for value in setting.values()):
+        raise TypeError(f"settings must be strings and integers, got {shown(setting)}")
     failure = fields["failure"]
     if failure is not None and not isinstance(failure, str):
         raise TypeError(f"failure must be a string or null, got {shown(failure)}")

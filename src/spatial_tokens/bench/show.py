@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS: dict[str, Callable[[Mapping[str, float]], str]] = {  # a heading, and its cell; values that are not there raise KeyError
-    "ms": lambda values: f"{values['ms']:.3g}",
-    "p20-p80": lambda values: f"{values['p20_ms']:.3g}-{values['p80_ms']:.3g}",
+    "ms": lambda values: _ms(values["ms"]),
+    "p20-p80": lambda values: f"{_ms(values['p20_ms'])}-{_ms(values['p80_ms'])}",
     "faster": lambda values: f"{values['ratio']:.2f}x",
     "of limit": lambda values: f"{values['share_of_limit']:.0%}",
     "GB/s": lambda values: f"{values['gb_per_s']:.1f}",
@@ -31,10 +31,14 @@ COLUMNS: dict[str, Callable[[Mapping[str, float]], str]] = {  # a heading, and i
 }
 
 
+def _ms(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
+
+
 def _short(number: float) -> str:
     """Three digits and a magnitude: 923550208 is 924M."""
     for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:
             return f"{number / size:.3g}{sign}"
     return f"{number:.3g}"
 
@@ -136,7 +140,7 @@ def new_table(columns: Sequence[str], widths: Sequence[int] = ()) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE, pad_edge=False, padding=0)
     table.add_column(columns[0], overflow="fold")
     for i, heading in enumerate(columns[1:]):
         width = max(len(word) for word in (heading, *(["failed"] if heading == "ms" else [])))
@@ -176,5 +180,5 @@ def print_comparison(before: Report, after: Report, pairs: Sequence[tuple[Row, R
     table = new_table(["after / before: below 1 is faster", "before ms", "after ms", "ratio"])
     for a, b, ratio in pairs:
         name = f"{title(a.suite, a.subject, a.setting)}: {a.implementation}"
-        table.add_row(escape(name), f"{a.values['ms']:.3g}", f"{b.values['ms']:.3g}", f"{ratio:.2f}")
+        table.add_row(escape(name), _ms(a.values["ms"]), _ms(b.values["ms"]), f"{ratio:.2f}")
     Console().print(table)

@@ -36,17 +36,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         SpatialTokensError: If the file cannot be written; what was at `path` is still there.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
         yield temporary
         temporary.chmod(permissions)
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, SpatialTokensError):
+            raise
         raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             temporary.unlink()
 
 
@@ -61,6 +63,23 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot make the directory {path}: {reason(error)}") from error
     return Path(path)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Whether `atomic_write` could write there, without touching what is there.
+
+    Raises:
+        SpatialTokensError: If it could not.
+    """
+    target = Path(path)
+    if os.path.isdir(target):
+        raise SpatialTokensError(f"cannot write {target}: it is a directory")
+    probe = target.parent / f".{target.name}.{os.getpid()}.probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -27,9 +27,20 @@ def contests(options: Options) -> Iterator[Contest]:
     for subject in (cropping, projection, detail, integration, pooling):
         for dtype, batch in product(options.dtypes, options.batches_or(cpu=(1, 8), cuda=(1, 8, 32, 256, 512))):
             for direction in PASSES:
-                contest = subject(options, DTYPES[dtype], batch, direction)
+                try:
+                    contest = subject(options, DTYPES[dtype], batch, direction)
+                except (RuntimeError, MemoryError) as error:  # no memory for its module or features: a row that says so
+                    contest = _impossible(subject.__name__, DTYPES[dtype], batch, direction, error)
                 if contest is not None:
                     yield contest
+                del contest  # its module and features are gigabytes: gone before the next one's are made
+
+
+def _impossible(subject: str, dtype: torch.dtype, batch: int, direction: str, error: Exception) -> Contest:
+    def fail() -> Entry:
+        raise error
+
+    return Contest("kernels", subject, _setting(batch, dtype, direction), {"all": fail})
 
 
 def cropping(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
@@ -217,7 +228,8 @@ def _entry(function: Callable[[torch.Tensor], torch.Tensor], features: torch.Ten
         return Entry(forward)
 
     # A bias of the keys moves all scores of a query alike, and softmax does not see it: its gradient is rounding, and no figure.
-    parameters = [parameter for name, parameter in owner.named_parameters() if not name.endswith("key_projector.1.bias")]
+    unseen = ("key_projector.0.bias", "key_projector.1.bias")
+    parameters = [parameter for name, parameter in owner.named_parameters() if not name.endswith(unseen)]
     leaf = features.detach().requires_grad_()
     generator = torch.Generator(features.device).manual_seed(0)
     grad: torch.Tensor | None = None

@@ -28,7 +28,7 @@ def contests(options: Options) -> Iterator[Contest]:
         for batch in options.batches or BATCHES:
             yield _contest(options, "batch", batch, config, batch, dtype)
         for grid in GRIDS:
-            largest = crop_sizes(grid, 2)[-config.num_spatial_tokens :]
+            largest = crop_sizes(grid, 2 if grid > 20 else 1)[-config.num_spatial_tokens :]
             yield _contest(options, "grid", grid, replace(config, grid_size=(grid, grid), kernel_sizes=largest), 1, dtype)
         for channels in CHANNELS:
             yield _contest(options, "channels", channels, replace(config, vision_hidden_size=channels), 1, dtype)
