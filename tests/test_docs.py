@@ -3,6 +3,8 @@
 import doctest
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,8 @@ def test_ci_runs_the_readmes_test_line():
     lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.endswith("&& .venv/bin/nox")]
     assert len(lines) == 1
     assert ".venv/bin/nox$' README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_readmes_figures_are_those_of_the_committed_results():
+    command = [sys.executable, str(ROOT / "benchmarks" / "figures.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run: python benchmarks/figures.py"
