@@ -320,7 +320,7 @@ def test_short(number, text):
 def suite_rows(suite):
     if suite == "scaling":
         return [
-            Row("scaling", subject, "SP", {"pass": "forward", "dtype": dtype, "value": n}, {"ms": 0.1 * n**power, "peak_mib": n})
+            Row("scaling", subject, "SP", {"pass": "forward", "dtype": dtype, subject: n}, {"ms": 0.1 * n**power, "peak_mib": n})
             for subject, power in (("batch", 1), ("grid", 2)) for dtype in ("float32", "bfloat16") for n in (1, 4, 16)
         ]  # fmt: skip
     return [
@@ -360,12 +360,12 @@ def test_a_suite_that_failed_has_no_picture(tmp_path):
 
 @pytest.mark.parametrize("strange", [{"peak_mib": 0.0}, {"peak_mib": -1.0}, {}])
 def test_scaling_without_all_its_figures(tmp_path, strange):
-    found = [Row("scaling", "batch", "SP", {"dtype": "a", "value": 1}, {"ms": 1.0, **strange})]
+    found = [Row("scaling", "batch", "SP", {"dtype": "a", "batch": 1}, {"ms": 1.0, **strange})]
     assert colours(plots.draw(Report("c", MACHINE, found), str(tmp_path))[0]) > 10
 
 
 def figure_of(suite):
-    return plots._scaling(suite_rows(suite)) if suite == "scaling" else plots._bars(suite_rows(suite))
+    return plots._scaling(suite_rows(suite)) if suite == "scaling" else plots._times(suite_rows(suite))
 
 
 def test_scaling_names_its_axes_units_and_exponents():
@@ -379,24 +379,29 @@ def test_scaling_names_its_axes_units_and_exponents():
     ]
 
 
-def test_bars_name_their_rows_and_unit():
+def test_points_name_their_rows_times_and_unit():
     axes = figure_of("kernels").axes
-    assert [axis.get_title(loc="left") for axis in axes] == [f"dtype float32, batch {n} (milliseconds)" for n in (1, 8)]
+    assert [axis.get_title(loc="left") for axis in axes] == [f"float32, batch {n} (milliseconds)" for n in (1, 8)]
     expected = [f"{subject}: {name}" for subject in ("one", "two") for name in ("naive", "gemm")]
     assert all([text.get_text() for text in axis.get_yticklabels()] == expected for axis in axes)
-    assert [bar.get_width() for bar in axes[1].patches] == [12.0] * 4
+    assert [line.get_xdata()[0] for line in axes[1].lines] == [12.0] * 4
+    assert [text.get_text().strip() for text in axes[1].texts] == ["12"] * 4
 
 
-def test_an_implementation_has_one_colour_in_every_panel():
+def test_a_failure_is_a_line_that_says_so():
     found = suite_rows("kernels")
-    found.pop(0)  # it failed
-    axes = plots._bars(found).axes
-    seen = {}
-    for axis in axes:
-        for bar, text in zip(axis.patches, axis.get_yticklabels(), strict=True):
-            seen.setdefault(text.get_text().split(": ")[1], set()).add(bar.get_facecolor())
-    assert all(len(colours) == 1 for colours in seen.values()), seen
-    assert len(set.union(*seen.values())) == len(seen)
+    found[0] = Row("kernels", "one", "naive", found[0].setting, failure="no memory")
+    first, second = plots._times(found).axes
+    assert [text.get_text().strip() for text in first.texts] == ["failed", "1.5", "1.5", "1.5"]
+    assert len(first.lines) == 3
+    assert len(second.lines) == 4
+
+
+def test_a_baseline_is_drawn_once():
+    setting = {"dtype": "float32", "batch": 1}
+    found = [Row("projectors", x, name, setting, {"ms": 2.0}) for x in ("A", "B") for name in ("base", x)]
+    (axis,) = plots._times(found).axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["base", "A", "B"]
 
 
 def test_pictures_that_cannot_be_written(tmp_path):

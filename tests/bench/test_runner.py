@@ -245,7 +245,7 @@ def test_no_ratio_without_its_baseline(clock):
 )
 def test_the_limit_is_the_slower_of_moving_and_doing(clock, num_bytes, num_flops, limit):
     weights = [torch.randn(10, 10), torch.randn(10, 10)]
-    fields = {"num_bytes": num_bytes, "num_flops": num_flops, "weights": weights}
+    fields = {"num_bytes": num_bytes, "num_flops": num_flops, "weights": lambda: weights}
     rows = run({"a": taking(4.0), "b": taking(8.0)}, peak=100.0, **fields)
     assert rows["a"].values["read_gb_per_s"] == pytest.approx(1600e-9)
     assert rows["a"].values["limit_ms"] == pytest.approx(1000 * limit)
@@ -256,14 +256,14 @@ def test_the_limit_is_the_slower_of_moving_and_doing(clock, num_bytes, num_flops
 
 @pytest.mark.parametrize(("peak", "weights"), [(None, [torch.randn(2, 2)]), (1.0, [])])
 def test_no_limit_without_a_peak_or_weights(clock, peak, weights):
-    values = run({"a": taking(1.0)}, peak=peak, weights=weights, num_bytes=8, num_flops=8)["a"].values
+    values = run({"a": taking(1.0)}, peak=peak, weights=lambda: weights, num_bytes=8, num_flops=8)["a"].values
     assert not {"limit_ms", "share_of_limit", "read_gb_per_s"} & values.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 4), (3, 5)])
 def test_weights_of_any_dtype_and_shape_can_be_read(dtype, shape):
-    values = run({"a": named("a", EXPECTED)}, peak=1.0, weights=[torch.randn(shape).to(dtype)])["a"].values
+    values = run({"a": named("a", EXPECTED)}, peak=1.0, weights=lambda: [torch.randn(shape).to(dtype)])["a"].values
     assert values["read_gb_per_s"] > 0
 
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 TINY = SPProjectorConfig(
     vision_hidden_size=16, text_hidden_size=24, grid_size=12, kernel_sizes=(4, 8, 12), spatial_hidden_size=16, detail_kernel_size=8
 )
-LLAMA = llm.Model("0.1B (7B scaled down for a CPU)", 16, 32, 1, 2, prompt=3, answer=2, vocabulary=50)
+LLAMA = llm.Model("0.1B (7B scaled down)", 16, 32, 1, 2, prompt=3, answer=2, vocabulary=50)
 SMALL = {
     "DecoProjector": {"num_tokens": 4},
     "CAbstractor": {"num_tokens": 4, "hidden_size": 16, "num_blocks": 1},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -35,15 +36,16 @@ def run(options: Options, suites: Sequence[str], command: str, json_file: str | 
     show.print_machine(report.machine)
     with cudnn_benchmark(), torch.random.fork_rng():
         torch.manual_seed(0)
-        peaks = {dtype: _peak(options, dtype) for dtype in options.dtypes}
+        peak_of = cache(partial(_peak, options))
         for suite in suites:
-            with show.Screen() as screen:
-                for contest in SUITES[suite](options):
-                    peak = peaks.get(str(contest.setting.get("dtype")))
+            contests = deque(SUITES[suite](options))
+            with show.Screen(len(contests)) as screen:
+                while contests:
+                    contest = contests.popleft()  # what it has built goes with it
+                    peak = peak_of(str(contest.setting["dtype"])) if contest.num_flops else None
                     report.rows.extend(screen.run(contest, partial(run_contest, contest, options.device, peak)))
                     if json_file is not None:
                         report.write(json_file)
-                    del contest  # and all it holds, before the next one is made
     show.print_exponents(report.rows)
     for path in plots.draw(report, plot_directory) if plot_directory is not None else []:
         print(f"wrote {path}")

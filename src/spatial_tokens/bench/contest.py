@@ -11,6 +11,13 @@ import torch
 Setting = Mapping[str, "str | int"]
 
 
+def label(setting: Setting) -> str:
+    """A setting in a few words."""
+    words = {"forward + backward": "fwd + bwd"}
+    plain = ("pass", "dtype", "size")
+    return ", ".join(words.get(str(v), str(v)) if name in plain else f"{name} {v}" for name, v in setting.items())
+
+
 @dataclass(frozen=True)
 class Entry:
     """An implementation, built and ready.
@@ -42,7 +49,7 @@ class Contest:
         baseline: The entry whose time is divided by the others' in `ratio`.
         num_bytes: The fewest bytes that must be moved.
         num_flops: The operations that must be done, two for a multiply-add.
-        weights: What is read side by side with the entries, to know the bandwidth of the moment.
+        weights: Gives what is read side by side with the entries, to know the bandwidth of the moment; asked once they are built.
         memory: Bytes that building and running needs, about; more than is free is not tried.
     """
 
@@ -55,7 +62,7 @@ class Contest:
     baseline: str | None = None
     num_bytes: int = 0
     num_flops: int = 0
-    weights: Sequence[torch.Tensor] = ()
+    weights: Callable[[], Sequence[torch.Tensor]] = tuple
     memory: int = 0
 
 

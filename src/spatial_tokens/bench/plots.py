@@ -1,4 +1,4 @@
-"""Pictures of a report: bars for the contests, log-log lines with their fitted exponents for the scaling suite."""
+"""Pictures of a report: times of the contests, log-log lines with their fitted exponents for the scaling suite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import log
 from typing import TYPE_CHECKING
 
-from spatial_tokens.bench.contest import Row
+from spatial_tokens.bench.contest import Row, label
 from spatial_tokens.bench.report import Report
 from spatial_tokens.errors import MissingExtraError
 from spatial_tokens.storage.files import make_directory
@@ -39,16 +39,13 @@ def draw(report: Report, directory: str) -> list[str]:
     Raises:
         SpatialTokensError: If they cannot be written.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
+    require_matplotlib()
     folder, paths = make_directory(directory), []
     for suite in dict.fromkeys(row.suite for row in report.rows):
-        rows = [row for row in report.rows if row.suite == suite and "ms" in row.values]
-        if not rows:
+        rows = [row for row in report.rows if row.suite == suite]
+        if all(row.failure for row in rows):
             continue
-        figure = _scaling(rows) if suite == "scaling" else _bars(rows)
+        figure = _scaling(rows) if suite == "scaling" else _times(rows)
         caption = f"{report.machine.get('device', '')}, {report.machine.get('date', '')}"
         figure.suptitle(f"{suite}: {caption}", fontsize=9)
         path = folder / f"{suite}.png"
@@ -59,53 +56,54 @@ def draw(report: Report, directory: str) -> list[str]:
 
 def _scaling(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     subjects = list(dict.fromkeys(row.subject for row in rows))
     figure = Figure(figsize=(4 * len(subjects), 6.5), layout="constrained")
     axes = figure.subplots(2, len(subjects), squeeze=False)
     for column, subject in enumerate(subjects):
-        for line, (name, label) in enumerate((("ms", "milliseconds"), ("peak_mib", "peak MiB above weights"))):
+        for line, (name, unit, least) in enumerate((("ms", "milliseconds", 0), ("peak_mib", "peak MiB above weights", 1))):
             axis = axes[line][column]
             lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
             for row in rows:
-                if row.subject == subject and row.values.get(name, 0) > 0:
-                    lines[str(row.setting["dtype"])].append((float(row.setting["value"]), row.values[name]))
+                if row.subject == subject and row.values.get(name, 0) >= least:
+                    lines[str(row.setting["dtype"])].append((float(row.setting[subject]), row.values[name]))
             for dtype, points in lines.items():
                 slope = exponent(points)
                 legend = dtype if slope is None else f"{dtype}: {subject}^{slope:.2f}"
                 axis.plot(*zip(*points, strict=True), marker="o", label=legend)
-            axis.set(xscale="log", yscale="log", xlabel=subject, ylabel=label)
+            axis.set(yscale="log", xlabel=subject, ylabel=unit)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.grid(which="both", alpha=0.3)
             if lines:
                 axis.legend(fontsize=8)
     return figure
 
 
-def _bars(rows: Sequence[Row]) -> Figure:
-    """One panel for each setting, one group of bars for each subject."""
+def _times(rows: Sequence[Row]) -> Figure:
+    """One panel for each setting, one point for each implementation of each subject, with its time beside it."""
     from matplotlib.figure import Figure
 
-    panels: dict[str, list[Row]] = defaultdict(list)
+    panels: dict[str, dict[str, Row]] = defaultdict(dict)
+    contestants = {row.implementation for row in rows}
     for row in rows:
-        panels[", ".join(f"{name} {value}" for name, value in row.setting.items())].append(row)
+        name = row.implementation if row.subject in contestants else f"{row.subject}: {row.implementation}"
+        panels[label(row.setting)].setdefault(name, row)  # a baseline is in every contest: the first stands for all
     heights = [0.22 * len(panel) + 0.8 for panel in panels.values()]
     figure = Figure(figsize=(8, sum(heights) + 0.4), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-    order = list(dict.fromkeys(row.implementation for row in rows))
     for axis, (setting, panel) in zip(axes[:, 0], panels.items(), strict=True):
-        names = [f"{row.subject}: {row.implementation}" for row in panel]
-        axis.barh(
-            range(len(panel)),
-            [row.values["ms"] for row in panel],
-            color=[f"C{order.index(row.implementation) % 10}" for row in panel],
-        )
-        axis.set_yticks(range(len(panel)), names, fontsize=7)
-        axis.invert_yaxis()
+        for line, row in enumerate(panel.values()):
+            if row.failure:
+                axis.annotate(" failed", (0, line), xycoords=("axes fraction", "data"), fontsize=7, color="C3", va="center")
+                continue
+            axis.plot(row.values["ms"], line, marker="o", markersize=4, color="C0")
+            axis.annotate(f"  {row.values['ms']:.3g}", (row.values["ms"], line), fontsize=7, va="center")
+        axis.set_yticks(range(len(panel)), list(panel), fontsize=7)
+        axis.set_ylim(len(panel) - 0.5, -0.5)
         axis.set_xscale("log")
+        axis.margins(x=0.1)
+        axis.grid(axis="x", which="both", alpha=0.3)
         axis.set_title(f"{setting} (milliseconds)", fontsize=8, loc="left")
     return figure
-
-
-def _colours(rows: Sequence[Row]) -> list[str]:
-    order = list(dict.fromkeys(row.implementation for row in rows))
-    return [f"C{order.index(row.implementation) % 10}" for row in rows]

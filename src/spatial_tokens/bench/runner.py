@@ -34,10 +34,10 @@ def run_contest(contest: Contest, device: torch.device, peak_flops: float | None
 
     ready, failures, errors = _build(contest)
     works = {name: entry.run for name, entry in ready.items()}
-    if contest.weights:
-        works[READ] = lambda: [_read(weight) for weight in contest.weights]
     try:
-        if READ in works:
+        weights = contest.weights() if ready else ()
+        if weights:
+            works[READ] = lambda: [_read(weight) for weight in weights]
             works[READ]()
         times = side_by_side(works, device, budget) if ready else {}
         peaks = {name: peak_bytes(entry.run, device) for name, entry in ready.items()}
@@ -54,7 +54,7 @@ def run_contest(contest: Contest, device: torch.device, peak_flops: float | None
             values["ratio"] = times[contest.baseline].median / times[name].median
         if name in errors:
             values["error"] = errors[name]
-        values.update(_limits(contest, times, name, peak_flops))
+        values.update(_limits(contest, sum(weight.nbytes for weight in weights), times, name, peak_flops))
         peak = peaks[name]
         if peak is not None:
             values["peak_mib"] = peak / 2**20
@@ -130,12 +130,11 @@ def _read(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(torch.float32).sum() if weight.dtype.itemsize < 4 and weight.shape[-1] % 2 == 0 else weight.sum()
 
 
-def _limits(contest: Contest, times: Mapping[str, Times], name: str, peak_flops: float | None) -> dict[str, float]:
+def _limits(contest: Contest, num_read: int, times: Mapping[str, Times], name: str, peak_flops: float | None) -> dict[str, float]:
     """The least time that the bytes at the measured bandwidth and the operations at the measured peak allow."""
     if READ not in times or peak_flops is None:
         return {}
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in contest.weights)
-    bandwidth = num_bytes / times[READ].median
+    bandwidth = num_read / times[READ].median
     to_move, to_do = contest.num_bytes / bandwidth, contest.num_flops / peak_flops
     limit = max(to_move, to_do)
     return {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from spatial_tokens.bench.contest import Contest, Row
+from spatial_tokens.bench.contest import Contest, Row, label
 from spatial_tokens.bench.plots import exponent
 from spatial_tokens.bench.report import Report
 from spatial_tokens.errors import MissingExtraError
@@ -52,18 +52,18 @@ def require_rich() -> None:
 
 
 class Screen:
-    """The table of the subject that is being measured, growing, above a line that tells what is running and since when."""
+    """The table of the subject that is being measured, growing, above a bar that tells what is running and how much is left."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._rows: list[Row] = []
         self._console = Console()
-        columns = (SpinnerColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console)
-        self._task = self._progress.add_task("", total=None)
+        self._task = self._progress.add_task("", total=total)
         self._live = Live(console=self._console, transient=True, get_renderable=self._picture, refresh_per_second=4)
 
     def __enter__(self) -> Screen:
@@ -97,12 +97,6 @@ class Screen:
 def title(suite: str, subject: str, setting: Any) -> str:
     """What a contest is about, in a line."""
     return f"{suite}: {subject}, {label(setting)}"
-
-
-def label(setting: Any) -> str:
-    """A setting in a few words."""
-    words = {"forward + backward": "fwd + bwd"}
-    return ", ".join(words.get(str(v), str(v)) if name in ("pass", "dtype") else f"{name} {v}" for name, v in setting.items())
 
 
 def subject_table(rows: Sequence[Row]) -> Group:
@@ -162,7 +156,7 @@ def print_exponents(rows: Sequence[Row]) -> None:
     sweeps = [row for row in rows if row.suite == "scaling" and "ms" in row.values]
     table = new_table(["scaling: time grows as", "dtype", "from", "to", "power"])
     for (subject, dtype), found in groupby(sweeps, lambda row: (row.subject, str(row.setting["dtype"]))):
-        points = [(float(row.setting["value"]), row.values["ms"]) for row in found]
+        points = [(float(row.setting[subject]), row.values["ms"]) for row in found]
         slope = exponent(points)
         if slope is not None:
             table.add_row(subject, dtype, f"{points[0][0]:.0f}", f"{points[-1][0]:.0f}", f"{slope:.2f}")
@@ -175,8 +169,8 @@ def print_comparison(before: Report, after: Report, pairs: Sequence[tuple[Row, R
     from rich.console import Console
     from rich.markup import escape
 
-    for label, report in (("before", before), ("after", after)):
-        print(f"{label}: {report.machine.get('device')}, {report.machine.get('date')}, {len(report.rows)} rows")
+    for name, report in (("before", before), ("after", after)):
+        print(f"{name}: {report.machine.get('device')}, {report.machine.get('date')}, {len(report.rows)} rows")
     table = new_table(["after / before: below 1 is faster", "before ms", "after ms", "ratio"])
     for a, b, ratio in pairs:
         name = f"{title(a.suite, a.subject, a.setting)}: {a.implementation}"

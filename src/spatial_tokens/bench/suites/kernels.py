@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -24,148 +26,135 @@ PASSES = ("forward", "forward + backward")
 
 def contests(options: Options) -> Iterator[Contest]:
     """Tokens of crops, whole projector, detail map, integrator, tokens of poolings."""
-    for subject in (cropping, projection, detail, integration, pooling):
+    of_detail = [detail, integration] if options.config.detail_kernel_size is not None else []
+    for subject in (cropping, projection, *of_detail, pooling):
         for dtype, batch in product(options.dtypes, options.batches_or(cpu=(1, 8), cuda=(1, 8, 32, 256, 512))):
             for direction in PASSES:
-                try:
-                    contest = subject(options, DTYPES[dtype], batch, direction)
-                except (RuntimeError, MemoryError) as error:  # no memory for its module or features: a row that says so
-                    contest = _impossible(subject.__name__, DTYPES[dtype], batch, direction, error)
-                if contest is not None:
-                    yield contest
-                del contest  # its module and features are gigabytes: gone before the next one's are made
-
-
-def _impossible(subject: str, dtype: torch.dtype, batch: int, direction: str, error: Exception) -> Contest:
-    def fail() -> Entry:
-        raise error
-
-    return Contest("kernels", subject, _setting(batch, dtype, direction), {"all": fail})
+                yield subject(options, DTYPES[dtype], batch, direction)
 
 
 def cropping(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The extractor on centred crops."""
-    return _extraction(options, dtype, batch, direction, "cropping")
+    return _contest(options, "tokens, cropping", partial(_extractor, options, "cropping"), ConvExtractor, dtype, batch, direction)
 
 
 def pooling(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The extractor on adaptive poolings."""
-    return _extraction(options, dtype, batch, direction, "pooling")
+    return _contest(options, "tokens, pooling", partial(_extractor, options, "pooling"), ConvExtractor, dtype, batch, direction)
 
 
-def _extraction(options: Options, dtype: torch.dtype, batch: int, direction: str, variant: Any) -> Contest:
-    config = options.config
-    extractor = SpatialFeatureExtractor(
-        config.vision_hidden_size,
-        config.spatial_hidden_size,
-        grid_size=config.grid_size,
-        kernel_sizes=config.kernel_sizes,
-        variant=variant,
-        device=options.device,
-        dtype=dtype,
-    )
-    return _contest(options, f"tokens, {variant}", extractor, partial(ConvExtractor, extractor), dtype, batch, direction)
-
-
-def detail(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest | None:
+def detail(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The integrator's strided convolution."""
-    integrator = _integrator(options, dtype)
-    if integrator is None:
-        return None
-    return _contest(
-        options, "detail map", _Detail(integrator), partial(ConvDetail, integrator), dtype, batch, direction,
-        positions=integrator.detail_grid_size[0] * integrator.detail_grid_size[1],
-    )  # fmt: skip
-
-
-def integration(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest | None:
-    """LayerNorms, projections and attention, on a detail map that is there."""
-    integrator = _integrator(options, dtype)
-    if integrator is None:
-        return None
-    part = _Attention(integrator)
-    size = (batch, integrator.detail_grid_size[0] * integrator.detail_grid_size[1], integrator.spatial_hidden_size)
-    features = torch.randn(size, device=options.device).to(dtype)
-    entries = {name: partial(_entry, _with_backend(part, name), features, part, direction) for name in ("naive", "gemm")}
-    return Contest("kernels", "integrator", _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), "naive")
+    return _contest(options, "detail map", partial(_detail, options), ConvDetail, dtype, batch, direction)
 
 
 def projection(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The whole projector, against itself with the authors' convolutions in the place of its kernels."""
-    projector = SPProjector.from_config(options.config, device=options.device, dtype=dtype)
-    return _contest(options, "projector", projector, partial(_authors_projector, projector), dtype, batch, direction)
+    return _contest(options, "projector", partial(_projector, options), _AuthorsProjector, dtype, batch, direction)
+
+
+def integration(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+    """LayerNorms, projections and attention, on a detail map that is there."""
+
+    @cache
+    def shared() -> tuple[nn.Module, torch.Tensor]:
+        integrator = _integrator(options, options.device, dtype)
+        size = (batch, prod(integrator.detail_grid_size), integrator.spatial_hidden_size)
+        attention = _Attention(integrator, options.config.num_spatial_tokens)
+        return attention, torch.randn(size, device=options.device).to(dtype)
+
+    entries = {name: partial(_own, shared, name, direction) for name in ("naive", "gemm")}
+    return Contest("kernels", "integrator", _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), "naive")
+
+
+def _extractor(options: Options, variant: Any, device: torch.device, dtype: torch.dtype) -> SpatialFeatureExtractor:
+    config = options.config
+    return SpatialFeatureExtractor(
+        config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size, kernel_sizes=config.kernel_sizes,
+        variant=variant, device=device, dtype=dtype,
+    )  # fmt: skip
+
+
+def _integrator(options: Options, device: torch.device, dtype: torch.dtype) -> DetailFeatureIntegrator:
+    config = options.config
+    assert config.detail_kernel_size is not None
+    assert config.detail_stride is not None
+    return DetailFeatureIntegrator(
+        config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size,
+        kernel_size=config.detail_kernel_size, stride=config.detail_stride, device=device, dtype=dtype,
+    )  # fmt: skip
+
+
+def _detail(options: Options, device: torch.device, dtype: torch.dtype) -> _Detail:
+    return _Detail(_integrator(options, device, dtype))
+
+
+def _projector(options: Options, device: torch.device, dtype: torch.dtype) -> SPProjector:
+    return SPProjector.from_config(options.config, device=device, dtype=dtype)
 
 
 class _Detail(nn.Module):
+    """The integrator's detail map alone, with what the authors' needs to know of it."""
+
     def __init__(self, integrator: DetailFeatureIntegrator) -> None:
         super().__init__()
-        self.kernel, self._apply_kernel = integrator.detail_kernel, integrator.detail_map
+        self.detail_kernel, self.detail_map = integrator.detail_kernel, integrator.detail_map
+        self.grid_size, self.kernel_size, self.stride = integrator.grid_size, integrator.kernel_size, integrator.stride
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return self._apply_kernel(patches)
+        return self.detail_map(patches)
 
 
 class _Attention(nn.Module):
     """The integrator without its detail map, on spatial tokens that are the map's first positions."""
 
-    def __init__(self, integrator: DetailFeatureIntegrator) -> None:
+    def __init__(self, integrator: DetailFeatureIntegrator, num_tokens: int) -> None:
         super().__init__()
         self.query_projector, self.key_projector = integrator.query_projector, integrator.key_projector
-        self.value_projector, self._look_up = integrator.value_projector, integrator.look_up
+        self.value_projector, self.look_up = integrator.value_projector, integrator.look_up
+        self.num_tokens = num_tokens
 
     def forward(self, detail_map: torch.Tensor) -> torch.Tensor:
-        return self._look_up(detail_map[:, :6], detail_map)[0]
+        return self.look_up(detail_map[:, : self.num_tokens], detail_map)[0]
 
 
 class _AuthorsProjector(nn.Module):
     def __init__(self, projector: SPProjector, memory_format: torch.memory_format) -> None:
         super().__init__()
         self.extractor = ConvExtractor(projector.extractor, memory_format)  # type: ignore[arg-type]
-        self.detail = ConvDetail(projector.integrator, memory_format) if projector.integrator is not None else None
-        self.attention = _Attention(projector.integrator) if projector.integrator is not None else None
+        integrator = projector.integrator
+        self.detail = ConvDetail(integrator, memory_format) if integrator is not None else None
+        self.attention = _Attention(integrator, projector.config.num_spatial_tokens) if integrator is not None else None
+        assert projector.patch_head is not None
         self.spatial_head, self.patch_head = projector.spatial_head, projector.patch_head
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         tokens = self.extractor(patches)
         if self.detail is not None and self.attention is not None:
-            tokens = self.attention._look_up(tokens, self.detail(patches))[0]
+            tokens = self.attention.look_up(tokens, self.detail(patches))[0]
         return torch.cat([self.spatial_head(tokens), self.patch_head(patches)], dim=1)
-
-
-def _authors_projector(projector: SPProjector, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
-    return _AuthorsProjector(projector, memory_format)
-
-
-def _integrator(options: Options, dtype: torch.dtype) -> DetailFeatureIntegrator | None:
-    config = options.config
-    if config.detail_kernel_size is None or config.detail_stride is None:
-        return None
-    return DetailFeatureIntegrator(
-        config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size,
-        kernel_size=config.detail_kernel_size, stride=config.detail_stride, device=options.device, dtype=dtype,
-    )  # fmt: skip
 
 
 def _contest(
     options: Options,
     subject: str,
-    module: nn.Module,
-    authors: Callable[..., nn.Module],
+    build: Callable[[torch.device, torch.dtype], nn.Module],
+    authors: Callable[[Any, torch.memory_format], nn.Module],
     dtype: torch.dtype,
     batch: int,
     direction: str,
-    positions: int = 1,
 ) -> Contest:
-    features = options.features(batch, dtype)
-    entries: dict[str, Callable[[], Entry]] = {
-        name: partial(_entry, _with_backend(module, name), features, module, direction) for name in _backends(options.device)
-    }
+    @cache  # gigabytes: made when the first entry is, gone with the contest
+    def shared() -> tuple[nn.Module, torch.Tensor]:
+        return build(options.device, dtype), options.features(batch, dtype)
 
     def convolution(compiled: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Entry:
-        other = authors(memory_format)
+        module, features = shared()
+        other = authors(module, memory_format)
         run = torch.compile(other, dynamic=False) if compiled else other
         return _entry(run, features, other, direction)
 
+    entries: dict[str, Callable[[], Entry]] = {name: partial(_own, shared, name, direction) for name in _backends(options.device)}
     entries[AUTHORS] = convolution
     # On a CPU the backward pass took 36 s a run channels last, and over eight minutes to compile: there they run forward only.
     if direction == PASSES[0] or options.device.type == "cuda":
@@ -173,23 +162,21 @@ def _contest(
         if subject == "tokens, cropping":
             entries["Conv2d, torch.compile"] = partial(convolution, compiled=True)
 
-    weights = [weight for weight in module.parameters() if weight.ndim == 2]
-    num_bytes, num_flops = work(module, features, positions)
+    meta = torch.device("meta")
+    module, features = build(meta, dtype), replace(options, device=meta).features(batch, dtype)
+    num_bytes, num_flops = work(module, features)
     factor = 3 if direction != PASSES[0] else 1  # backward reads the weights again and writes their gradients
     return Contest(
         "kernels", subject, _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), AUTHORS,
-        num_bytes=factor * num_bytes, num_flops=factor * num_flops, weights=[weight.detach() for weight in weights],
-        memory=sum(4 * weight.numel() * weight.element_size() for weight in weights) + 6 * features.nbytes,
+        num_bytes=factor * num_bytes, num_flops=factor * num_flops,
+        weights=lambda: [weight.detach() for weight in shared()[0].parameters() if weight.ndim == 2],
+        memory=4 * sum(weight.nbytes for weight in module.parameters()) + 6 * features.nbytes,
     )  # fmt: skip
 
 
-def work(module: nn.Module, features: torch.Tensor, positions: int = 1) -> tuple[int, int]:
-    """The fewest bytes to move and the operations to do, forward, of modules whose weights meet `positions` windows an image."""
-    num_bytes = sum(p.numel() * p.element_size() for p in module.parameters()) + features.nbytes
-    if not isinstance(module, SPProjector):
-        return num_bytes, 2 * features.shape[0] * positions * sum(p.numel() for p in module.parameters())
-    projector = SPProjector.from_config(module.config, device="meta", dtype=features.dtype)
-    return num_bytes, flops_of(projector, features.to("meta"))
+def work(module: nn.Module, features: torch.Tensor) -> tuple[int, int]:
+    """The fewest bytes to move and the operations to do, forward; both on the meta device."""
+    return sum(weight.nbytes for weight in module.parameters()) + features.nbytes, flops_of(module, features)
 
 
 def flops_of(module: nn.Module, features: torch.Tensor) -> int:
@@ -208,13 +195,15 @@ def _backends(device: torch.device) -> Sequence[str]:
     return ("naive", "gemm", "triton") if device.type == "cuda" and TRITON is not None else ("naive", "gemm")
 
 
-def _with_backend(module: nn.Module, backend: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(features: torch.Tensor) -> torch.Tensor:
+def _own(shared: Callable[[], tuple[nn.Module, torch.Tensor]], backend: Any, direction: str) -> Entry:
+    module, features = shared()
+
+    def run(patches: torch.Tensor) -> torch.Tensor:
         with using(backend):
-            result: torch.Tensor = module(features)
+            result: torch.Tensor = module(patches)
         return result
 
-    return run
+    return _entry(run, features, module, direction)
 
 
 def _entry(function: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor, owner: nn.Module, direction: str) -> Entry:

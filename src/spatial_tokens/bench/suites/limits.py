@@ -20,7 +20,7 @@ def contests(options: Options) -> Iterator[Contest]:
     yield Contest(
         "limits",
         "memory",
-        {"bytes": num_bytes},
+        {"size": f"{num_bytes / 2**30:g} GiB"},
         {"read": partial(_read, options.device, num_bytes), "copy": partial(_copy, options.device, num_bytes)},
         memory=3 * num_bytes,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Model:
 MODELS = (
     Model("7B", 4096, 11008, 32, 32),
     Model("1.3B (7B does not fit)", 2048, 5504, 24, 16),
-    Model("0.1B (7B scaled down for a CPU)", 768, 2048, 12, 12, answer=32),
+    Model("0.1B (7B scaled down)", 768, 2048, 12, 12, answer=32),
 )
 
 
@@ -62,17 +62,14 @@ def contests(options: Options) -> Iterator[Contest]:
 def contest(options: Options, model: Model, dtype: str, batch: int) -> Contest:
     """The model without, with cropping, with pooling: the same encoder features, prompt and length of answer."""
     config = replace(options.config, text_hidden_size=model.hidden_size)
-    shared: dict[str, nn.Module] = {}
-    place = {"device": options.device, "dtype": DTYPES[dtype]}
-    entries: dict[str, Callable[[], Entry]] = {
-        WITHOUT: partial(_entry, options, model, dtype, batch, shared, partial(_mlp, config, place)),
-        "SP cropping + DFI": partial(
-            _entry, options, model, dtype, batch, shared, partial(_sp, replace(config, variant="cropping"), place)
-        ),
-        "SP pooling + DFI": partial(
-            _entry, options, model, dtype, batch, shared, partial(_sp, replace(config, variant="pooling"), place)
-        ),
+    place: dict[str, Any] = {"device": options.device, "dtype": DTYPES[dtype]}
+    llama = cache(partial(_llama, model, **place))  # made when the first entry is, gone with the contest
+    projectors: dict[str, Callable[[], nn.Module]] = {
+        WITHOUT: partial(_mlp, config, place),
+        "SP cropping + DFI": partial(_sp, replace(config, variant="cropping"), place),
+        "SP pooling + DFI": partial(_sp, replace(config, variant="pooling"), place),
     }
+    entries = {name: partial(_entry, options, model, dtype, batch, llama, build) for name, build in projectors.items()}
     return Contest(
         "llm", f"Llama {model.name}", {"dtype": dtype, "batch": batch, "prompt": model.prompt, "answer": model.answer},
         entries, baseline=WITHOUT, memory=_memory(options, model, dtype),
@@ -121,11 +118,9 @@ def _llama(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _entry(
-    options: Options, model: Model, dtype: str, batch: int, shared: dict[str, nn.Module], build: Callable[[], nn.Module]
+    options: Options, model: Model, dtype: str, batch: int, shared: Callable[[], Any], build: Callable[[], nn.Module]
 ) -> Entry:
-    if "llama" not in shared:
-        shared["llama"] = _llama(model, options.device, DTYPES[dtype])
-    llama: Any = shared["llama"]
+    llama = shared()
     projector = build().eval()
     features = options.features(batch, DTYPES[dtype])
     prompt = torch.randint(model.vocabulary, (batch, model.prompt), device=options.device)

@@ -44,7 +44,8 @@ def builders(config: SPProjectorConfig) -> dict[str, Builder]:
     """How each projector is made, by name."""
     bare = replace(config, detail_kernel_size=None, detail_stride=None)
     fewer = {
-        f"SP, {len(sizes)} tokens": partial(_projector, replace(bare, kernel_sizes=sizes)) for sizes in _token_ablations(config)
+        f"SP, {len(sizes)} token{'s' if len(sizes) > 1 else ''}": partial(_projector, replace(bare, kernel_sizes=sizes))
+        for sizes in _token_ablations(config)
     }
     return {
         "SP cropping": partial(_projector, replace(bare, variant="cropping")),

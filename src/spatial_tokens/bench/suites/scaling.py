@@ -51,7 +51,7 @@ def _contest(options: Options, swept: str, value: int, config: SPProjectorConfig
     return Contest(
         "scaling",
         swept,
-        {"pass": PASSES[0], "dtype": dtype, "value": value},
+        {"pass": PASSES[0], "dtype": dtype, swept: value},
         {"SP": partial(_entry, options, config, batch, DTYPES[dtype])},
         memory=weights + 4 * features + 2**28,
     )
