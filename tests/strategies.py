@@ -41,6 +41,7 @@ def fields(draw):
         "detail_stride": None if detail is None else square(draw(within(grid))),
         "spatial_head": head,
         "spatial_head_bias": head == "mlp" or draw(st.booleans()),
+        "patch_head": draw(st.sampled_from(["mlp", None])),
     }
 
 

@@ -43,6 +43,7 @@ def test_defaults():
         "detail_stride": 2,
         "spatial_head": "mlp",
         "spatial_head_bias": True,
+        "patch_head": "mlp",
     }
     assert SPProjectorConfig(**{**GOOD, "detail_kernel_size": None}).detail_stride is None
 
@@ -62,7 +63,7 @@ def test_token_counts(config):
     (height, width), detail = config.grid_size, config.detail_kernel_size
     assert config.num_spatial_tokens == len(config.kernel_sizes)
     assert config.num_patches == height * width
-    assert config.num_tokens == len(config.kernel_sizes) + height * width
+    assert config.num_tokens == len(config.kernel_sizes) + (height * width if config.patch_head else 0)
     if detail is None:
         assert config.detail_grid_size == (0, 0)
     else:
@@ -295,6 +296,7 @@ def test_presets_are_the_papers(name):
         "detail_stride": None if detail is None else 2,
         "spatial_head": head,
         "spatial_head_bias": bias,
+        "patch_head": "mlp",
         **rest,
     }
     assert SPProjectorConfig.from_json(config.to_json()) == config

@@ -36,7 +36,9 @@ def counted_multiply_adds(projector, patches):
     with FlopCounterMode(display=False) as counter:
         projector(patches)
     work = {name.removeprefix("SPProjector."): sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    parts = {"extractor": work["extractor"], "spatial head": work["spatial_head"], "patch head": work["patch_head"]}
+    parts = {"extractor": work["extractor"], "spatial head": work["spatial_head"]}
+    if projector.patch_head is not None:
+        parts["patch head"] = work["patch_head"]
     if projector.integrator is not None:
         parts["integrator detail map"] = work["integrator.detail_kernel"]
         parts["integrator attention"] = work["integrator"] - work["integrator.detail_kernel"]

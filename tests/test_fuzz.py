@@ -74,7 +74,8 @@ def is_valid(f):
     heads = [("mlp", True), ("linear", True), ("linear", False)]
     head = type(f["spatial_head_bias"]) is bool and (f["spatial_head"], f["spatial_head_bias"]) in heads
     widths = (f[name] for name in ("vision_hidden_size", "text_hidden_size", "spatial_hidden_size"))
-    return bool(centred and detail and head and all(map(is_count, widths)))
+    patch_head = f["patch_head"] is None or (type(f["patch_head"]) is str and f["patch_head"] == "mlp")
+    return bool(centred and detail and head and patch_head and all(map(is_count, widths)))
 
 
 def largest(value):
@@ -115,7 +116,8 @@ def check_runs(config, batch):
     patches = torch.ones(batch, config.num_patches, config.vision_hidden_size, device=device)
     asked = config.detail_kernel_size is not None
     tokens, attention = projector(patches, return_attention=True) if asked else (projector(patches), None)
-    assert tokens.shape == (batch, config.num_spatial_tokens + config.num_patches, config.text_hidden_size)
+    of_patches = config.num_patches if config.patch_head else 0
+    assert tokens.shape == (batch, config.num_spatial_tokens + of_patches, config.text_hidden_size)
     if asked:
         rows, columns = config.detail_grid_size
         assert attention.shape == (batch, config.num_spatial_tokens, rows * columns)

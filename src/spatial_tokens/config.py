@@ -23,6 +23,7 @@ from spatial_tokens.grid import (
 from spatial_tokens.presets import PRESETS
 
 SpatialHead = Literal["mlp", "linear"]
+PatchHead = Literal["mlp"]
 
 # Beyond these a config is a mistake: 512 x 512 patches are a picture of 8192 x 8192 pixels.
 MOST_PATCHES = 2**18
@@ -56,6 +57,8 @@ class SPProjectorConfig:
         detail_stride: Its stride; 2 when left out (1 along a side of one patch), None without an integrator.
         spatial_head: "mlp": the paper's two layers with GELU between; "linear": GELU + Linear, as released.
         spatial_head_bias: Whether a "linear" spatial head has a bias (the released pooling model has none).
+        patch_head: "mlp": LLaVA's two layers with GELU between; None for a projector of spatial tokens alone, beside a model
+            that projects its patches itself.
 
     Raises:
         SpatialTokensError: If a field is of the wrong type or out of range, or two fields do not go together.
@@ -78,6 +81,7 @@ class SPProjectorConfig:
     detail_stride: KernelSize | None = None
     spatial_head: SpatialHead = "mlp"
     spatial_head_bias: bool = True
+    patch_head: PatchHead | None = "mlp"
 
     def __post_init__(self) -> None:
         check_positive(
@@ -120,6 +124,8 @@ class SPProjectorConfig:
             raise SpatialTokensError(f"spatial_head_bias must be True or False, got {shown(self.spatial_head_bias)}")
         if self.spatial_head == "mlp" and not self.spatial_head_bias:
             raise SpatialTokensError("spatial_head_bias=False needs spatial_head='linear'; the paper's MLP has biases")
+        if self.patch_head not in (*get_args(PatchHead), None):
+            raise SpatialTokensError(f"patch_head must be 'mlp' or None, got {shown(self.patch_head)}")
 
     @property
     def num_spatial_tokens(self) -> int:
@@ -133,8 +139,8 @@ class SPProjectorConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the language model sees for an image: `K + N`."""
-        return self.num_spatial_tokens + self.num_patches
+        """Tokens that the projector gives for an image: `K + N`, or `K` without a patch head."""
+        return self.num_spatial_tokens + (self.num_patches if self.patch_head else 0)
 
     @property
     def detail_grid_size(self) -> Size:
@@ -182,11 +188,10 @@ class SPProjectorConfig:
         s = self.spatial_hidden_size * (1 if self.detail_kernel_size is None else 2)
         layers = [s, d] if self.spatial_head == "mlp" else [s]
         spatial, spatial_biases = sum(layers) * d, len(layers) * d if self.spatial_head_bias else 0
-        patch = (c + d) * d
-        return {
-            "spatial head": (spatial + spatial_biases, self.num_spatial_tokens * spatial),
-            "patch head": (patch + 2 * d, n * patch),
-        }
+        counts = {"spatial head": (spatial + spatial_biases, self.num_spatial_tokens * spatial)}
+        if self.patch_head is not None:
+            counts["patch head"] = ((c + d) * d + 2 * d, n * (c + d) * d)
+        return counts
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> SPProjectorConfig:

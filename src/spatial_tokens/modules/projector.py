@@ -28,12 +28,12 @@ class SPProjector(nn.Module):
         extractor: Patch features `(B, N, C)` to spatial tokens `(B, K, S)`.
         integrator: A DetailFeatureIntegrator, which makes them `(B, K, 2S)`, or None.
         spatial_head: Spatial tokens to `(B, K, D)`.
-        patch_head: Patch features to `(B, N, D)`.
+        patch_head: Patch features to `(B, N, D)`, or None where something else projects them.
 
     Shape:
         - Input: `(B, N, C)`: the vision encoder's layer -2, the grid's rows one after another, without class token.
-        - Output: `(B, K + N, D)`, the spatial tokens first. With `return_attention=True` also the integrator's attention
-          `(B, K, P)` over the detail map (figure 5).
+        - Output: `(B, K + N, D)`, the spatial tokens first; `(B, K, D)` without a patch head. With `return_attention=True` also
+          the integrator's attention `(B, K, P)` over the detail map (figure 5).
 
     Raises:
         SpatialTokensError: At construction if the parts' widths or grids do not go together; in `forward` if the input does
@@ -51,7 +51,11 @@ class SPProjector(nn.Module):
     """
 
     def __init__(
-        self, extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module
+        self,
+        extractor: nn.Module,
+        integrator: DetailFeatureIntegrator | None,
+        spatial_head: nn.Module,
+        patch_head: nn.Module | None,
     ) -> None:
         super().__init__()
         _check_parts(extractor, integrator, spatial_head, patch_head)
@@ -100,7 +104,8 @@ class SPProjector(nn.Module):
             if config.spatial_head == "mlp"
             else LinearHead(spatial_features, d, bias=config.spatial_head_bias, device=device, dtype=dtype)
         )
-        return cls(extractor, integrator, spatial_head, MLPHead(c, d, device=device, dtype=dtype))
+        patch_head = None if config.patch_head is None else MLPHead(c, d, device=device, dtype=dtype)
+        return cls(extractor, integrator, spatial_head, patch_head)
 
     @property
     def config(self) -> SPProjectorConfig:
@@ -114,7 +119,7 @@ class SPProjector(nn.Module):
             raise _not_described(extractor)
         if not isinstance(head, (MLPHead, LinearHead)):
             raise _not_described(head)
-        if not isinstance(patch_head, MLPHead):
+        if not isinstance(patch_head, (MLPHead, NoneType)):
             raise _not_described(patch_head)
         if not isinstance(integrator, (DetailFeatureIntegrator, NoneType)):
             raise _not_described(integrator)
@@ -129,6 +134,7 @@ class SPProjector(nn.Module):
             detail_stride=integrator.stride if integrator else None,
             spatial_head="linear" if isinstance(head, LinearHead) else "mlp",
             spatial_head_bias=getattr(head.fc, "bias", None) is not None if isinstance(head, LinearHead) else True,
+            patch_head=None if patch_head is None else "mlp",
         )
 
     def reset_parameters(self) -> None:
@@ -147,7 +153,9 @@ class SPProjector(nn.Module):
         spatial_tokens, attention = self.extractor(patches), None
         if self.integrator is not None:
             spatial_tokens, attention = self.integrator(spatial_tokens, patches, return_attention=True)
-        tokens = torch.cat([self.spatial_head(spatial_tokens), self.patch_head(patches)], dim=1)
+        tokens = self.spatial_head(spatial_tokens)
+        if self.patch_head is not None:
+            tokens = torch.cat([tokens, self.patch_head(patches)], dim=1)
         return tokens if attention is None or not return_attention else (tokens, attention)
 
     def exact_state_dict(self) -> dict[str, torch.Tensor]:
@@ -199,7 +207,7 @@ def _not_described(part: nn.Module) -> SpatialTokensError:
 
 
 def _check_parts(
-    extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module
+    extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module | None
 ) -> None:
     """Raises SpatialTokensError if two parts that name their widths disagree; parts of the user's own may name none."""
     before_head = extractor if integrator is None else integrator

@@ -1,0 +1,7 @@
+"""Spatial tokens in any Hugging Face vision-language model: `attach` them, use and train the model as ever, save them beside it."""
+
+from spatial_tokens.adapters.huggingface.attach import attach, detach, insert_slots
+from spatial_tokens.adapters.huggingface.drop_in import replace_projector
+from spatial_tokens.adapters.huggingface.saving import load_adapter, push_to_hub, save_adapter
+
+__all__ = ["attach", "detach", "insert_slots", "load_adapter", "push_to_hub", "replace_projector", "save_adapter"]

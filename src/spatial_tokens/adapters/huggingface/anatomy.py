@@ -1,0 +1,156 @@
+"""Finds the parts of a vision-language model that spatial tokens need: where patches pass, what embeds words and reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+from torch import nn
+
+from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL, REFUSED, TAPS, Family
+from spatial_tokens.adapters.huggingface.features import OF_ANY_SIZE
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import Size
+
+
+@dataclass
+class Anatomy:
+    """The parts of a model.
+
+    Args:
+        model: The model, as the user has it.
+        base: What encodes images (`get_image_features`) and joins them with the text.
+        language_model: What reads the joined sequence, as `inputs_embeds`.
+        tap: The module whose input is the patch features.
+        tap_path: Its name below `base`.
+        family: What is known of its family.
+        vision_config: The vision encoder's config.
+        image_token_id: The placeholder that image features take the place of.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    language_model: nn.Module
+    tap: nn.Module
+    tap_path: str
+    family: Family
+    vision_config: Any
+    image_token_id: int
+
+    @property
+    def embeddings(self) -> Any:
+        """The word embeddings: looked up anew, as resizing replaces them."""
+        return self.model.get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def text_hidden_size(self) -> int:
+        """The language model's width."""
+        return int(self.embeddings.weight.shape[1])
+
+    @property
+    def vision_hidden_size(self) -> int | None:
+        """Channels of the patch features; None where neither the config nor the tap's first layer says."""
+        channels, hidden_size = _in_features(self.tap), getattr(self.vision_config, "hidden_size", None)
+        if self.family.layout == "class token":
+            return int(self.vision_config.hidden_size)
+        if channels and hidden_size and not self.family.joined and _merge(channels, hidden_size):
+            return int(hidden_size)  # the tap joins patches, after they have passed
+        return channels
+
+    @property
+    def grid_size(self) -> Size | None:
+        """The patch grid, where all images have the same and the config tells it."""
+        if self.any_size:
+            return None
+        image, patch = (_pair(getattr(self.vision_config, name, None)) for name in ("image_size", "patch_size"))
+        if image is None or patch is None:
+            return None
+        height, width = image[0] // patch[0], image[1] // patch[1]
+        merge = _merge(_in_features(self.tap) or 0, getattr(self.vision_config, "hidden_size", 0)) if self.family.joined else 1
+        return height // max(1, merge), width // max(1, merge)
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images have grids of different sizes."""
+        return self.family.layout in OF_ANY_SIZE
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """The parts of a model.
+
+    Raises:
+        SpatialTokensError: If one of them is not there; it says what was looked for.
+    """
+    config = getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", ""))
+    if kind in REFUSED:
+        raise SpatialTokensError(f"spatial tokens cannot be attached to {kind}: {REFUSED[kind]}")
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        raise SpatialTokensError(f"a transformers vision-language model is expected, got a {type(model).__name__}")
+    base = model.base_model
+    if not isinstance(base, nn.Module) or not hasattr(base, "get_image_features"):
+        raise SpatialTokensError(
+            f"spatial tokens cannot be attached to {kind}: {type(base).__name__} has no get_image_features() to take patches from"
+        )
+    vision_config = _vision_config(config)
+    family = FAMILIES.get(str(getattr(vision_config, "model_type", ""))) or FAMILIES.get(kind, GENERAL)
+    path, tap = _find_tap(base, family, kind)
+    return Anatomy(model, base, _language_model(model), tap, path, family, vision_config, _image_token_id(config, kind))
+
+
+def _vision_config(config: Any) -> Any:
+    found = getattr(config, "vision_config", None)
+    if found is None:
+        raise SpatialTokensError(f"{config.model_type} has no vision_config: it has no vision tower to take patches from")
+    return found
+
+
+def _find_tap(base: nn.Module, family: Family, kind: str) -> tuple[str, nn.Module]:
+    for path in (family.tap,) if family.tap else TAPS:
+        try:
+            return path, base.get_submodule(path)
+        except AttributeError:
+            continue
+    raise SpatialTokensError(f"found no projector in {kind}; looked in {type(base).__name__} for: {family.tap or ', '.join(TAPS)}")
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    if getattr(model.config, "is_encoder_decoder", False):
+        return decoder.get_encoder()  # type: ignore[no-any-return]
+    return decoder  # type: ignore[no-any-return]
+
+
+def _image_token_id(config: Any, kind: str) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    raise SpatialTokensError(f"{kind} has no image_token_id in its config: images have no place in its sequence")
+
+
+def _merge(channels: int, hidden_size: int) -> int:
+    """The side of the square of patches whose channels are joined in `channels`; 0 if that is no square."""
+    side = isqrt(channels // hidden_size) if hidden_size else 0
+    return side if side**2 * hidden_size == channels else 0
+
+
+def _in_features(module: nn.Module) -> int | None:
+    """The width that a module's first layer takes."""
+    for part in module.modules():
+        for name in ("in_features", "in_channels"):
+            if isinstance(getattr(part, name, None), int):
+                return int(getattr(part, name))
+        weight = getattr(part, "weight", None)
+        if weight is not None and weight.ndim == 1:  # a norm
+            return int(weight.shape[0])
+    return None
+
+
+def _pair(size: Any) -> Size | None:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    return None

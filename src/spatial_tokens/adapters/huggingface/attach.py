@@ -1,0 +1,253 @@
+"""`attach` and `detach`: spatial tokens for a Hugging Face vision-language model, and the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spatial_tokens.adapters.huggingface import slots
+from spatial_tokens.adapters.huggingface.anatomy import Anatomy, dissect
+from spatial_tokens.adapters.huggingface.attachment import NAME, Attachment, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.clean_save import CleanSave
+from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, opening_ids, with_slots, without_slots
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
+from spatial_tokens.grid import crop_sizes
+from spatial_tokens.modules import SPProjector
+
+ATTRIBUTE = "_spatial_attachment"
+
+
+def attach(
+    model: Any,
+    processor: Any = None,
+    config: SPProjectorConfig | str = "llava-sp-cropping",
+    *,
+    mode: str = "auto",
+    unit: Unit = "image",
+    resize: Resize | None = None,
+    token: str = TOKEN,
+    token_id: int | None = None,
+    **fields: Any,
+) -> tuple[Any, Any]:
+    """Gives a vision-language model spatial tokens: in forward, loss and `generate`, in training and on disk.
+
+    The model is changed in place: it gains a submodule `spatial_tokens` (an SPProjector without a patch head, on the device and
+    in the dtype of the model's own projector) and hooks. Its weights and its own image tokens stay as they are, bit for bit.
+    `detach` restores it. The processor is copied.
+
+    Args:
+        model: A transformers model with `get_image_features`, such as `LlavaForConditionalGeneration`, or a PEFT model of one.
+        processor: Its processor; the one returned inserts the slots. Without one, use `insert_slots` on ready `input_ids`.
+        config: A preset's name, whose widths and grid are those of the model; or a whole config.
+        mode: "own" ("auto" too): a reserved token of its own marks the places. "image": the model's image token does.
+        unit: "image": K spatial tokens for an image, from the whole of it (of images cut into tiles: from the thumbnail, the
+            paper's InternVL setting). "tile": K for each tile.
+        resize: How patch features of another grid are brought to the config's: "pool" (adaptive average pooling) or
+            "interpolate" (bilinear, antialiased); None refuses them. Models that take images of any size need one of them.
+        token: The reserved token's text.
+        token_id: Its id, if `input_ids` are made without a processor; when left out, the row after the embeddings' last.
+        **fields: Fields of an SPProjectorConfig in place of the preset's, or of what was found in the model.
+
+    Returns:
+        The model, and a copy of the processor that inserts slots (None without one).
+
+    Raises:
+        SpatialTokensError: If the model is one that spatial tokens cannot be attached to (it says what was looked for and not
+            found), has them already, or the config does not fit it.
+
+    Example:
+        model, processor = attach(model, processor, "llava-sp-cropping")
+        inputs = processor(images=image, text="<image> What is this?", return_tensors="pt")
+        model.generate(**inputs)
+    """
+    _require_transformers()
+    if mode not in ("auto", "own", "image"):
+        raise SpatialTokensError(f"mode must be 'auto', 'own' or 'image', got {shown(mode)}")
+    if unit not in ("image", "tile"):
+        raise SpatialTokensError(f"unit must be 'image' or 'tile', got {shown(unit)}")
+    if resize not in (None, "pool", "interpolate"):
+        raise SpatialTokensError(f"resize must be None, 'pool' or 'interpolate', got {shown(resize)}")
+    inner = unwrapped(model)
+    if hasattr(inner, ATTRIBUTE) or hasattr(inner, NAME):
+        raise SpatialTokensError("the model has spatial tokens already; detach(model) first")
+    anatomy = dissect(inner)
+    chosen: Mode = "image" if mode == "image" else "own"
+    if chosen == "image" and (not anatomy.family.image_mode or (unit == "tile" and anatomy.family.tiles)):
+        raise SpatialTokensError("spatial tokens cannot ride among this model's image tokens; use mode='own'")
+    fitted = config_for(anatomy, config, resize, fields)
+
+    copied = None
+    if processor is not None:
+        copied, found = add_token(processor, token)
+        if token_id is not None and token_id != found:
+            raise SpatialTokensError(f"the tokenizer gives {token!r} the id {found}, not {token_id}; leave token_id out")
+        token_id = found
+        copied = with_slots(copied, token, found, fitted.num_spatial_tokens, inner.config, as_image=chosen == "image")
+    rows, generation = int(anatomy.embeddings.weight.shape[0]), getattr(inner, "generation_config", None)
+    clean_save = CleanSave(inner, NAME, rows, getattr(generation, "suppress_tokens", None))
+    undo: list[Callable[[], Any]] = []
+    if chosen == "image":
+        token_id = anatomy.image_token_id
+    else:
+        token_id, undo = _reserve(anatomy, token_id)
+    weight = next(anatomy.tap.parameters(), None)
+    weight = next(inner.parameters()) if weight is None or not weight.is_floating_point() else weight
+    projector = SPProjector.from_config(fitted, device=weight.device, dtype=weight.dtype)
+    setattr(inner, NAME, projector.train(inner.training))
+    attachment = Attachment(anatomy, fitted, token, token_id, chosen, unit, resize)
+    attachment.grown = int(anatomy.embeddings.weight.shape[0]) > rows
+    attachment.install()
+    attachment.undo[:0] = undo
+    inner.save_pretrained = clean_save
+    setattr(inner, ATTRIBUTE, attachment)
+    return model, copied
+
+
+def detach(model: Any, processor: Any = None) -> Any:
+    """Restores a model that `attach` changed, exactly: weights, embeddings, generation config, no hook left.
+
+    Args:
+        model: The model.
+        processor: The processor that `attach` returned, to be an ordinary one again (its tokenizer keeps the reserved token).
+
+    Raises:
+        SpatialTokensError: If it has no spatial tokens.
+    """
+    inner = unwrapped(model)
+    attachment = attachment_of(inner)
+    attachment.remove()
+    del inner.save_pretrained
+    delattr(inner, NAME)
+    delattr(inner, ATTRIBUTE)
+    if processor is not None:
+        without_slots(processor)
+    return model
+
+
+def attachment_of(model: Any) -> Attachment:
+    """What `attach` left in a model.
+
+    Raises:
+        SpatialTokensError: If it has no spatial tokens.
+    """
+    found = getattr(unwrapped(model), ATTRIBUTE, None)
+    if found is None:
+        raise SpatialTokensError("the model has no spatial tokens; attach(model, ...) first")
+    return found  # type: ignore[no-any-return]
+
+
+def insert_slots(
+    model: Any, inputs: Mapping[str, Any], *, tokens_per_image: int | Sequence[int] | None = None, pad_token_id: int = 0
+) -> dict[str, Any]:
+    """Puts the slots of an attached model before every image of ready `input_ids`; see `slots.insert`."""
+    attachment = attachment_of(model)
+    anatomy = attachment.anatomy
+    return slots.insert(
+        inputs,
+        token_id=attachment.token_id,
+        count=attachment.config.num_spatial_tokens,
+        image_token_id=anatomy.image_token_id,
+        opening_ids=opening_ids(anatomy.model.config),
+        tokens_per_image=tokens_per_image,
+        pad_token_id=pad_token_id,
+    )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model in a PEFT or DDP model, or itself."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def config_for(
+    anatomy: Anatomy, config: SPProjectorConfig | str, resize: Resize | None, fields: Mapping[str, Any]
+) -> SPProjectorConfig:
+    """The config of a model's spatial tokens: its widths, its grid, no patch head.
+
+    Raises:
+        SpatialTokensError: If the grid cannot be told, or a whole config is not the model's.
+    """
+    found = {"vision_hidden_size": anatomy.vision_hidden_size, "text_hidden_size": anatomy.text_hidden_size}
+    if isinstance(config, SPProjectorConfig):
+        wrong = [
+            f"{name} {getattr(config, name)} (the model's is {value})"
+            for name, value in found.items()
+            if value and getattr(config, name) != value
+        ]
+        if wrong or fields:
+            raise SpatialTokensError(
+                f"the config does not fit the model: {', '.join(wrong) or 'fields go with a preset, not with a config'}"
+            )
+        return replace(config, patch_head=None)
+    preset = SPProjectorConfig.from_preset(config)
+    known = {name: value for name, value in found.items() if value is not None}
+    grid = fields.get("grid_size", preset.grid_size if resize else anatomy.grid_size)
+    if grid is None:
+        raise SpatialTokensError(
+            "the model takes images of any size, so its patch grids differ; give resize='pool' or 'interpolate', to bring them "
+            f"all to the preset's {preset.grid_size[0]}x{preset.grid_size[1]}"
+            if anatomy.any_size
+            else "cannot tell the model's patch grid from its config; give grid_size=(height, width)"
+        )
+    shape: dict[str, Any] = {"grid_size": grid, "patch_head": None}
+    if tuple(grid) != preset.grid_size and "kernel_sizes" not in fields:
+        shape["kernel_sizes"] = _sizes(grid, preset.num_spatial_tokens)
+    return SPProjectorConfig.from_preset(config, **{**known, **shape, **fields})
+
+
+def _sizes(grid: Any, count: int) -> Any:
+    """The largest centred crops of a grid, two patches inward at a time as in the paper, or one where it is too small."""
+    for stride in (2, 1):
+        if len(sizes := crop_sizes(grid, stride)) >= count:
+            return sizes[-count:]
+    raise SpatialTokensError(f"a grid of {grid[0]}x{grid[1]} patches has no {count} centred crops; give kernel_sizes=")
+
+
+def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[Callable[[], Any]]]:
+    """A row of the embeddings for the reserved token, which is never generated; and what undoes that."""
+    model: Any = anatomy.model
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    token_id = rows if token_id is None else token_id
+    undo: list[Callable[[], Any]] = []
+    if token_id >= rows:
+        with torch.random.fork_rng():
+            model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+        with torch.no_grad():
+            for owner in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if owner is not None:
+                    owner.weight[rows:] = 0
+        undo.append(_Resize(model, rows))
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        undo.append(_Suppress(generation, generation.suppress_tokens))
+        generation.suppress_tokens = [*(generation.suppress_tokens or []), token_id]
+    return token_id, undo
+
+
+class _Resize:
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model, self.rows = model, rows
+
+    def __call__(self) -> None:
+        self.model.resize_token_embeddings(self.rows, mean_resizing=False)
+
+
+class _Suppress:
+    def __init__(self, generation: Any, before: Any) -> None:
+        self.generation, self.before = generation, before
+
+    def __call__(self) -> None:
+        self.generation.suppress_tokens = self.before
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error

@@ -1,0 +1,296 @@
+"""Spatial tokens in a model that does not know of them: a reserved token marks their places, hooks fill these.
+
+While the model encodes its images, the input of its projector is recorded; when its language model is called, spatial tokens are
+made of that and written over the embeddings of the reserved token. Nothing else of the model is touched, so its own image tokens
+are bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spatial_tokens.adapters.huggingface.anatomy import Anatomy
+from spatial_tokens.adapters.huggingface.features import Maps, maps_of
+from spatial_tokens.adapters.huggingface.slots import Places, find_places
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import Size
+
+Mode = Literal["own", "image"]
+Unit = Literal["image", "tile"]
+Resize = Literal["pool", "interpolate"]
+NAME = "spatial_tokens"  # of the projector in the model
+CARRIED = "_spatial_encoded"  # on what get_image_features returns: generate() encodes images before it calls the model
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a call of `get_image_features` left for the language model's call.
+
+    Args:
+        maps: Each image's or tile's patches, `(H, W, C)`.
+        tile_length: The image tokens that one of them became.
+    """
+
+    maps: Maps
+    tile_length: int
+
+
+class Attachment:
+    """What `attach` leaves in a model. Its methods are the hooks, so that a deep copy of the model has a copy of its own.
+
+    Args:
+        anatomy: The model's parts.
+        config: The projector's.
+        token: The reserved token.
+        token_id: Its id; the image token's in mode "image".
+        mode: "own": the places are of a token of ours; "image": of the model's own image token.
+        unit: Spatial tokens for each "image" (of tiles: for its thumbnail) or for each "tile".
+        resize: How maps of another size are brought to the projector's grid; None: they are refused.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, config: SPProjectorConfig, token: str, token_id: int, mode: Mode, unit: Unit, resize: Resize | None
+    ) -> None:
+        self.anatomy, self.config, self.token, self.token_id = anatomy, config, token, token_id
+        self.mode, self.unit, self.resize = mode, unit, resize
+        self.encoded: Encoded | None = None
+        self.ids: torch.Tensor | None = None
+        self.captured: list[torch.Tensor] | None = None
+        self.num_tokens = 0
+        self.in_video = False
+        self.grown = False  # whether the embeddings gained a row for the reserved token
+        self.undo: list[Callable[[], Any]] = []
+
+    @property
+    def projector(self) -> nn.Module:
+        """Looked up at every use: another library may have wrapped it."""
+        return getattr(self.anatomy.model, NAME)  # type: ignore[no-any-return]
+
+    def install(self) -> None:
+        """Puts the hooks in place."""
+        base, tap = self.anatomy.base, self.anatomy.tap
+        hooks = [
+            tap.register_forward_pre_hook(self.capture, with_kwargs=True),
+            tap.register_forward_hook(self.measure),
+            base.register_forward_pre_hook(self.begin, with_kwargs=True),
+            base.register_forward_hook(self.end),
+            self.anatomy.language_model.register_forward_pre_hook(self.write, with_kwargs=True),
+        ]
+        self.undo = [hook.remove for hook in hooks]
+        for name, around in (("get_image_features", self.encode), ("get_video_features", self.encode_video)):
+            if hasattr(base, name):
+                setattr(base, name, _Around(base, name, around))
+                self.undo.append(_Remove(base, name))
+
+    def remove(self) -> None:
+        """Takes everything away again."""
+        while self.undo:
+            self.undo.pop()()
+
+    def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `get_image_features`: keeps the patches, or joins their tokens with the image's."""
+        if self.in_video:
+            return original(**arguments)
+        self.captured, self.num_tokens = [], 0
+        try:
+            outputs = original(**arguments)
+            captured = self.captured
+        finally:
+            self.captured = None
+        maps = maps_of(self.anatomy.family.layout, captured, arguments, self.anatomy.vision_config)
+        if self.anatomy.family.tiles == "anyres" and self.unit == "image":
+            maps = _thumbnails(maps, arguments, self.anatomy.model.config)
+        if self.mode == "image":
+            return _joined(outputs, self.tokens(maps))
+        self.encoded = Encoded(maps, self.num_tokens // max(1, len(maps)))
+        if not isinstance(outputs, (tuple, list, torch.Tensor)):
+            setattr(outputs, CARRIED, self.encoded)
+        return outputs
+
+    def encode_video(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `get_video_features`, which in some families calls `get_image_features`: frames are left alone."""
+        self.in_video = True
+        try:
+            return original(**arguments)
+        finally:
+            self.in_video = False
+
+    def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the projector: records its input."""
+        features = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]
+        if self.captured is not None:
+            self.captured.append(features)
+        elif self.anatomy.family.own_generate:
+            self.encoded = Encoded(maps_of(self.anatomy.family.layout, [features], {}, self.anatomy.vision_config), 0)
+
+    def measure(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the projector: counts the tokens that it gives."""
+        if self.captured is not None and isinstance(output, torch.Tensor):
+            self.num_tokens += output.numel() // output.shape[-1]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: what an interrupted call left is gone; what generate() has encoded is there."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.ids = ids if isinstance(ids, torch.Tensor) else None
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        self.encoded = getattr(encoded, CARRIED, None)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        """After the model: nothing stays."""
+        self.ids = self.encoded = None
+
+    def write(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the language model: spatial tokens in their places."""
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is None or self.mode == "image":
+            return None
+        encoded, self.encoded = self.encoded, None
+        if encoded is None:
+            if embeddings.shape[1] > 1 and not torch.compiler.is_compiling():
+                self._require_no_places(embeddings)
+            if not self._must_take_part():
+                return None
+            return args, {**kwargs, "inputs_embeds": embeddings + self._nothing(embeddings)}
+        mask = self._mask(embeddings)
+        if torch.compiler.is_compiling():
+            tokens = self.tokens(encoded.maps)
+        else:
+            tiles = self.anatomy.family.tiles if self.unit == "image" else None
+            units = self.places(mask).units(len(encoded.maps), tiles if tiles != "anyres" else None, encoded.tile_length)
+            distinct = sorted(set(units))
+            if not distinct:
+                return None
+            tokens = self.tokens([encoded.maps[i] for i in distinct])[[distinct.index(i) for i in units]]
+        written = embeddings.masked_scatter(mask.unsqueeze(-1), tokens.flatten(0, 1).to(embeddings))
+        return args, {**kwargs, "inputs_embeds": written}
+
+    def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
+        patches = torch.stack([self._fitted(each, self.config.grid_size).flatten(0, 1) for each in maps])
+        if patches.shape[-1] != self.config.vision_hidden_size:
+            raise SpatialTokensError(
+                f"the patch features have {patches.shape[-1]} channels, the projector's config says "
+                f"{self.config.vision_hidden_size}; attach with vision_hidden_size of the former"
+            )
+        weight = next(self.projector.parameters())
+        return self.projector(patches.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
+
+    def places(self, mask: torch.Tensor) -> Places:
+        """Where the tokens go, row by row."""
+        images = None if self.ids is None or self.ids.shape != mask.shape else self.ids == self.anatomy.image_token_id
+        return find_places(mask, images, self.config.num_spatial_tokens)
+
+    def _fitted(self, each: torch.Tensor, grid: Size) -> torch.Tensor:
+        if tuple(each.shape[:2]) == tuple(grid):
+            return each
+        if self.resize is None:
+            raise SpatialTokensError(
+                f"an image has {each.shape[0]}x{each.shape[1]} patches, the projector's grid is {grid[0]}x{grid[1]}; attach with "
+                "resize='pool' or 'interpolate', or with a config of that grid"
+            )
+        planes = each.movedim(-1, 0)[None]
+        planes = (
+            functional.adaptive_avg_pool2d(planes, grid)
+            if self.resize == "pool"
+            else functional.interpolate(planes, grid, mode="bilinear", antialias=True)
+        )
+        return planes[0].movedim(0, -1)
+
+    def _mask(self, embeddings: torch.Tensor) -> torch.Tensor:
+        if self.ids is not None and self.ids.shape == embeddings.shape[:2]:
+            return self.ids == self.token_id
+        token = self.anatomy.embeddings(torch.full((1,), self.token_id, device=embeddings.device))
+        mask: torch.Tensor = (embeddings == token[0].to(embeddings)).all(-1)  # the caller embedded the ids
+        return mask
+
+    def _require_no_places(self, embeddings: torch.Tensor) -> None:
+        found = self._mask(embeddings).sum(1).tolist()
+        row = next((row for row, count in enumerate(found) if count), None)
+        if row is not None:
+            raise SpatialTokensError(
+                f"row {row} has {found[row]} places for spatial tokens, but no image was encoded in this call; give the images "
+                "with their text (generate(prefill_chunk_size=...), which separates them, is not supported)"
+            )
+
+    def _must_take_part(self) -> bool:
+        """A batch without images must still give every parameter a gradient, of zeros: DDP and FSDP wait for it."""
+        weights = self.projector.parameters()
+        return self.projector.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+    def _nothing(self, embeddings: torch.Tensor) -> torch.Tensor:
+        blank = embeddings.new_zeros(*self.config.grid_size, self.config.vision_hidden_size)
+        return self.tokens([blank])[:, :0].sum().to(embeddings)
+
+
+class _Around:
+    """A method of a module, with something around it; it has the method's signature, which transformers reads."""
+
+    def __init__(self, module: nn.Module, name: str, around: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
+        self.module, self.name, self.around = module, name, around
+        self.__signature__ = inspect.signature(getattr(module, name))
+        self.names = [
+            parameter.name
+            for parameter in self.__signature__.parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(self.names, args, strict=False))
+        return self.around(self._original, {**named, **kwargs})
+
+    def _original(self, **kwargs: Any) -> Any:
+        return getattr(type(self.module), self.name)(self.module, **kwargs)
+
+
+class _Remove:
+    """Deletes an attribute; an object, so that it can be copied with the model."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self) -> None:
+        delattr(self.owner, self.name)
+
+
+def _joined(outputs: Any, tokens: torch.Tensor) -> Any:
+    """An encoder's outputs with each image's spatial tokens before its own."""
+    own = outputs.pooler_output
+    if len(own) != len(tokens):
+        raise SpatialTokensError(f"the model gives {len(own)} images' tokens for {len(tokens)} maps; use mode='own'")
+    if isinstance(own, torch.Tensor):
+        outputs.pooler_output = torch.cat([tokens.to(own), own], dim=1)
+    else:
+        outputs.pooler_output = type(own)(torch.cat([ours.to(theirs), theirs]) for ours, theirs in zip(tokens, own, strict=True))
+    deep = getattr(outputs, "deepstack_features", None)
+    if deep is not None:
+        nothing = tokens.shape[1]
+        outputs.deepstack_features = [
+            [torch.cat([each.new_zeros(nothing, each.shape[-1]), each]) for each in layer] for layer in deep
+        ]
+    return outputs
+
+
+def _thumbnails(maps: Maps, arguments: dict[str, Any], config: Any) -> Maps:
+    """The first tile of each image."""
+    counts = tiles_of(arguments["image_sizes"], config)
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    if sum(counts) != len(maps):
+        raise SpatialTokensError(f"{len(maps)} tiles were encoded, but image_sizes tell of {sum(counts)}")
+    return [maps[start] for start in starts]
+
+
+def tiles_of(image_sizes: Any, config: Any) -> list[int]:
+    """How many tiles each image is cut into, its thumbnail included."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
+    sizes = torch.as_tensor(image_sizes).tolist()
+    return [int(image_size_to_num_patches(size, pinpoints, side)) for size in sizes]

@@ -1,0 +1,94 @@
+"""What is particular to a family of transformers' vision-language models, as data: where its patch features pass, and how they lie.
+
+A family that is not here is `GENERAL`: the first of `TAPS` that its model has, square maps of patches. Layouts are `features.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal[
+    "square", "class token", "channels first", "channels last", "image sizes", "target sizes", "positions",
+    "grid", "grid of blocks", "grid of windows", "merged grid", "pooled grid",
+]  # fmt: skip
+Tiles = Literal["first", "last", "anyres"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where to look in a model of one `model_type`.
+
+    Args:
+        tap: The module, by its path below the base model, whose input is the patch features; "" to try `TAPS`.
+        layout: How a map's patches lie in that input.
+        tiles: Where an image's thumbnail is among its tiles, if it is cut into tiles; "anyres": first, and `image_sizes` tells
+            how many tiles follow.
+        image_mode: Whether spatial tokens can ride among the image tokens (`mode="image"`).
+        joined: Whether features of several patches or layers are already joined in the tap's channels.
+        own_generate: Whether its `generate` encodes images without `get_image_features`.
+    """
+
+    tap: str = ""
+    layout: Layout = "square"
+    tiles: Tiles | None = None
+    image_mode: bool = True
+    joined: bool = False
+    own_generate: bool = False
+
+
+TAPS = (
+    "multi_modal_projector", "visual.merger", "vision_tower.merger", "merger", "connector", "aligner", "projector",
+    "vision_projection", "embed_vision", "model.multi_modal_projector", "vision_model.vision_adapter",
+)  # fmt: skip
+
+GENERAL = Family()
+
+FAMILIES: dict[str, Family] = {
+    "aya_vision": Family(tiles="last"),
+    "blip-2": Family("qformer", "class token", image_mode=False, own_generate=True),
+    "cohere2_vision": Family(tiles="last"),
+    "florence2": Family(layout="channels first"),
+    "gemma4": Family("embed_vision", "positions"),
+    "glm46v": Family("visual.merger", "merged grid"),
+    "glm4v": Family("visual.merger", "merged grid"),
+    "glm4v_moe": Family("visual.merger", "merged grid"),
+    "got_ocr2": Family(layout="channels first"),
+    "idefics3": Family("connector", tiles="last", image_mode=False),
+    "idefics2": Family("connector", image_mode=False),
+    "instructblip": Family("qformer", "class token"),
+    "internvl": Family(tiles="last", joined=True),
+    "lfm2_vl": Family(layout="channels last"),
+    "lighton_ocr": Family("vision_projection", "image sizes"),
+    "llama4": Family("vision_model.vision_adapter", tiles="last", image_mode=False),
+    "llava_next": Family(tiles="anyres"),
+    "llava_onevision": Family(tiles="anyres"),
+    "minicpmv4_6": Family("merger", "target sizes"),
+    "mistral3": Family(layout="image sizes"),
+    "ovis2": Family("vision_tower.head_linear", joined=True),
+    "paddleocr_vl": Family("projector", "grid"),
+    "perception_lm": Family(tiles="first"),
+    "pixtral": Family(layout="image sizes"),  # the tower of some llava models
+    "pp_chart2table": Family(layout="channels first"),
+    "qwen2_5_vl": Family("visual.merger", "grid of windows"),
+    "qwen2_vl": Family("visual.merger", "grid of blocks"),
+    "qwen3_5": Family("visual.merger", "grid of blocks"),
+    "qwen3_5_moe": Family("visual.merger", "grid of blocks"),
+    "qwen3_vl": Family("visual.merger", "grid of blocks"),
+    "qwen3_vl_moe": Family("visual.merger", "grid of blocks"),
+    "smolvlm": Family("connector", tiles="last", image_mode=False),
+    "vipllava": Family(joined=True),
+    "video_llama_3": Family("projector", "pooled grid"),
+}
+
+REFUSED: dict[str, str] = {
+    "chameleon": "its images are discrete codes: there are no continuous patch features",
+    "emu3": "its images are discrete codes: there are no continuous patch features",
+    "fuyu": "it has no vision tower: raw patches go straight into the language model",
+    "gemma4_unified": "it has no vision tower: raw patches go straight into the language model",
+    "git": "its images are put before the text inside the model, without placeholders",
+    "idefics": "its images are looked at by gated cross-attention and have no place in the sequence",
+    "kosmos-2": "it encodes images in its own forward, and its language model is given token ids",
+    "kosmos-2.5": "it encodes images in its own forward, and its language model is given token ids",
+    "mllama": "its images are looked at by cross-attention and have no place in the sequence",
+}

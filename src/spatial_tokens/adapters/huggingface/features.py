@@ -1,0 +1,172 @@
+"""From what a model's projector is given to maps of patches `(H, W, C)`, rows from the top, each from the left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isqrt
+from typing import Any
+
+import torch
+
+from spatial_tokens.errors import SpatialTokensError
+
+Arguments = Mapping[str, Any]
+Maps = list[torch.Tensor]
+
+
+def maps_of(layout: str, captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """One map for each image or tile, in the order in which the model was given them.
+
+    Args:
+        layout: A key of `LAYOUTS`.
+        captured: The inputs of the projector's calls, one after another.
+        arguments: What `get_image_features` was called with, by name.
+        vision_config: The vision encoder's config.
+
+    Raises:
+        SpatialTokensError: If the features are not what the layout says.
+    """
+    return LAYOUTS[layout](captured, arguments, vision_config)
+
+
+def square(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """`(T, N, C)`, N a square."""
+    features = torch.cat([found.reshape(-1, *found.shape[-2:]) for found in captured])
+    side = isqrt(features.shape[1])
+    if side**2 != features.shape[1]:
+        raise SpatialTokensError(
+            f"the projector is given {tuple(features.shape)}: {features.shape[1]} patches are no square; this model's features lie "
+            "in a way that is not known"
+        )
+    return list(torch.unflatten(features, 1, (side, side)))
+
+
+def after_class_token(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """`(T, 1 + N, C)`."""
+    return square([found[:, 1:] for found in captured], arguments, vision_config)
+
+
+def channels_first(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """`(T, C, H, W)`."""
+    return [each for found in captured for each in _four_dimensions(found).permute(0, 2, 3, 1)]
+
+
+def channels_last(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """`(T, H, W, C)`."""
+    return [each for found in captured for each in _four_dimensions(found)]
+
+
+def by_image_sizes(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `image_sizes` pixels, one after another."""
+    patch = _one(vision_config.patch_size)
+    return _split(captured, [(height // patch, width // patch) for height, width in _rows(arguments, "image_sizes")])
+
+
+def by_target_sizes(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `target_sizes` patches, or a quarter as many where the encoder has merged them."""
+    sizes = _rows(arguments, "target_sizes")
+    merged = _count(captured) * 4 == sum(height * width for height, width in sizes)
+    return _split(captured, [(height // 2, width // 2) if merged else (height, width) for height, width in sizes])
+
+
+def by_positions(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of the patches that `image_position_ids` names (x first; -1 is padding), averaged over squares."""
+    sizes = [(1 + max(y for _, y in image), 1 + max(x for x, _ in image)) for image in arguments["image_position_ids"].tolist()]
+    side = isqrt(sum(height * width for height, width in sizes) // max(1, _count(captured)))
+    return _split(captured, [(height // side, width // side) for height, width in sizes])
+
+
+def by_grid(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `image_grid_thw` patches."""
+    return _split(captured, [(height, width) for _, height, width in _rows(arguments, "image_grid_thw")])
+
+
+def by_merged_grid(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `image_grid_thw` patches, already merged."""
+    merge = vision_config.spatial_merge_size
+    return _split(captured, [(height // merge, width // merge) for _, height, width in _rows(arguments, "image_grid_thw")])
+
+
+def by_pooled_grid(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `image_grid_thw` patches, already merged, each by its `image_merge_sizes`."""
+    merges = arguments["image_merge_sizes"].tolist()
+    grids = _rows(arguments, "image_grid_thw")
+    return _split(captured, [(height // by, width // by) for (_, height, width), by in zip(grids, merges, strict=True)])
+
+
+def by_blocks(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `image_grid_thw` patches, in blocks of the patches that will be merged."""
+    return [_from_blocks(image, vision_config.spatial_merge_size) for image in by_grid(captured, arguments, vision_config)]
+
+
+def by_windows(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """The same, and the blocks in the order of the encoder's attention windows."""
+    merge = vision_config.spatial_merge_size
+    window = vision_config.window_size // merge // vision_config.patch_size
+    return [_from_blocks(_from_windows(image, merge, window), merge) for image in by_grid(captured, arguments, vision_config)]
+
+
+LAYOUTS: dict[str, Callable[[Sequence[torch.Tensor], Arguments, Any], Maps]] = {
+    "square": square,
+    "class token": after_class_token,
+    "channels first": channels_first,
+    "channels last": channels_last,
+    "image sizes": by_image_sizes,
+    "target sizes": by_target_sizes,
+    "positions": by_positions,
+    "grid": by_grid,
+    "grid of blocks": by_blocks,
+    "grid of windows": by_windows,
+    "merged grid": by_merged_grid,
+    "pooled grid": by_pooled_grid,
+}
+OF_ANY_SIZE = ("channels last", "image sizes", "target sizes", "positions", "grid", "grid of blocks", "grid of windows",
+               "merged grid", "pooled grid")  # fmt: skip
+
+
+def _from_blocks(image: torch.Tensor, merge: int) -> torch.Tensor:
+    """Patches `(H, W, C)` that lie block after block, to raster order."""
+    height, width, _ = image.shape
+    blocks = image.reshape(height // merge, width // merge, merge, merge, -1)
+    return blocks.transpose(1, 2).reshape(height, width, -1)
+
+
+def _from_windows(image: torch.Tensor, merge: int, window: int) -> torch.Tensor:
+    """Blocks of `(H, W, C)` that lie window after window, to block after block."""
+    height, width = image.shape[0] // merge, image.shape[1] // merge
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    order = ((y // window) * width + x // window).flatten().argsort(stable=True)
+    blocks = torch.unflatten(image.flatten(0, 1), 0, (height * width, merge**2))
+    return blocks[order.argsort().to(image.device)].reshape(image.shape)
+
+
+def _split(captured: Sequence[torch.Tensor], sizes: Iterable[tuple[int, int]]) -> Maps:
+    """One sequence of patches, cut into maps of these sizes."""
+    patches = torch.cat([found.reshape(-1, found.shape[-1]) for found in captured])
+    sizes = list(sizes)
+    lengths = [height * width for height, width in sizes]
+    if sum(lengths) != len(patches):
+        raise SpatialTokensError(
+            f"the projector is given {len(patches)} patches, but the images' grids {sizes} have {sum(lengths)}; this model's "
+            "features lie in a way that is not known"
+        )
+    return [torch.unflatten(each, 0, size) for each, size in zip(torch.split(patches, lengths), sizes, strict=True)]
+
+
+def _rows(arguments: Arguments, name: str) -> list[list[int]]:
+    rows: list[list[int]] = torch.as_tensor(arguments[name]).tolist()
+    return rows
+
+
+def _count(captured: Sequence[torch.Tensor]) -> int:
+    return sum(found.numel() // found.shape[-1] for found in captured)
+
+
+def _four_dimensions(found: torch.Tensor) -> torch.Tensor:
+    if found.ndim != 4:
+        raise SpatialTokensError(f"the projector is given {tuple(found.shape)}, not a map of four dimensions")
+    return found
+
+
+def _one(size: Any) -> int:
+    return int(size[0] if isinstance(size, (list, tuple)) else size)

@@ -1,0 +1,150 @@
+"""Adapters on disk, as PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`, beside no base model."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import torch
+
+from spatial_tokens import __version__
+from spatial_tokens.adapters.huggingface.attach import attach, attachment_of, detach, unwrapped
+from spatial_tokens.adapters.huggingface.attachment import NAME, Mode, Resize, Unit
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
+from spatial_tokens.modules import SPProjector
+from spatial_tokens.storage.files import atomic_write, make_directory, read_metadata, read_tensors, read_text, write_tensors
+from spatial_tokens.storage.pretrained import assign
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KIND = "SPATIAL_TOKENS"
+ROWS = ("reserved_token.input", "reserved_token.output")
+
+
+def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
+    """Writes the spatial tokens' config and weights, nothing of the base model; each file whole or not at all.
+
+    Raises:
+        SpatialTokensError: If the model has none, they are wrapped, or the files cannot be written.
+    """
+    inner, attachment = unwrapped(model), attachment_of(model)
+    tensors = dict(getattr(inner, NAME).exact_state_dict())
+    if attachment.grown:
+        tensors |= {name: _reserved_row(inner, name, attachment.token_id).clone() for name in ROWS}
+    values = {
+        "peft_type": KIND,
+        "library": f"spatial-tokens {__version__}",
+        "base_model_name_or_path": getattr(inner.config, "_name_or_path", None) or None,
+        "base_model_type": inner.config.model_type,
+        "mode": attachment.mode,
+        "unit": attachment.unit,
+        "resize": attachment.resize,
+        "token": attachment.token,
+        "token_id": attachment.token_id,
+        "projector": attachment.config.to_dict(),
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    folder = make_directory(directory)
+    with atomic_write(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        write_tensors(folder / WEIGHTS_NAME, tensors, {"adapter_config": text})
+
+
+def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = None) -> tuple[Any, Any]:
+    """Attaches what `save_adapter` wrote to a base model.
+
+    Args:
+        model: The base model, without spatial tokens.
+        directory: Where the two files are.
+        processor: Its processor; the one returned inserts the slots.
+
+    Returns:
+        The model and a copy of the processor, as `attach` gives them.
+
+    Raises:
+        SpatialTokensError: If a file is missing or damaged, the files are of two saves, or they do not fit the model; the model
+            is then as it was.
+    """
+    folder = Path(directory)
+    text = read_text(folder / CONFIG_NAME)
+    values = _checked(text, folder)
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    if read_metadata(folder / WEIGHTS_NAME).get("adapter_config", text) != text:
+        raise SpatialTokensError(f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are of different saves")
+    config = SPProjectorConfig.from_dict(values["projector"])
+    inner = unwrapped(model)
+    if inner.config.model_type != values["base_model_type"]:
+        raise SpatialTokensError(
+            f"{folder} is an adapter of a {values['base_model_type']} model, not of a {inner.config.model_type}"
+        )
+    rows = {name: tensors.pop(name) for name in ROWS if name in tensors}
+    projector = SPProjector.from_config(config, device="meta")
+    assign(projector, tensors, str(folder / WEIGHTS_NAME))
+    own = values["mode"] == "own"
+    model, processor = attach(
+        model, processor, config, mode=values["mode"], unit=values["unit"], resize=values["resize"], token=values["token"],
+        token_id=values["token_id"] if own else None,
+    )  # fmt: skip
+    try:
+        for name, row in rows.items():
+            _reserved_row(inner, name, values["token_id"]).copy_(row)
+        made = getattr(inner, NAME)
+        weight = next(made.parameters())
+        setattr(inner, NAME, projector.to(device=weight.device).train(inner.training))
+    except (RuntimeError, SpatialTokensError) as error:
+        detach(model)
+        raise SpatialTokensError(f"the reserved token's embedding in {folder} does not fit the model: {reason(error)}") from error
+    return model, processor
+
+
+def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
+    """Uploads what `save_adapter` writes to a model repository on the Hugging Face Hub, which is made if it is not there.
+
+    Args:
+        model: The model.
+        repo_id: The repository, "user/name".
+        **options: `private`, `token`, `revision`, `commit_message`, as huggingface_hub takes them.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        SpatialTokensError: If the adapter cannot be written; huggingface_hub's own errors if it cannot be sent.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", "hf") from error
+    api = HfApi(token=options.pop("token", None))
+    with TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        address = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+    return str(address)
+
+
+def _reserved_row(inner: Any, name: str, token_id: int) -> torch.Tensor:
+    owner = inner.get_input_embeddings() if name == ROWS[0] else inner.get_output_embeddings()
+    return owner.weight.detach()[token_id]  # type: ignore[no-any-return]
+
+
+def _checked(text: str, folder: Path) -> dict[str, Any]:
+    """The values of an `adapter_config.json`, each of its kind."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SpatialTokensError(f"{folder / CONFIG_NAME} is not valid JSON: {reason(error)}") from error
+    if not isinstance(values, dict) or values.get("peft_type") != KIND:
+        raise SpatialTokensError(f"{folder / CONFIG_NAME} is not of spatial tokens: its peft_type is not {KIND!r}")
+    allowed: dict[str, tuple[Any, ...]] = {"mode": get_args(Mode), "unit": get_args(Unit), "resize": (None, *get_args(Resize))}
+    for name, choices in allowed.items():
+        if values.get(name, ...) not in choices:
+            raise SpatialTokensError(f"{name} in {folder / CONFIG_NAME} must be one of {choices}, got {shown(values.get(name))}")
+    for name, kind in {"token": str, "token_id": int, "projector": dict, "base_model_type": str}.items():
+        if not isinstance(values.get(name), kind):
+            raise SpatialTokensError(f"{name} in {folder / CONFIG_NAME} must be a {kind.__name__}, got {shown(values.get(name))}")
+    return values
