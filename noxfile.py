@@ -30,6 +30,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("transformers", ["5.0.0", "newest"])
+def adapters(session: nox.Session, transformers: str) -> None:
+    """The adapters with the lowest and the newest transformers, in an environment of their own."""
+    session.install("-e", ".[dev]", "transformers" if transformers == "newest" else f"transformers=={transformers}")
+    session.run("pytest", "tests/adapters", "tests/test_examples.py", *session.posargs)
+
+
+@nox.session
 def tests_lowest(session: nox.Session) -> None:
     """The tests with the lowest supported versions, in an environment of their own."""
     session.install(*LOWEST, "-e", ".[dev]")

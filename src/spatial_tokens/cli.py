@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--full-size", action="store_true", help="the paper's widths; about 6 GB of memory")
     demo.add_argument("--pretrained", action="store_true", help="load the encoder's weights from the hub (random otherwise)")
     demo.add_argument("--output", default="spatial-tokens-demo", metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    demo.add_argument("--model", metavar="tiny|HUB_ID", help="show a vision-language model without and with spatial tokens instead")
+    demo.add_argument("--prompt", default="What is in this picture?", help="what to ask it (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
 
     info = _command(commands, "info", run_info, "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32")
@@ -129,6 +131,9 @@ def _command(commands: Any, name: str, run: Any, purpose: str, example: str, *, 
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """`spatial-tokens demo`: the stages as a table, the PNGs, and where to go next."""
+    if arguments.model is not None:
+        _run_model_demo(arguments)
+        return
     from spatial_tokens import demo
 
     report = demo.run_demo(
@@ -150,6 +155,22 @@ def run_demo(arguments: argparse.Namespace) -> None:
     for picture in report.pictures:
         print(f"wrote {picture}")
     print("next: spatial-tokens info; spatial-tokens demo YOUR.jpg --full-size; README.md for ten lines of Python")
+
+
+def _run_model_demo(arguments: argparse.Namespace) -> None:
+    from spatial_tokens.demo_model import run_model_demo
+
+    report = run_model_demo(arguments.model, arguments.image, prompt=arguments.prompt, preset=arguments.preset, seed=arguments.seed)
+    if arguments.json:
+        _print_json(asdict(report))
+        return
+    columns = ("spatial tokens", "sequence", "image tokens", "spatial", "tokens/s")
+    rows = [
+        (r.model, str(r.sequence), str(r.image_tokens), str(r.spatial_tokens), f"{r.tokens_per_second:.1f}") for r in report.runs
+    ]
+    _print_table(f"{report.name}: {arguments.prompt}", columns, rows)
+    print(f"the spatial tokens are at {', '.join(map(str, report.positions))}; {report.parameters:,} parameters make them")
+    print(f"they move the next token's logits by {report.logits_change:.1%} of their norm (the weights are random: train them)")
 
 
 def run_info(arguments: argparse.Namespace) -> None:

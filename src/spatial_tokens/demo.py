@@ -77,7 +77,7 @@ def run_demo(
         SpatialTokensError: If the picture cannot be read, the preset or the encoder is unknown, or a PNG cannot be written.
     """
     report = Report()
-    picture = _open(image) if image is not None else visualize.sample_picture()
+    picture = read_picture(image) if image is not None else visualize.sample_picture()
     folder = make_directory(output)
 
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -142,7 +142,12 @@ def _fit(preset: str, encoder: TimmPatchEncoder, widths: dict[str, int], report:
     return SPProjectorConfig.from_preset(preset, **{**widths, **fitted})
 
 
-def _open(path: str) -> Image:
+def read_picture(path: str) -> Image:
+    """A picture as eyes see it: upright, in RGB.
+
+    Raises:
+        SpatialTokensError: If it cannot be read.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:

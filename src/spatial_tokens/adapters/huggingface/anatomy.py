@@ -71,6 +71,12 @@ class Anatomy:
         return height // max(1, merge), width // max(1, merge)
 
     @property
+    def opening_ids(self) -> list[int]:
+        """Tokens that may stand right before an image and belong to it."""
+        names = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
+        return [found for name in names if isinstance(found := getattr(self.model.config, name, None), int)]
+
+    @property
     def any_size(self) -> bool:
         """Whether images have grids of different sizes."""
         return self.family.layout in OF_ANY_SIZE

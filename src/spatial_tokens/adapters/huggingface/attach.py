@@ -13,10 +13,11 @@ from spatial_tokens.adapters.huggingface import slots
 from spatial_tokens.adapters.huggingface.anatomy import Anatomy, dissect
 from spatial_tokens.adapters.huggingface.attachment import NAME, Attachment, Mode, Resize, Unit
 from spatial_tokens.adapters.huggingface.clean_save import CleanSave
-from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, opening_ids, with_slots, without_slots
+from spatial_tokens.adapters.huggingface.features import tiles_of
+from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_slots, without_slots
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
-from spatial_tokens.grid import crop_sizes
+from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.modules import SPProjector
 
 ATTRIBUTE = "_spatial_attachment"
@@ -87,7 +88,8 @@ def attach(
         if token_id is not None and token_id != found:
             raise SpatialTokensError(f"the tokenizer gives {token!r} the id {found}, not {token_id}; leave token_id out")
         token_id = found
-        copied = with_slots(copied, token, found, fitted.num_spatial_tokens, inner.config, as_image=chosen == "image")
+        per_tile = unit == "tile" and anatomy.family.tiles is not None
+        copied = with_slots(copied, anatomy, token, found, fitted.num_spatial_tokens, as_image=chosen == "image", per_tile=per_tile)
     rows, generation = int(anatomy.embeddings.weight.shape[0]), getattr(inner, "generation_config", None)
     clean_save = CleanSave(inner, NAME, rows, getattr(generation, "suppress_tokens", None))
     undo: list[Callable[[], Any]] = []
@@ -147,12 +149,16 @@ def insert_slots(
     """Puts the slots of an attached model before every image of ready `input_ids`; see `slots.insert`."""
     attachment = attachment_of(model)
     anatomy = attachment.anatomy
+    each = attachment.config.num_spatial_tokens
+    count: int | list[int] = each
+    if attachment.unit == "tile" and anatomy.family.tiles == "anyres":
+        count = [each * tiles for tiles in tiles_of(inputs["image_sizes"], anatomy.model.config)]
     return slots.insert(
         inputs,
         token_id=attachment.token_id,
-        count=attachment.config.num_spatial_tokens,
+        count=count,
         image_token_id=anatomy.image_token_id,
-        opening_ids=opening_ids(anatomy.model.config),
+        opening_ids=anatomy.opening_ids,
         tokens_per_image=tokens_per_image,
         pad_token_id=pad_token_id,
     )
@@ -174,19 +180,24 @@ def config_for(
         SpatialTokensError: If the grid cannot be told, or a whole config is not the model's.
     """
     found = {"vision_hidden_size": anatomy.vision_hidden_size, "text_hidden_size": anatomy.text_hidden_size}
+    known: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
     if isinstance(config, SPProjectorConfig):
-        wrong = [
-            f"{name} {getattr(config, name)} (the model's is {value})"
-            for name, value in found.items()
-            if value and getattr(config, name) != value
-        ]
-        if wrong or fields:
-            raise SpatialTokensError(
-                f"the config does not fit the model: {', '.join(wrong) or 'fields go with a preset, not with a config'}"
-            )
-        return replace(config, patch_head=None)
-    preset = SPProjectorConfig.from_preset(config)
-    known = {name: value for name, value in found.items() if value is not None}
+        if fields:
+            raise SpatialTokensError(f"{', '.join(fields)} go with a preset, not with a whole config")
+        fitted = replace(config, patch_head=None)
+    else:
+        fitted = SPProjectorConfig.from_preset(config, **{**known, **_grid_fields(anatomy, config, resize, fields), **fields})
+    if anatomy.grid_size is not None and resize is None:
+        known["grid_size"] = anatomy.grid_size
+    wrong = [f"{name} {getattr(fitted, name)}, not {value}" for name, value in known.items() if getattr(fitted, name) != value]
+    if wrong and not fields.keys() & {"vision_hidden_size"}:  # which the user may know better than the first layer tells
+        raise SpatialTokensError(f"the config does not fit the model: it has {'; '.join(wrong)}")
+    return fitted
+
+
+def _grid_fields(anatomy: Anatomy, preset_name: str, resize: Resize | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid, and kernels for it where it is not the preset's."""
+    preset = SPProjectorConfig.from_preset(preset_name)
     grid = fields.get("grid_size", preset.grid_size if resize else anatomy.grid_size)
     if grid is None:
         raise SpatialTokensError(
@@ -196,9 +207,9 @@ def config_for(
             else "cannot tell the model's patch grid from its config; give grid_size=(height, width)"
         )
     shape: dict[str, Any] = {"grid_size": grid, "patch_head": None}
-    if tuple(grid) != preset.grid_size and "kernel_sizes" not in fields:
+    if as_size(grid, "grid_size") != preset.grid_size and "kernel_sizes" not in fields:
         shape["kernel_sizes"] = _sizes(grid, preset.num_spatial_tokens)
-    return SPProjectorConfig.from_preset(config, **{**known, **shape, **fields})
+    return shape
 
 
 def _sizes(grid: Any, count: int) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from spatial_tokens.adapters.huggingface.anatomy import Anatomy
-from spatial_tokens.adapters.huggingface.features import Maps, maps_of
+from spatial_tokens.adapters.huggingface.features import Maps, maps_of, tiles_of
 from spatial_tokens.adapters.huggingface.slots import Places, find_places
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
@@ -285,12 +285,3 @@ def _thumbnails(maps: Maps, arguments: dict[str, Any], config: Any) -> Maps:
     if sum(counts) != len(maps):
         raise SpatialTokensError(f"{len(maps)} tiles were encoded, but image_sizes tell of {sum(counts)}")
     return [maps[start] for start in starts]
-
-
-def tiles_of(image_sizes: Any, config: Any) -> list[int]:
-    """How many tiles each image is cut into, its thumbnail included."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
-    sizes = torch.as_tensor(image_sizes).tolist()
-    return [int(image_size_to_num_patches(size, pinpoints, side)) for size in sizes]

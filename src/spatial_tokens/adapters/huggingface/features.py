@@ -170,3 +170,12 @@ def _four_dimensions(found: torch.Tensor) -> torch.Tensor:
 
 def _one(size: Any) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def tiles_of(image_sizes: Any, config: Any) -> list[int]:
+    """How many tiles each image is cut into, its thumbnail included."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
+    sizes = torch.as_tensor(image_sizes).tolist()
+    return [int(image_size_to_num_patches(size, pinpoints, side)) for size in sizes]

@@ -12,83 +12,124 @@ from typing import Any
 
 import torch
 
+from spatial_tokens.adapters.huggingface import slots
+from spatial_tokens.adapters.huggingface.anatomy import Anatomy
+from spatial_tokens.adapters.huggingface.features import tiles_of
 from spatial_tokens.errors import SpatialTokensError, shown
 
 TOKEN = "<|spatial|>"
 
 
 @dataclass(frozen=True)
-class SlotText:
-    """How slots are written into a text.
+class SlotWriter:
+    """How slots are written, into texts or into what a processor made of them.
 
     Args:
         token: The reserved token.
         token_id: Its id.
-        count: Slots of an image, `K`.
+        count: Slots of an image (or tile), `K`.
         placeholder: What stands for an image in a text.
-        openings: Tokens that may stand right before it and belong to it.
-        image_token_id: What the slots become in `input_ids` where spatial tokens ride among the image tokens; else None.
+        image_token_id: What stands for it in `input_ids`.
+        opening_ids: Tokens that may stand right before it and belong to it, and
+        openings: the same as text.
+        pad_token_id: What pads.
+        as_image: Whether slots become image tokens in `input_ids`: spatial tokens ride among these.
+        per_tile: Whether every tile has slots, and
+        tile_length: how many image tokens it has; None where `image_sizes` and the model's
+        config: tell how many tiles an image has.
     """
 
     token: str
     token_id: int
     count: int
     placeholder: str
+    image_token_id: int
+    opening_ids: tuple[int, ...]
     openings: tuple[str, ...]
-    image_token_id: int | None
+    pad_token_id: int
+    as_image: bool
+    per_tile: bool
+    tile_length: int | None
+    config: Any
 
-    def insert(self, text: str) -> str:
-        """The text with exactly K slots before each placeholder, and none elsewhere; what is there already stays.
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Slots, if any, and the image that they belong to."""
+        opening = "|".join(re.escape(each) for each in self.openings)
+        return re.compile(f"((?:{re.escape(self.token)})*)((?:{opening})?{re.escape(self.placeholder)})")
+
+    def write(self, texts: Sequence[str]) -> list[str]:
+        """The texts with exactly K slots before each placeholder, and none elsewhere; what is there already stays.
 
         Raises:
-            SpatialTokensError: If it has slots elsewhere, or another number of them.
+            SpatialTokensError: If one has slots elsewhere, or another number of them.
         """
-        opening = "|".join(re.escape(each) for each in self.openings)
-        token = re.escape(self.token)
-        pattern = re.compile(
-            f"((?:{token})*)((?:{opening})?{re.escape(self.placeholder)})"
-            if opening
-            else f"((?:{token})*)({re.escape(self.placeholder)})"
-        )
-        slots = self.token * self.count
-        if any(match[1] not in ("", slots) for match in pattern.finditer(text)):
-            raise SpatialTokensError(f"the text has {self.token} before an image, but not {self.count} times; leave it out")
-        written = pattern.sub(lambda match: slots + match[2], text)
-        if written.count(self.token) != self.count * len(pattern.findall(text)):
-            raise SpatialTokensError(f"the text has {self.token} where no image {self.placeholder} follows; leave it out")
+        run, written = self.token * self.count, []
+        for row, text in enumerate(texts):
+            found = self.pattern.findall(text)
+            in_place = "".join(there for there, _ in found).count(self.token)
+            if any(there not in ("", run) for there, _ in found) or text.count(self.token) != in_place:
+                raise SpatialTokensError(
+                    f"text {row} has {self.token}, but not {self.count} times before an image {self.placeholder}; leave it out"
+                )
+            written.append(self.pattern.sub(lambda match: run + match[2], text))
         return written
+
+    def insert(self, outputs: Any) -> Any:
+        """A processor's outputs with slots before the image tokens."""
+        if not isinstance(outputs["input_ids"], torch.Tensor):
+            raise SpatialTokensError("slots are put into tensors here; give return_tensors='pt'")
+        count: int | list[int] = self.count
+        if self.per_tile and self.tile_length is None:
+            count = [self.count * tiles for tiles in tiles_of(outputs["image_sizes"], self.config)]
+        made = slots.insert(
+            outputs, token_id=self.token_id, count=count, image_token_id=self.image_token_id, opening_ids=self.opening_ids,
+            tokens_per_image=self.tile_length if self.per_tile else None, pad_token_id=self.pad_token_id,
+        )  # fmt: skip
+        outputs.update(made)
+        return outputs
+
+    def check_counts(self, texts: Sequence[str], images: Any) -> None:
+        """Raises SpatialTokensError, naming the row, unless every image has its placeholder."""
+        places = [len(self.pattern.findall(text)) for text in texts]
+        given = _counts(images)
+        if isinstance(given, list) and len(given) == len(places):
+            for row, (place, image) in enumerate(zip(places, given, strict=True)):
+                if place != image:
+                    raise SpatialTokensError(f"text {row} has {self.placeholder} {place} times for {image} images")
+        total = sum(given) if isinstance(given, list) else given
+        if sum(places) != total:
+            raise SpatialTokensError(f"the texts have {self.placeholder} {places} times, for {total} images in all")
 
 
 class _SpatialProcessor:
-    """Mixed into a processor's class: the text gets its slots before the processor sees it."""
+    """Mixed into a processor's class: the text gets its slots before the processor sees it, or the ids after."""
 
-    _slot_text: SlotText
+    _slot_writer: SlotWriter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().__call__  # type: ignore[misc]
+        writer, call = self._slot_writer, super().__call__  # type: ignore[misc]
         given = inspect.signature(call).bind_partial(*args, **kwargs)
-        if given.arguments.get("text") is not None:
-            given.arguments["text"] = self._with_slots(given.arguments["text"], given.arguments.get("images"))
-        outputs = call(*given.args, **given.kwargs)
-        if self._slot_text.image_token_id is not None and "input_ids" in outputs:
-            outputs["input_ids"] = _replaced(outputs["input_ids"], self._slot_text.token_id, self._slot_text.image_token_id)
-        return outputs
-
-    def _with_slots(self, text: Any, images: Any) -> Any:
-        if isinstance(text, str):
-            return self._with_slots([text], images)[0]
-        if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
+        text, images = given.arguments.get("text"), given.arguments.get("images")
+        if text is None:
+            return call(*args, **kwargs)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
             raise SpatialTokensError(f"text must be a string or a list of strings, got {shown(text)}")
-        slots = self._slot_text
-        if (
-            images is not None
-            and len(images if isinstance(images, (list, tuple)) else [images])
-            and not any(slots.placeholder in each for each in text)
-        ):
-            raise SpatialTokensError(
-                f"images were given, but no text has the placeholder {slots.placeholder!r}; write it where the image goes"
-            )
-        return [slots.insert(each) for each in text]
+        has_places = any(writer.placeholder in each for each in texts)
+        if has_places:
+            writer.check_counts(texts, images)
+        if has_places and not writer.per_tile:
+            written = writer.write(texts)
+            given.arguments["text"] = written[0] if isinstance(text, str) else written
+        outputs = call(*given.args, **given.kwargs)
+        if images is not None and (writer.per_tile or not has_places):  # some processors put images before the text themselves
+            if not has_places and not (torch.as_tensor(outputs["input_ids"]) == writer.image_token_id).any():
+                raise SpatialTokensError(f"images were given, but no text has {writer.placeholder!r}; write it where an image goes")
+            outputs = writer.insert(outputs)
+        if writer.as_image:
+            outputs["input_ids"] = _replaced(outputs["input_ids"], writer.token_id, writer.image_token_id)
+        return outputs
 
     def __reduce__(self) -> Any:
         return _rebuild, (type(self).__mro__[2],), self.__dict__
@@ -104,39 +145,57 @@ def _rebuild(kind: type) -> Any:
 
 
 def add_token(processor: Any, token: str) -> tuple[Any, int]:
-    """A copy of a processor (or tokenizer) whose tokenizer knows the token, and the token's id."""
+    """A copy of a processor whose tokenizer knows the token, and the token's id.
+
+    Raises:
+        SpatialTokensError: If it has no tokenizer.
+    """
+    if not hasattr(processor, "tokenizer"):
+        raise SpatialTokensError(f"a processor with a tokenizer is expected, got a {type(processor).__name__}")
     processor = copy.copy(processor)
-    tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
-    if token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    if hasattr(processor, "tokenizer"):
-        processor.tokenizer = tokenizer
-    else:
-        processor = tokenizer
-    return processor, int(tokenizer.convert_tokens_to_ids(token))
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    if token not in processor.tokenizer.get_vocab():
+        processor.tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return processor, int(processor.tokenizer.convert_tokens_to_ids(token))
 
 
-def with_slots(processor: Any, token: str, token_id: int, count: int, config: Any, *, as_image: bool) -> Any:
+def with_slots(processor: Any, anatomy: Anatomy, token: str, token_id: int, count: int, *, as_image: bool, per_tile: bool) -> Any:
     """The processor, now inserting slots.
 
     Raises:
-        SpatialTokensError: If it has no placeholder for an image.
+        SpatialTokensError: If it has no placeholder for an image, or slots for each tile are asked for and it does not say how
+            many image tokens a tile has.
     """
     placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     if placeholder is None:
         raise SpatialTokensError(
             f"{type(processor).__name__} has no image_token to put slots before; attach without a processor, and use insert_slots()"
         )
+    tile_length = getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None)
+    by_sizes = anatomy.family.tiles == "anyres"
+    if per_tile and not by_sizes and tile_length is None:
+        raise SpatialTokensError(
+            f"{type(processor).__name__} does not say how many tokens a tile has; attach without it, and use insert_slots()"
+        )
     tokenizer = processor.tokenizer
-    names = opening_ids(config)
-    openings = tuple(
-        str(each) for each in tokenizer.convert_ids_to_tokens(names) if each is not None and str(each) != str(placeholder)
+    openings = [str(each) for each in tokenizer.convert_ids_to_tokens(anatomy.opening_ids) if each is not None]
+    writer = SlotWriter(
+        token=token,
+        token_id=token_id,
+        count=count,
+        placeholder=str(placeholder),
+        image_token_id=anatomy.image_token_id,
+        opening_ids=tuple(anatomy.opening_ids),
+        openings=tuple(each for each in openings if each != str(placeholder)),
+        pad_token_id=tokenizer.pad_token_id or 0,
+        as_image=as_image,
+        per_tile=per_tile,
+        tile_length=None if by_sizes else tile_length,
+        config=anatomy.model.config if per_tile and by_sizes else None,
     )
     kind: type = type(processor)
     processor.__class__ = _with_slots(kind)
-    processor._slot_text = SlotText(
-        token, token_id, count, str(placeholder), openings, config_image_id(config) if as_image else None
-    )
+    processor._slot_writer = writer
     return processor
 
 
@@ -144,20 +203,19 @@ def without_slots(processor: Any) -> Any:
     """The processor's own class again; its tokenizer keeps the token."""
     if isinstance(processor, _SpatialProcessor):
         processor.__class__ = type(processor).__mro__[2]
-        del processor._slot_text
+        del processor._slot_writer
     return processor
 
 
-def opening_ids(config: Any) -> list[int]:
-    """Tokens that open an image, by a model's config."""
-    names = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
-    return [found for name in names if isinstance(found := getattr(config, name, None), int)]
-
-
-def config_image_id(config: Any) -> int:
-    """The image placeholder's id."""
-    found = getattr(config, "image_token_id", None)
-    return int(config.image_token_index if found is None else found)
+def _counts(images: Any) -> int | list[int]:
+    """How many images: in each row, if they are given so, else in all."""
+    if images is None:
+        return 0
+    if not isinstance(images, (list, tuple)):
+        return 1
+    if any(isinstance(each, (list, tuple)) or each is None for each in images):
+        return [len(each) if isinstance(each, (list, tuple)) else int(each is not None) for each in images]
+    return len(images)
 
 
 def _replaced(ids: Any, old: int, new: int) -> Any:

@@ -92,9 +92,8 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     try:
         for name, row in rows.items():
             _reserved_row(inner, name, values["token_id"]).copy_(row)
-        made = getattr(inner, NAME)
-        weight = next(made.parameters())
-        setattr(inner, NAME, projector.to(device=weight.device).train(inner.training))
+        made = getattr(inner, NAME).to(dtype=next(projector.parameters()).dtype)
+        made.load_state_dict(tensors)  # a copy: a mapped file's alignment would change the last bits of products
     except (RuntimeError, SpatialTokensError) as error:
         detach(model)
         raise SpatialTokensError(f"the reserved token's embedding in {folder} does not fit the model: {reason(error)}") from error

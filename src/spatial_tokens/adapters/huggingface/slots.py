@@ -97,19 +97,19 @@ def insert(
     inputs: Mapping[str, Any],
     *,
     token_id: int,
-    count: int,
+    count: int | Sequence[int],
     image_token_id: int,
     opening_ids: Sequence[int] = (),
     tokens_per_image: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
 ) -> dict[str, Any]:
-    """Puts `count` slots before every image of ready `input_ids`, and makes everything else as long.
+    """Puts slots before every image of ready `input_ids`, and makes everything else as long.
 
     Args:
         inputs: `input_ids` `(B, L)`, and what of `ALIGNED` goes with them, of the same shape. All else (pixels, grids) passes
             through.
         token_id: The reserved token.
-        count: Slots of an image, `K`.
+        count: Slots of an image, `K`; or of each image in turn.
         image_token_id: The image placeholder.
         opening_ids: Tokens that may stand right before an image and belong to it.
         tokens_per_image: Placeholders of an image, or of each image in turn; needed where images touch, or where other tokens
@@ -143,15 +143,16 @@ def insert(
         starts.append([start - 1 if start and row[start - 1] in opening_ids else start for start in found])
     if not isinstance(tokens_per_image, int) and used < len(lengths):
         raise SpatialTokensError(f"tokens_per_image names {len(lengths)} images, input_ids have {used}")
-    most = max((len(row) for row in starts), default=0)
-    if mask is None and any(len(row) != most for row in starts):
+    counts = _shared_out(count, [len(row) for row in starts])
+    most = max(map(sum, counts), default=0)
+    if mask is None and any(sum(row) != most for row in counts):
         raise SpatialTokensError(f"the rows have {[len(row) for row in starts]} images; give the attention_mask, to pad them")
     left = mask is not None and bool((mask[:, 0] == 0).any())
     made = {}
     for name, each in aligned.items():
         in_slots, in_padding = (token_id, pad_token_id) if name == "input_ids" else ALIGNED[name]
-        rows = [_with_runs(row, at, count, in_slots) for row, at in zip(each, starts, strict=True)]
-        made[name] = torch.stack([_padded(row, ids.shape[1] + count * most, in_padding, left=left) for row in rows])
+        rows = [_with_runs(row, at, lengths, in_slots) for row, at, lengths in zip(each, starts, counts, strict=True)]
+        made[name] = torch.stack([_padded(row, ids.shape[1] + most, in_padding, left=left) for row in rows])
     return {**inputs, **made}
 
 
@@ -175,16 +176,27 @@ def _images(
     return starts, len(starts)
 
 
-def _with_runs(row: torch.Tensor, starts: Sequence[int], count: int, value: int | None) -> torch.Tensor:
+def _shared_out(count: int | Sequence[int], images: Sequence[int]) -> list[list[int]]:
+    """The slots of each image, row by row."""
+    if isinstance(count, int):
+        return [[count] * number for number in images]
+    if sum(images) != len(count):
+        raise SpatialTokensError(f"the rows have {list(images)} images, slots are given for {len(count)}; do images touch?")
+    starts = [sum(images[:row]) for row in range(len(images))]
+    return [list(count[start : start + number]) for start, number in zip(starts, images, strict=True)]
+
+
+def _with_runs(row: torch.Tensor, starts: Sequence[int], counts: Sequence[int], value: int | None) -> torch.Tensor:
     """A row with runs of a value before these positions; without a value they count on, as positions do."""
-    parts, last = [], 0
-    for k, start in enumerate(starts):
-        parts.append(row[last:start] + (0 if value is not None else k * count))
-        first = 0 if value is not None else int(row[start]) + k * count
-        parts.append(row.new_full((count,), value) if value is not None else torch.arange(first, first + count).to(row))
+    parts, last, added = [], 0, 0
+    for start, count in zip(starts, counts, strict=True):
+        if value is not None:
+            parts += [row[last:start], row.new_full((count,), value)]
+        else:
+            parts += [row[last:start] + added, row[start] + added + torch.arange(count).to(row)]
+            added += count
         last = start
-    parts.append(row[last:] + (0 if value is not None else len(starts) * count))
-    return torch.cat(parts)
+    return torch.cat([*parts, row[last:] + added])
 
 
 def _padded(row: torch.Tensor, length: int, value: int, *, left: bool) -> torch.Tensor:
