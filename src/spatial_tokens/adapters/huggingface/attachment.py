@@ -87,8 +87,8 @@ class Attachment:
         self.undo = [hook.remove for hook in hooks]
         for name, around in (("get_image_features", self.encode), ("get_video_features", self.encode_video)):
             if hasattr(base, name):
+                self.undo.append(_Restore(base, name, base.__dict__.get(name)))
                 setattr(base, name, _Around(base, name, around))
-                self.undo.append(_Remove(base, name))
 
     def remove(self) -> None:
         """Takes everything away again."""
@@ -125,10 +125,12 @@ class Attachment:
 
     def capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the projector: records its input."""
+        if self.captured is None and not self.anatomy.family.own_generate:
+            return
         features = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]
         if self.captured is not None:
             self.captured.append(features)
-        elif self.anatomy.family.own_generate:
+        else:
             self.encoded = Encoded(maps_of(self.anatomy.family.layout, [features], {}, self.anatomy.vision_config), 0)
 
     def measure(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -162,6 +164,8 @@ class Attachment:
         mask = self._mask(embeddings)
         if torch.compiler.is_compiling():
             tokens = self.tokens(encoded.maps)
+            places = len(encoded.maps) * self.config.num_spatial_tokens
+            torch._assert_async(mask.sum() == places, "not as many places for spatial tokens as maps of patches")
         else:
             tiles = self.anatomy.family.tiles if self.unit == "image" else None
             units = self.places(mask).units(len(encoded.maps), tiles if tiles != "anyres" else None, encoded.tile_length)
@@ -234,7 +238,7 @@ class _Around:
     """A method of a module, with something around it; it has the method's signature, which transformers reads."""
 
     def __init__(self, module: nn.Module, name: str, around: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
-        self.module, self.name, self.around = module, name, around
+        self.module, self.name, self.around, self.before = module, name, around, module.__dict__.get(name)
         self.__signature__ = inspect.signature(getattr(module, name))
         self.names = [
             parameter.name
@@ -247,17 +251,21 @@ class _Around:
         return self.around(self._original, {**named, **kwargs})
 
     def _original(self, **kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(**kwargs)
         return getattr(type(self.module), self.name)(self.module, **kwargs)
 
 
-class _Remove:
-    """Deletes an attribute; an object, so that it can be copied with the model."""
+class _Restore:
+    """Gives an object the attribute that it had, or none; an object itself, so that it can be copied with the model."""
 
-    def __init__(self, owner: Any, name: str) -> None:
-        self.owner, self.name = owner, name
+    def __init__(self, owner: Any, name: str, before: Any) -> None:
+        self.owner, self.name, self.before = owner, name, before
 
     def __call__(self) -> None:
         delattr(self.owner, self.name)
+        if self.before is not None:
+            setattr(self.owner, self.name, self.before)
 
 
 def _joined(outputs: Any, tokens: torch.Tensor) -> Any:

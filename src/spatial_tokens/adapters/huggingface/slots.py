@@ -49,7 +49,11 @@ class Places:
         counts = [[length // tile_length for length in row] if tiles else [1] * len(row) for row in self.rows]
         per_row = [sum(row) for row in counts]
         copies = sum(per_row) // max(1, num_maps)
-        if copies * num_maps != sum(per_row) or any(per_row[i] != per_row[i - i % max(1, copies)] for i in range(len(per_row))):
+        if (
+            bool(copies) != bool(num_maps)
+            or copies * num_maps != sum(per_row)
+            or any(per_row[i] != per_row[i - i % max(1, copies)] for i in range(len(per_row)))
+        ):
             raise SpatialTokensError(
                 f"the rows have places for the spatial tokens of {per_row} {'tiles' if tiles else 'images'}, but {num_maps} were "
                 "encoded; insert slots once before every image (the processor that attach() returned does, and insert_slots())"
