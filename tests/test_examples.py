@@ -36,6 +36,51 @@ def test_attach_llava(llava):
     assert "<|spatial|>" * 6 + "<image>" in answer[0].replace("> <", "><")
 
 
+def tiny_qwen():
+    """A Qwen2.5-VL of random weights, and a processor with a vocabulary of a few words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "What", "is", "this", "?"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    named = {
+        "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
+    }  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=named,
+    )
+    processor = transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096),
+        tokenizer, transformers.Qwen2VLVideoProcessor(patch_size=4),
+    )  # fmt: skip
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
+        "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["image_token_id"], video_token_id=ids["video_token_id"],
+        vision_start_token_id=ids["vision_start_id"], vision_end_token_id=ids["vision_end_id"],
+    )  # fmt: skip
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), processor
+
+
+def test_attach_qwen_vl():
+    torch.manual_seed(0)
+    (answer,) = example("attach_qwen_vl").main(*tiny_qwen(), sample_picture(), "What is this?", spatial_hidden_size=8)
+    assert "<|spatial|>" * 6 + "<|vision_start|><|image_pad|>" in answer.replace("> <", "><")
+
+
 def test_pipeline(llava):
     answer = example("pipeline").main(*llava, sample_picture(), "What is this?", spatial_hidden_size=16)
     assert "What is this?" in answer

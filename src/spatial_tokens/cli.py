@@ -222,6 +222,9 @@ def run_compare(arguments: argparse.Namespace) -> None:
     """`spatial-tokens bench compare`: two reports side by side."""
     from spatial_tokens.bench.command import compare
 
+    given = [f"--{name}" for name in ("suite", "device", "dtype", "batch", "json", "plots") if getattr(arguments, name) is not None]
+    if given:
+        raise SpatialTokensError(f"compare takes two reports and nothing else, got {', '.join(given)}")
     compare(arguments.before, arguments.after)
 
 
