@@ -1,16 +1,16 @@
-"""Writes the README's figures from the committed results, so that no figure is typed by hand.
+"""Writes the figures of the README, the docs and the operators' READMEs from the committed results: none is typed by hand.
 
-python benchmarks/figures.py           writes them between README.md's markers
+python benchmarks/figures.py           writes them between each page's markers
 python benchmarks/figures.py --check   exits with 1 if they are not what the results say
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
 AUTHORS = "Conv2d (authors)"
 
@@ -127,26 +127,75 @@ def figures() -> str:
     """The README's table."""
     machine, cpu = load(RESULTS / "cpu")
     gpu = [row for folder in sorted(RESULTS.iterdir()) if folder.name != "cpu" for row in load(folder)[1]]
-    lines = [
+    head = (
         f"Measured on: {machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}; "
-        "a shared machine, whose bandwidth changes from minute to minute, so that a share of the limit can pass 100%.",
-        "",
-        "| where | what | target | measured |",
-        "|---|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in targets(cpu, gpu)),
-    ]
+        "a shared machine, whose bandwidth changes from minute to minute, so that a share of the limit can pass 100%."
+    )
+    return head + "\n\n" + table(["where", "what", "target", "measured"], targets(cpu, gpu))
+
+
+def operators(*subjects: str) -> str:
+    """What the kernels suite found of one operator: our default backend, beside its limit and the authors' convolutions."""
+    machine, rows = load(RESULTS / "cpu")
+    lines = []
+    for row in rows:
+        if row["subject"] in subjects and row["implementation"] == "gemm" and row["values"]:
+            setting, values = row["setting"], row["values"]
+            limit = f"{values['share_of_limit']:.0%}" if "share_of_limit" in values else ""
+            against = f"{values['ratio']:.1f}x" if "ratio" in values else ""
+            lines.append(
+                (row["subject"], setting["pass"], setting["dtype"], setting["batch"], f"{values['ms']:.3g}", limit, against)
+            )
+    others = "naive is the other" if subjects == ("integrator",) else "Conv2d as the authors wrote it is the other"
+    head = f"`gemm` on {machine['device']}, {machine['cores']} cores, {machine['date']}; in the last column {others}."
+    return head + "\n\n" + table(["", "pass", "dtype", "batch", "ms", "of limit", "faster"], lines)
+
+
+def projectors() -> str:
+    """What the projectors and llm suites found."""
+    _, rows = load(RESULTS / "cpu")
+    lines, seen = [], set()
+    for row in rows:
+        name, setting, values = row["implementation"], row["setting"], row["values"]
+        if row["suite"] == "projectors" and values and (name, setting["dtype"]) not in seen:
+            seen.add((name, setting["dtype"]))
+            figures = (f"{values['tokens']:.0f}", f"{values['parameters'] / 1e6:.1f} M", f"{values['gflop_per_image']:.1f}")
+            lines.append((name, setting["dtype"], *figures, f"{values['ms']:.3g}", f"{values['tokens_per_s']:,.0f}"))
+    text = table(["projector, one image", "dtype", "tokens", "parameters", "GFLOP", "ms", "tokens/s"], lines)
+    models = [
+        (row["subject"], row["implementation"], f"{row['values']['image_tokens']:.0f}", f"{row['values']['tokens_per_s']:.2f}",
+         f"{row['values']['ratio']:.3f}")
+        for row in rows if row["suite"] == "llm" and row["values"]
+    ]  # fmt: skip
+    return text + "\n" + table(["language model", "projector", "image tokens", "tokens/s", "speed / LLaVA-1.5's"], models)
+
+
+def table(columns: list[str], rows: list[tuple]) -> str:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
     return "\n".join(lines) + "\n"
 
 
+OPERATORS = ROOT / "src" / "spatial_tokens" / "ops"
+PAGES = {
+    ROOT / "README.md": figures,
+    ROOT / "docs" / "benchmarks.md": projectors,
+    OPERATORS / "window_linear" / "README.md": partial(operators, "tokens, cropping", "detail map"),
+    OPERATORS / "integrate" / "README.md": partial(operators, "integrator"),
+    OPERATORS / "pyramid" / "README.md": partial(operators, "tokens, pooling"),
+}
+
+
 def main() -> int:
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    written = before + BEGIN + "\n" + figures() + "\n" + END + after
-    if sys.argv[1:] == ["--check"]:
-        return int(written != text)
-    README.write_text(written)
-    return 0
+    stale = 0
+    for page, make in PAGES.items():
+        text = page.read_text()
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        written = before + BEGIN + "\n" + make() + "\n" + END + after
+        stale |= written != text
+        if sys.argv[1:] != ["--check"]:
+            page.write_text(written)
+    return int(stale) if sys.argv[1:] == ["--check"] else 0
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def tiny_qwen():
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     named = {
-        "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
+        "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+        "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
     }  # fmt: skip
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -90,6 +90,10 @@ def attach(
         token_id = found
         per_tile = unit == "tile" and anatomy.family.tiles is not None
         copied = with_slots(copied, anatomy, token, found, fitted.num_spatial_tokens, as_image=chosen == "image", per_tile=per_tile)
+    weight = next(anatomy.tap.parameters(), None)
+    weight = next(inner.parameters()) if weight is None or not weight.is_floating_point() else weight
+    projector = SPProjector.from_config(fitted, device=weight.device, dtype=weight.dtype)
+
     rows, generation = int(anatomy.embeddings.weight.shape[0]), getattr(inner, "generation_config", None)
     clean_save = CleanSave(inner, NAME, rows, getattr(generation, "suppress_tokens", None))
     undo: list[Callable[[], Any]] = []
@@ -97,9 +101,6 @@ def attach(
         token_id = anatomy.image_token_id
     else:
         token_id, undo = _reserve(anatomy, token_id)
-    weight = next(anatomy.tap.parameters(), None)
-    weight = next(inner.parameters()) if weight is None or not weight.is_floating_point() else weight
-    projector = SPProjector.from_config(fitted, device=weight.device, dtype=weight.dtype)
     setattr(inner, NAME, projector.train(inner.training))
     attachment = Attachment(anatomy, fitted, token, token_id, chosen, unit, resize)
     attachment.grown = int(anatomy.embeddings.weight.shape[0]) > rows
