@@ -13,6 +13,7 @@ from spatial_tokens.adapters.huggingface import slots
 from spatial_tokens.adapters.huggingface.anatomy import Anatomy, dissect
 from spatial_tokens.adapters.huggingface.attachment import NAME, Attachment, Mode, Resize, Unit
 from spatial_tokens.adapters.huggingface.clean_save import CleanSave
+from spatial_tokens.adapters.huggingface.families import Family
 from spatial_tokens.adapters.huggingface.features import tiles_of
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_slots, without_slots
 from spatial_tokens.config import SPProjectorConfig
@@ -78,8 +79,8 @@ def attach(
         raise SpatialTokensError("the model has spatial tokens already; detach(model) first")
     anatomy = dissect(inner)
     chosen: Mode = "image" if mode == "image" else "own"
-    if chosen == "image" and (not anatomy.family.image_mode or (unit == "tile" and anatomy.family.tiles)):
-        raise SpatialTokensError("spatial tokens cannot ride among this model's image tokens; use mode='own'")
+    if chosen == "image":
+        _require_image_mode(anatomy.family, unit)
     fitted = config_for(anatomy, config, resize, fields)
 
     copied = None
@@ -94,16 +95,11 @@ def attach(
     weight = next(inner.parameters()) if weight is None or not weight.is_floating_point() else weight
     projector = SPProjector.from_config(fitted, device=weight.device, dtype=weight.dtype)
 
-    rows, generation = int(anatomy.embeddings.weight.shape[0]), getattr(inner, "generation_config", None)
-    clean_save = CleanSave(inner, NAME, rows, getattr(generation, "suppress_tokens", None))
-    undo: list[Callable[[], Any]] = []
-    if chosen == "image":
-        token_id = anatomy.image_token_id
-    else:
-        token_id, undo = _reserve(anatomy, token_id)
+    clean_save = CleanSave(inner, NAME)
+    token_id, grown, undo = (anatomy.image_token_id, [], []) if chosen == "image" else _reserve(anatomy, token_id)
     setattr(inner, NAME, projector.train(inner.training))
     attachment = Attachment(anatomy, fitted, token, token_id, chosen, unit, resize)
-    attachment.grown = int(anatomy.embeddings.weight.shape[0]) > rows
+    attachment.grown = clean_save.grown = grown
     attachment.install()
     attachment.undo[:0] = undo
     inner.save_pretrained = clean_save
@@ -196,6 +192,15 @@ def config_for(
     return fitted
 
 
+def _require_image_mode(family: Family, unit: Unit) -> None:
+    """Raises SpatialTokensError where the image's tokens are not ours to extend: each unit must have a run of its own."""
+    if not family.image_mode:
+        raise SpatialTokensError("spatial tokens cannot ride among this model's image tokens; use mode='own'")
+    needed = {"anyres": "image", None: unit}.get(family.tiles, "tile")
+    if unit != needed:
+        raise SpatialTokensError(f"mode='image' needs unit={needed!r} in this model, as its image tokens come {needed} by {needed}")
+
+
 def _grid_fields(anatomy: Anatomy, preset_name: str, resize: Resize | None, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The grid, and kernels for it where it is not the preset's."""
     preset = SPProjectorConfig.from_preset(preset_name)
@@ -221,33 +226,44 @@ def _sizes(grid: Any, count: int) -> Any:
     raise SpatialTokensError(f"a grid of {grid[0]}x{grid[1]} patches has no {count} centred crops; give kernel_sizes=")
 
 
-def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[Callable[[], Any]]]:
-    """A row of the embeddings for the reserved token, which is never generated; and what undoes that."""
+def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], list[Callable[[], Any]]]:
+    """A row of the embeddings for the reserved token, which is never generated.
+
+    Returns:
+        Its id, the names of the parameters that gained a row, and what undoes it all.
+    """
     model: Any = anatomy.model
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    token_id = rows if token_id is None else token_id
+    rows = {name: each.shape[0] for name, each in model.named_parameters(remove_duplicate=False) if each.ndim}
+    old = int(anatomy.embeddings.weight.shape[0])
+    token_id = old if token_id is None else token_id
     undo: list[Callable[[], Any]] = []
-    if token_id >= rows:
+    if token_id >= old:
+        undo.append(_Shrink(model, old, model.__dict__.get("vocab_size")))
         with torch.random.fork_rng():
             model.resize_token_embeddings(token_id + 1, mean_resizing=False)
-        with torch.no_grad():
-            for owner in (model.get_input_embeddings(), model.get_output_embeddings()):
-                if owner is not None:
-                    owner.weight[rows:] = 0
-        undo.append(_Resize(model, rows))
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        undo.append(_Suppress(generation, generation.suppress_tokens))
-        generation.suppress_tokens = [*(generation.suppress_tokens or []), token_id]
-    return token_id, undo
+    grown = [name for name, each in model.named_parameters(remove_duplicate=False) if each.ndim and each.shape[0] != rows[name]]
+    with torch.no_grad():
+        for name in grown:
+            model.get_parameter(name)[old:] = 0
+        if grown:  # a row unlike any other, padding's zeros too: where the caller embeds the ids, it marks the places
+            row = torch.randn(anatomy.text_hidden_size, generator=torch.Generator().manual_seed(token_id))
+            anatomy.embeddings.weight[token_id] = 0.02 * row.to(anatomy.embeddings.weight)
+    for part in model.modules():
+        generation = getattr(part, "generation_config", None)
+        if generation is not None and token_id not in (generation.suppress_tokens or []):
+            undo.append(_Suppress(generation, generation.suppress_tokens))
+            generation.suppress_tokens = [*(generation.suppress_tokens or []), token_id]
+    return token_id, grown, undo
 
 
-class _Resize:
-    def __init__(self, model: Any, rows: int) -> None:
-        self.model, self.rows = model, rows
+class _Shrink:
+    def __init__(self, model: Any, rows: int, vocab_size: int | None) -> None:
+        self.model, self.rows, self.vocab_size = model, rows, vocab_size
 
     def __call__(self) -> None:
         self.model.resize_token_embeddings(self.rows, mean_resizing=False)
+        if self.vocab_size is None:
+            self.model.__dict__.pop("vocab_size", None)
 
 
 class _Suppress:

@@ -66,7 +66,7 @@ class Attachment:
         self.captured: list[torch.Tensor] | None = None
         self.num_tokens = 0
         self.in_video = False
-        self.grown = False  # whether the embeddings gained a row for the reserved token
+        self.grown: list[str] = []  # the parameters that gained a row for the reserved token
         self.undo: list[Callable[[], Any]] = []
 
     @property
@@ -279,11 +279,15 @@ def _joined(outputs: Any, tokens: torch.Tensor) -> Any:
         outputs.pooler_output = type(own)(torch.cat([ours.to(theirs), theirs]) for ours, theirs in zip(tokens, own, strict=True))
     deep = getattr(outputs, "deepstack_features", None)
     if deep is not None:
-        nothing = tokens.shape[1]
-        outputs.deepstack_features = [
-            [torch.cat([each.new_zeros(nothing, each.shape[-1]), each]) for each in layer] for layer in deep
-        ]
+        outputs.deepstack_features = [_after_zeros(layer, tokens.shape[1], [len(each) for each in own]) for layer in deep]
     return outputs
+
+
+def _after_zeros(layer: Any, count: int, lengths: list[int]) -> Any:
+    """What an encoder's layer adds to the image tokens, with nothing for the `count` spatial tokens before each image."""
+    images = torch.split(layer, lengths) if isinstance(layer, torch.Tensor) else layer
+    joined = [torch.cat([each.new_zeros(count, each.shape[-1]), each]) for each in images]
+    return torch.cat(joined) if isinstance(layer, torch.Tensor) else joined
 
 
 def _thumbnails(maps: Maps, arguments: dict[str, Any], config: Any) -> Maps:

@@ -12,38 +12,35 @@ class CleanSave:
     """Takes the place of a model's `save_pretrained`: no tensor of ours, no row of the reserved token, no suppressed token.
 
     Args:
-        model: The model.
-        prefix: The name of our submodule in it.
-        rows: Rows that its embeddings had before.
-        suppressed: Its generation config's `suppress_tokens` before.
+        model: The model, before anything is attached.
+        prefix: The name that our submodule will have in it.
     """
 
-    def __init__(self, model: Any, prefix: str, rows: int, suppressed: list[int] | None) -> None:
-        self.model, self.prefix, self.rows, self.suppressed = model, prefix, rows, suppressed
+    def __init__(self, model: Any, prefix: str) -> None:
+        self.model, self.prefix = model, prefix
+        self.rows = int(model.get_input_embeddings().weight.shape[0])
+        self.suppressed = getattr(getattr(model, "generation_config", None), "suppress_tokens", None)
+        self.grown: list[str] = []  # parameters that gained a row since
         self.__signature__ = inspect.signature(type(model).save_pretrained)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("state_dict")
         given = self.model.state_dict() if given is None else given
-        of_words = self._names_of_word_rows()
         tensors = {
-            name: each[: self.rows] if name in of_words else each
+            name: each[: self.rows] if name in self.grown else each
             for name, each in given.items()
             if not name.startswith(f"{self.prefix}.")
         }
         with self._as_before():
             return type(self.model).save_pretrained(self.model, *args, **{**kwargs, "state_dict": tensors})
 
-    def _names_of_word_rows(self) -> set[str]:
-        owners = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        ours = [id(each) for owner in owners if owner is not None for each in owner.parameters(recurse=False)]
-        return {name for name, each in self.model.named_parameters(remove_duplicate=False) if id(each) in ours}
-
     @contextmanager
     def _as_before(self) -> Iterator[None]:
         text, generation = self.model.config.get_text_config(), getattr(self.model, "generation_config", None)
-        owners = [(config, "vocab_size") for config in (text, self.model.config) if hasattr(config, "vocab_size")]
-        found = [(owner, name, getattr(owner, name)) for owner, name in owners]
+        names = ("vocab_size", "vocab_size_per_layer_input")
+        found = [
+            (config, name, getattr(config, name)) for config in (text, self.model.config) for name in names if hasattr(config, name)
+        ]
         if generation is not None:
             found.append((generation, "suppress_tokens", generation.suppress_tokens))
         try:

@@ -10,7 +10,7 @@ from typing import Literal
 
 Layout = Literal[
     "square", "class token", "channels first", "channels last", "image sizes", "target sizes", "positions",
-    "grid", "grid of blocks", "grid of windows", "merged grid", "pooled grid",
+    "grid", "grid of blocks", "grid of windows", "merged grid", "padded", "pooled grid",
 ]  # fmt: skip
 Tiles = Literal["first", "last", "anyres"]
 
@@ -48,37 +48,46 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": Family(tiles="last"),
     "blip-2": Family("qformer", "class token", image_mode=False, own_generate=True),
     "cohere2_vision": Family(tiles="last"),
+    "cosmos3_omni": Family("visual.merger", "grid of blocks"),
+    "exaone4_5": Family("visual.merger", "grid of windows"),
     "florence2": Family(layout="channels first"),
     "gemma4": Family("embed_vision", "positions"),
     "glm46v": Family("visual.merger", "merged grid"),
     "glm4v": Family("visual.merger", "merged grid"),
     "glm4v_moe": Family("visual.merger", "merged grid"),
+    "glm_ocr": Family("visual.merger", "merged grid"),
+    "glmga": Family("visual.merger", "merged grid"),
     "got_ocr2": Family(layout="channels first"),
+    "idefics2": Family("connector", "padded", tiles="last", image_mode=False),
     "idefics3": Family("connector", tiles="last", image_mode=False),
-    "idefics2": Family("connector", image_mode=False),
     "instructblip": Family("qformer", "class token"),
     "internvl": Family(tiles="last", joined=True),
     "lfm2_vl": Family(layout="channels last"),
     "lighton_ocr": Family("vision_projection", "image sizes"),
     "llama4": Family("vision_model.vision_adapter", tiles="last", image_mode=False),
     "llava_next": Family(tiles="anyres"),
+    "llava_next_video": Family(tiles="anyres"),
     "llava_onevision": Family(tiles="anyres"),
     "minicpmv4_6": Family("merger", "target sizes"),
     "mistral3": Family(layout="image sizes"),
+    "mistral_large4": Family(layout="image sizes"),
     "ovis2": Family("vision_tower.head_linear", joined=True),
     "paddleocr_vl": Family("projector", "grid"),
     "perception_lm": Family(tiles="first"),
     "pixtral": Family(layout="image sizes"),  # the tower of some llava models
     "pp_chart2table": Family(layout="channels first"),
+    "qianfan_ocr": Family(tiles="last", joined=True),
+    "qwen2_5_omni_thinker": Family("visual.merger", "grid of windows"),
     "qwen2_5_vl": Family("visual.merger", "grid of windows"),
     "qwen2_vl": Family("visual.merger", "grid of blocks"),
     "qwen3_5": Family("visual.merger", "grid of blocks"),
     "qwen3_5_moe": Family("visual.merger", "grid of blocks"),
+    "qwen3_omni_moe_thinker": Family("visual.merger", "grid of blocks"),
     "qwen3_vl": Family("visual.merger", "grid of blocks"),
     "qwen3_vl_moe": Family("visual.merger", "grid of blocks"),
     "smolvlm": Family("connector", tiles="last", image_mode=False),
-    "vipllava": Family(joined=True),
     "video_llama_3": Family("projector", "pooled grid"),
+    "vipllava": Family(joined=True),
 }
 
 REFUSED: dict[str, str] = {

@@ -76,6 +76,17 @@ def by_positions(captured: Sequence[torch.Tensor], arguments: Arguments, vision_
     return _split(captured, [(height // side, width // side) for height, width in sizes])
 
 
+def by_pixel_mask(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """`(T, N, C)`, the images at the top left of maps of the largest; `pixel_attention_mask` tells their sizes."""
+    patch, pixels = _one(vision_config.patch_size), arguments["pixel_values"].flatten(0, 1)
+    there, mask = pixels.flatten(1).any(1), arguments.get("pixel_attention_mask")
+    mask = torch.ones_like(pixels[:, 0]) if mask is None else mask.flatten(0, 1)
+    size = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    maps = _split(captured, [size] * int(there.sum()))
+    sizes = [(int(each[:, 0].sum()) // patch, int(each[0].sum()) // patch) for each in mask[there]]
+    return [each[:height, :width] for each, (height, width) in zip(maps, sizes, strict=True)]
+
+
 def by_grid(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
     """Images of `image_grid_thw` patches."""
     return _split(captured, [(height, width) for _, height, width in _rows(arguments, "image_grid_thw")])
@@ -114,6 +125,7 @@ LAYOUTS: dict[str, Callable[[Sequence[torch.Tensor], Arguments, Any], Maps]] = {
     "image sizes": by_image_sizes,
     "target sizes": by_target_sizes,
     "positions": by_positions,
+    "padded": by_pixel_mask,
     "grid": by_grid,
     "grid of blocks": by_blocks,
     "grid of windows": by_windows,
@@ -121,7 +133,7 @@ LAYOUTS: dict[str, Callable[[Sequence[torch.Tensor], Arguments, Any], Maps]] = {
     "pooled grid": by_pooled_grid,
 }
 OF_ANY_SIZE = ("channels last", "image sizes", "target sizes", "positions", "grid", "grid of blocks", "grid of windows",
-               "merged grid", "pooled grid")  # fmt: skip
+               "merged grid", "padded", "pooled grid")  # fmt: skip
 
 
 def _from_blocks(image: torch.Tensor, merge: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from spatial_tokens.storage.pretrained import assign
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KIND = "SPATIAL_TOKENS"
-ROWS = ("reserved_token.input", "reserved_token.output")
+ROW = "reserved_token."  # and the name of the base model's parameter that gained this row
 
 
 def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
@@ -34,7 +34,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
     inner, attachment = unwrapped(model), attachment_of(model)
     tensors = dict(getattr(inner, NAME).exact_state_dict())
     if attachment.grown:
-        tensors |= {name: _reserved_row(inner, name, attachment.token_id).clone() for name in ROWS}
+        tensors |= {f"{ROW}{name}": inner.get_parameter(name).detach()[attachment.token_id].clone() for name in attachment.grown}
     values = {
         "peft_type": KIND,
         "library": f"spatial-tokens {__version__}",
@@ -81,7 +81,7 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         raise SpatialTokensError(
             f"{folder} is an adapter of a {values['base_model_type']} model, not of a {inner.config.model_type}"
         )
-    rows = {name: tensors.pop(name) for name in ROWS if name in tensors}
+    rows = {name.removeprefix(ROW): tensors.pop(name) for name in list(tensors) if name.startswith(ROW)}
     projector = SPProjector.from_config(config, device="meta")
     assign(projector, tensors, str(folder / WEIGHTS_NAME))
     own = values["mode"] == "own"
@@ -91,10 +91,10 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     )  # fmt: skip
     try:
         for name, row in rows.items():
-            _reserved_row(inner, name, values["token_id"]).copy_(row)
+            inner.get_parameter(name).detach()[values["token_id"]] = row
         made = getattr(inner, NAME).to(dtype=next(projector.parameters()).dtype)
         made.load_state_dict(tensors)  # a copy: a mapped file's alignment would change the last bits of products
-    except (RuntimeError, SpatialTokensError) as error:
+    except (AttributeError, IndexError, RuntimeError) as error:
         detach(model)
         raise SpatialTokensError(f"the reserved token's embedding in {folder} does not fit the model: {reason(error)}") from error
     return model, processor
@@ -124,11 +124,6 @@ def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
         address = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
     return str(address)
-
-
-def _reserved_row(inner: Any, name: str, token_id: int) -> torch.Tensor:
-    owner = inner.get_input_embeddings() if name == ROWS[0] else inner.get_output_embeddings()
-    return owner.weight.detach()[token_id]  # type: ignore[no-any-return]
 
 
 def _checked(text: str, folder: Path) -> dict[str, Any]:
