@@ -160,8 +160,8 @@ def projectors() -> str:
         if row["suite"] == "projectors" and values and (name, setting["dtype"]) not in seen:
             seen.add((name, setting["dtype"]))
             figures = (f"{values['tokens']:.0f}", f"{values['parameters'] / 1e6:.1f} M", f"{values['gflop_per_image']:.1f}")
-            lines.append((name, setting["dtype"], *figures, f"{values['ms']:.3g}", f"{values['tokens_per_s']:,.0f}"))
-    text = table(["projector, one image", "dtype", "tokens", "parameters", "GFLOP", "ms", "tokens/s"], lines)
+            lines.append((name, setting["dtype"], *figures, f"{1 / values['ratio']:.2f}", f"{values['peak_mib']:.0f}"))
+    text = table(["projector, one image", "dtype", "tokens", "parameters", "GFLOP", "time / LLaVA MLP's", "peak MiB"], lines)
     models = [
         (row["subject"], row["implementation"], f"{row['values']['image_tokens']:.0f}", f"{row['values']['tokens_per_s']:.2f}",
          f"{row['values']['ratio']:.3f}")

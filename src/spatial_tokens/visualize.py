@@ -94,14 +94,14 @@ def draw_attention(
     return figure
 
 
-def save(figure: Figure, path: str | PathLike[str]) -> None:
+def save(figure: Figure, path: str | PathLike[str], *, dpi: int = 120) -> None:
     """Writes a figure as PNG, whole or not at all.
 
     Raises:
         SpatialTokensError: If the file cannot be written.
     """
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=dpi, pil_kwargs={"optimize": True})
 
 
 def sample_picture(size: Size = (336, 336)) -> Image:

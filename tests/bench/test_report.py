@@ -368,6 +368,12 @@ def figure_of(suite):
     return plots._scaling(suite_rows(suite)) if suite == "scaling" else plots._times(suite_rows(suite))
 
 
+def test_scaling_with_a_size_that_failed():
+    found = suite_rows("scaling")
+    found[1] = Row("scaling", "batch", "SP", found[1].setting, failure="no memory")
+    assert len(plots._scaling(found).axes[0].lines[0].get_xdata()) == 2
+
+
 def test_scaling_names_its_axes_units_and_exponents():
     axes = figure_of("scaling").axes
     assert [axis.get_xlabel() for axis in axes] == ["batch", "grid"] * 2

@@ -49,7 +49,7 @@ def draw(report: Report, directory: str) -> list[str]:
         caption = f"{report.machine.get('device', '')}, {report.machine.get('date', '')}"
         figure.suptitle(f"{suite}: {caption}", fontsize=9)
         path = folder / f"{suite}.png"
-        save(figure, path)
+        save(figure, path, dpi=80)
         paths.append(str(path))
     return paths
 
@@ -66,7 +66,7 @@ def _scaling(rows: Sequence[Row]) -> Figure:
             axis = axes[line][column]
             lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
             for row in rows:
-                if row.subject == subject and row.values.get(name, 0) >= least:
+                if row.subject == subject and row.values.get(name, -1) >= least:
                     lines[str(row.setting["dtype"])].append((float(row.setting[subject]), row.values[name]))
             for dtype, points in lines.items():
                 slope = exponent(points)
@@ -82,28 +82,39 @@ def _scaling(rows: Sequence[Row]) -> Figure:
 
 
 def _times(rows: Sequence[Row]) -> Figure:
-    """One panel for each setting, one point for each implementation of each subject, with its time beside it."""
+    """One panel for each setting, one point for each implementation of each subject, its figure beside it.
+
+    Where the subjects are the contestants, each beside the same baseline, the figure is its time over the baseline's of that
+    moment, else milliseconds.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, Row]] = defaultdict(dict)
     contestants = {row.implementation for row in rows}
+    relative = contestants >= {row.subject for row in rows}
     for row in rows:
-        name = row.implementation if row.subject in contestants else f"{row.subject}: {row.implementation}"
-        panels[label(row.setting)].setdefault(name, row)  # a baseline is in every contest: the first stands for all
-    heights = [0.22 * len(panel) + 0.8 for panel in panels.values()]
-    figure = Figure(figsize=(8, sum(heights) + 0.4), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axis, (setting, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        name = row.implementation if relative else f"{row.subject}: {row.implementation}"
+        panels[label(row.setting)].setdefault(name, row)
+    unit = f"time / {rows[0].implementation}'s" if relative else "milliseconds"
+    columns = 2 if len(panels) > 2 else 1
+    lines = -(-len(panels) // columns)
+    most = max(map(len, panels.values()))
+    figure = Figure(figsize=(5.5 * columns, lines * (0.17 * most + 0.6)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (setting, panel) in zip(axes, panels.items(), strict=False):
         for line, row in enumerate(panel.values()):
             if row.failure:
                 axis.annotate(" failed", (0, line), xycoords=("axes fraction", "data"), fontsize=7, color="C3", va="center")
                 continue
-            axis.plot(row.values["ms"], line, marker="o", markersize=4, color="C0")
-            axis.annotate(f"  {row.values['ms']:.3g}", (row.values["ms"], line), fontsize=7, va="center")
+            value = 1 / row.values["ratio"] if relative and "ratio" in row.values else row.values["ms"]
+            axis.plot(value, line, marker="o", markersize=4, color="C0")
+            axis.annotate(f"  {value:.3g}" if value < 999.5 else f"  {value:.0f}", (value, line), fontsize=7, va="center")
         axis.set_yticks(range(len(panel)), list(panel), fontsize=7)
         axis.set_ylim(len(panel) - 0.5, -0.5)
         axis.set_xscale("log")
-        axis.margins(x=0.1)
-        axis.grid(axis="x", which="both", alpha=0.3)
-        axis.set_title(f"{setting} (milliseconds)", fontsize=8, loc="left")
+        axis.margins(x=0.15)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(f"{setting} ({unit})", fontsize=8, loc="left")
+    for axis in axes[len(panels) :]:
+        axis.remove()
     return figure

@@ -68,7 +68,8 @@ class Anatomy:
             return None
         height, width = image[0] // patch[0], image[1] // patch[1]
         merge = _merge(_in_features(self.tap) or 0, getattr(self.vision_config, "hidden_size", 0)) if self.family.joined else 1
-        return height // max(1, merge), width // max(1, merge)
+        smaller = self.family.reduced * max(1, merge)
+        return height // smaller, width // smaller
 
     @property
     def opening_ids(self) -> list[int]:

@@ -26,6 +26,7 @@ class Family:
             how many tiles follow.
         image_mode: Whether spatial tokens can ride among the image tokens (`mode="image"`).
         joined: Whether features of several patches or layers are already joined in the tap's channels.
+        reduced: By how much the encoder itself makes the patch grid smaller, along a side.
         own_generate: Whether its `generate` encodes images without `get_image_features`.
     """
 
@@ -34,6 +35,7 @@ class Family:
     tiles: Tiles | None = None
     image_mode: bool = True
     joined: bool = False
+    reduced: int = 1
     own_generate: bool = False
 
 
@@ -48,36 +50,50 @@ FAMILIES: dict[str, Family] = {
     "aya_vision": Family(tiles="last"),
     "blip-2": Family("qformer", "class token", image_mode=False, own_generate=True),
     "cohere2_vision": Family(tiles="last"),
+    "cohere_compass": Family("visual.merger", "grid of blocks"),
+    "cosmos3_edge": Family("projector", "grid of blocks"),
     "cosmos3_omni": Family("visual.merger", "grid of blocks"),
+    "dots3_note": Family("vision_tower.merger", "grid of blocks"),
+    "ernie4_5_vl_moe": Family("resampler_model", "grid of blocks"),
     "exaone4_5": Family("visual.merger", "grid of windows"),
     "florence2": Family(layout="channels first"),
     "gemma4": Family("embed_vision", "positions"),
     "glm46v": Family("visual.merger", "merged grid"),
     "glm4v": Family("visual.merger", "merged grid"),
     "glm4v_moe": Family("visual.merger", "merged grid"),
+    "glm5_next": Family("visual.merger", "merged grid"),
     "glm_ocr": Family("visual.merger", "merged grid"),
     "glmga": Family("visual.merger", "merged grid"),
     "got_ocr2": Family(layout="channels first"),
+    "hyperclovax_vision_v2": Family("projector", "merged grid"),
     "idefics2": Family("connector", "padded", tiles="last", image_mode=False),
     "idefics3": Family("connector", tiles="last", image_mode=False),
+    "inkling2": Family("vision_tower.merger", "grid", joined=True),
     "instructblip": Family("qformer", "class token"),
     "internvl": Family(tiles="last", joined=True),
+    "kimi_k25": Family("mm_projector", "grid of blocks"),
     "lfm2_vl": Family(layout="channels last"),
+    "lfm3_vl": Family(layout="grid of blocks"),
     "lighton_ocr": Family("vision_projection", "image sizes"),
     "llama4": Family("vision_model.vision_adapter", tiles="last", image_mode=False),
     "llava_next": Family(tiles="anyres"),
     "llava_next_video": Family(tiles="anyres"),
     "llava_onevision": Family(tiles="anyres"),
+    "minicpm_ocr": Family("merger", "target sizes"),
     "minicpmv4_6": Family("merger", "target sizes"),
+    "minicpmv4_7": Family("merger", "target sizes"),
+    "minimax_m3_vl": Family(layout="grid of blocks"),
     "mistral3": Family(layout="image sizes"),
     "mistral_large4": Family(layout="image sizes"),
+    "muse_glimmer": Family("vision_adapter", "merged grid", joined=True),
+    "muse_spark": Family("vision_adapter", "merged grid", joined=True),
     "ovis2": Family("vision_tower.head_linear", joined=True),
     "paddleocr_vl": Family("projector", "grid"),
     "perception_lm": Family(tiles="first"),
     "pixtral": Family(layout="image sizes"),  # the tower of some llava models
     "pp_chart2table": Family(layout="channels first"),
     "qianfan_ocr": Family(tiles="last", joined=True),
-    "qwen2_5_omni_thinker": Family("visual.merger", "grid of windows"),
+    "qwen2_5_omni_thinker": Family("visual.merger", "grid of windows", image_mode=False),
     "qwen2_5_vl": Family("visual.merger", "grid of windows"),
     "qwen2_vl": Family("visual.merger", "grid of blocks"),
     "qwen3_5": Family("visual.merger", "grid of blocks"),
@@ -85,13 +101,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3_omni_moe_thinker": Family("visual.merger", "grid of blocks"),
     "qwen3_vl": Family("visual.merger", "grid of blocks"),
     "qwen3_vl_moe": Family("visual.merger", "grid of blocks"),
+    "qwen4_exp": Family("visual.merger", "grid of blocks"),
     "smolvlm": Family("connector", tiles="last", image_mode=False),
+    "step3p7": Family(joined=True, reduced=2),
     "video_llama_3": Family("projector", "pooled grid"),
     "vipllava": Family(joined=True),
 }
 
 REFUSED: dict[str, str] = {
     "chameleon": "its images are discrete codes: there are no continuous patch features",
+    "deepseek_ocr2": "its encoder gives what its queries gathered: there is no map of patches",
     "emu3": "its images are discrete codes: there are no continuous patch features",
     "fuyu": "it has no vision tower: raw patches go straight into the language model",
     "gemma4_unified": "it has no vision tower: raw patches go straight into the language model",

@@ -31,6 +31,12 @@ def maps_of(layout: str, captured: Sequence[torch.Tensor], arguments: Arguments,
 
 def square(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
     """`(T, N, C)`, N a square."""
+    told = [name for name in OF_SEQUENCES if arguments.get(name) is not None]
+    if told or any(found.ndim < 3 for found in captured):
+        raise SpatialTokensError(
+            f"the projector is given {tuple(captured[0].shape)}, with {' and '.join(told) or 'no sizes'}: patches of images one "
+            "after another; this model's features lie in a way that is not known"
+        )
     features = torch.cat([found.reshape(-1, *found.shape[-2:]) for found in captured])
     side = isqrt(features.shape[1])
     if side**2 != features.shape[1]:
@@ -94,7 +100,7 @@ def by_grid(captured: Sequence[torch.Tensor], arguments: Arguments, vision_confi
 
 def by_merged_grid(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
     """Images of `image_grid_thw` patches, already merged."""
-    merge = vision_config.spatial_merge_size
+    merge = _merge(vision_config)
     return _split(captured, [(height // merge, width // merge) for _, height, width in _rows(arguments, "image_grid_thw")])
 
 
@@ -107,12 +113,12 @@ def by_pooled_grid(captured: Sequence[torch.Tensor], arguments: Arguments, visio
 
 def by_blocks(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
     """Images of `image_grid_thw` patches, in blocks of the patches that will be merged."""
-    return [_from_blocks(image, vision_config.spatial_merge_size) for image in by_grid(captured, arguments, vision_config)]
+    return [_from_blocks(image, _merge(vision_config)) for image in by_grid(captured, arguments, vision_config)]
 
 
 def by_windows(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
     """The same, and the blocks in the order of the encoder's attention windows."""
-    merge = vision_config.spatial_merge_size
+    merge = _merge(vision_config)
     window = vision_config.window_size // merge // vision_config.patch_size
     return [_from_blocks(_from_windows(image, merge, window), merge) for image in by_grid(captured, arguments, vision_config)]
 
@@ -134,6 +140,17 @@ LAYOUTS: dict[str, Callable[[Sequence[torch.Tensor], Arguments, Any], Maps]] = {
 }
 OF_ANY_SIZE = ("channels last", "image sizes", "target sizes", "positions", "grid", "grid of blocks", "grid of windows",
                "merged grid", "padded", "pooled grid")  # fmt: skip
+
+# Arguments that go with images of different sizes, whose patches no family that is not known may be thought to lie in squares.
+OF_SEQUENCES = (
+    "image_grid_thw",
+    "grid_thw",
+    "image_grid_hw",
+    "image_grids",
+    "target_sizes",
+    "spatial_shapes",
+    "image_position_ids",
+)
 
 
 def _from_blocks(image: torch.Tensor, merge: int) -> torch.Tensor:
@@ -178,6 +195,12 @@ def _four_dimensions(found: torch.Tensor) -> torch.Tensor:
     if found.ndim != 4:
         raise SpatialTokensError(f"the projector is given {tuple(found.shape)}, not a map of four dimensions")
     return found
+
+
+def _merge(vision_config: Any) -> int:
+    """Patches along the side of a block that is merged."""
+    found = (getattr(vision_config, name, None) for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"))
+    return next(_one(each) for each in found if each is not None)
 
 
 def _one(size: Any) -> int:

@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-import torch
-
 from spatial_tokens import __version__
 from spatial_tokens.adapters.huggingface.attach import attach, attachment_of, detach, unwrapped
 from spatial_tokens.adapters.huggingface.attachment import NAME, Mode, Resize, Unit

@@ -1,0 +1,298 @@
+"""Adapters on disk, and base models that stay clean."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from spatial_tokens import SpatialTokensError, SPProjectorConfig
+from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, push_to_hub, replace_projector, save_adapter
+from spatial_tokens.adapters.huggingface.attach import attachment_of
+from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model, its processor, inputs and logits; its adapter in a folder; the model is plain again."""
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path / "adapter")
+    detach(model)
+    return base, plain, inputs, logits, tmp_path / "adapter"
+
+
+def test_files(saved):
+    *_, folder = saved
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    values = json.loads((folder / CONFIG).read_text())
+    assert {name: values[name] for name in ("peft_type", "base_model_type", "mode", "unit", "resize", "token")} == {
+        "peft_type": "SPATIAL_TOKENS", "base_model_type": "llava", "mode": "own", "unit": "image", "resize": None,
+        "token": "<|spatial|>",
+    }  # fmt: skip
+    config = SPProjectorConfig.from_dict(values["projector"])
+    tensors = load_file(folder / WEIGHTS)
+    rows = {name for name in tensors if name.startswith("reserved_token.")}
+    assert rows == {"reserved_token.model.language_model.embed_tokens.weight", "reserved_token.lm_head.weight"}
+    assert sum(tensors[name].numel() for name in tensors.keys() - rows) == config.num_parameters
+
+
+def test_bit_equal_after_a_reload(saved):
+    base, plain, inputs, logits, folder = saved
+    model, processor = load_adapter(base, folder, plain)
+    assert torch.equal(model(**inputs).logits, logits)
+    again = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("options", [{"resize": "pool"}, {"resize": "interpolate", "variant": "pooling"}])
+def test_options_are_kept(tmp_path, options):
+    base, plain = qwen()
+    model, processor = attach(base, plain, **options, **FIELDS)
+    inputs = processor(images=pictures(1, (48, 32)), text=["<|vision_start|><|image_pad|><|vision_end|>"], return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path)
+    detach(model)
+    model, _ = load_adapter(base, tmp_path, plain)
+    assert attachment_of(model).resize == options["resize"]
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_in_bfloat16(tmp_path):
+    base, plain = llava()
+    base = base.to(torch.bfloat16)
+    model, processor = attach(base, plain, **FIELDS)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    logits = model(**inputs).logits
+    assert {each.dtype for each in model.spatial_tokens.parameters()} == {torch.bfloat16}
+    save_adapter(model, tmp_path)
+    detach(model)
+    model, _ = load_adapter(base, tmp_path, plain)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_a_token_that_has_a_row_already(tmp_path):
+    """Real models have more rows than tokens: nothing grows."""
+    base, plain = llava()
+    base.resize_token_embeddings(128, mean_resizing=False)
+    before = {name: each.clone() for name, each in base.state_dict().items()}
+    model, processor = attach(base, plain, **FIELDS)
+    assert model.get_input_embeddings().weight.shape[0] == 128
+    assert attachment_of(model).grown == []
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path)
+    assert not any(name.startswith("reserved") for name in load_file(tmp_path / WEIGHTS))
+    detach(model)
+    assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
+    model, _ = load_adapter(base, tmp_path, plain)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+# The base model's own files
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["", "with state_dict="])
+def test_the_base_is_saved_as_it_was(tmp_path, tied, given):
+    base, plain = llava()
+    if tied:
+        base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = True
+        base.tie_weights()
+    base.save_pretrained(tmp_path / "before")
+    model, processor = attach(base, plain, **FIELDS)
+    model.save_pretrained(tmp_path / "after", **({"state_dict": model.state_dict()} if given else {}))
+    assert sorted(os.listdir(tmp_path / "after")) == sorted(os.listdir(tmp_path / "before"))
+    for name in os.listdir(tmp_path / "before"):
+        if name.endswith(".json"):
+            assert json.loads((tmp_path / "after" / name).read_text()) == json.loads((tmp_path / "before" / name).read_text())
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], each) for name, each in before.items())
+    loaded, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "after", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.get_input_embeddings().weight.shape[0] == loaded.get_input_embeddings().weight.shape[0] + 1, "saving shrank it"
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_the_whole_model_goes_there_and_back(tmp_path):
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    model, _ = load_adapter(loaded, tmp_path / "adapter", transformers.AutoProcessor.from_pretrained(tmp_path / "base"))
+    torch.testing.assert_close(model(**inputs).logits, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_detach_restores_everything():
+    base, plain = llava()
+    before = {name: each.clone() for name, each in base.state_dict().items()}
+    attributes, modules = set(vars(base)), [name for name, _ in base.named_modules()]
+    config, generation = base.config.to_dict(), base.generation_config.to_dict()
+    inputs = plain(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = base(**inputs).logits
+    hooks = [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in base.modules()]
+    attach(base, plain, **FIELDS)
+    detach(base)
+    assert set(vars(base)) == attributes
+    assert [name for name, _ in base.named_modules()] == modules
+    assert [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in base.modules()] == hooks
+    assert "get_image_features" not in vars(base.base_model)
+    assert base.config.to_dict() == config
+    assert base.generation_config.to_dict() == generation
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
+    assert torch.equal(base(**inputs).logits, logits)
+
+
+# Mistakes
+
+
+def damaged(folder, kind):
+    if kind == "no config":
+        (folder / CONFIG).unlink()
+    elif kind == "no weights":
+        (folder / WEIGHTS).unlink()
+    elif kind == "no json":
+        (folder / CONFIG).write_text("{")
+    elif kind == "cut":
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9])
+    elif kind == "another save":
+        (folder / CONFIG).write_text((folder / CONFIG).read_text().replace('"image"', '"tile"'))
+    else:
+        values = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+        if kind == "peft":
+            values["peft_type"] = "LORA"
+        elif kind == "unit":
+            values["unit"] = "page"
+        elif kind == "model":
+            values["base_model_type"] = "qwen2_vl"
+        elif kind == "projector":
+            values["projector"]["kernel_sizes"] = [3]
+        elif kind == "width":
+            values["projector"]["text_hidden_size"] = 32
+        elif kind == "tensor":
+            del tensors["extractor.kernels.0.weight"]
+        (folder / CONFIG).write_text(json.dumps(values))
+        save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no config", "cannot read"),
+        ("no weights", "does not exist"),
+        ("no json", "is not valid JSON"),
+        ("cut", "is not a whole safetensors file"),
+        ("another save", "are of different saves"),
+        ("peft", "is not of spatial tokens"),
+        ("unit", "unit in .* must be one of"),
+        ("model", "is an adapter of a qwen2_vl model, not of a llava"),
+        ("projector", "kernel"),
+        ("width", "do not fit|does not fit"),
+        ("tensor", "missing: extractor.kernels.0.weight"),
+    ],
+)
+def test_a_damaged_adapter_leaves_the_model_as_it_was(saved, kind, message):
+    base, plain, _, _, folder = saved
+    damaged(folder, kind)
+    before, attributes = {name: each.clone() for name, each in base.state_dict().items()}, set(vars(base))
+    with pytest.raises(SpatialTokensError, match=message):
+        load_adapter(base, folder, plain)
+    assert set(vars(base)) == attributes
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
+
+
+def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):
+    base, plain, _, _, folder = saved
+    model, _ = load_adapter(base, folder, plain)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    with torch.no_grad():
+        next(model.spatial_tokens.parameters()).add_(1)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spatial_tokens.storage.files.save_file", fail)
+    with pytest.raises(SpatialTokensError, match="No space left on device"):
+        save_adapter(model, folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_without_spatial_tokens(tmp_path):
+    base, _ = llava()
+    for call in (lambda: save_adapter(base, tmp_path), lambda: detach(base)):
+        with pytest.raises(SpatialTokensError, match="the model has no spatial tokens"):
+            call()
+
+
+def test_twice():
+    base, plain = llava()
+    attach(base, plain, **FIELDS)
+    with pytest.raises(SpatialTokensError, match="has spatial tokens already"):
+        attach(base, plain, **FIELDS)
+
+
+def test_push_to_hub(saved, monkeypatch):
+    base, plain, _, _, folder = saved
+    model, _ = load_adapter(base, folder, plain)
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            calls.append(("upload", repo_id, sorted(os.listdir(folder_path)), options))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push_to_hub(model, "me/mine", token="t", private=True, commit_message="first") == "https://hub/me/mine"
+    assert calls == [
+        ("token", "t"),
+        ("create", "me/mine", {"private": True, "exist_ok": True}),
+        ("upload", "me/mine", [CONFIG, WEIGHTS], {"commit_message": "first"}),
+    ]
+
+
+# In place of the projector
+
+
+def test_replace_projector():
+    base, plain = llava()
+    image = pictures(1)[0]
+    inputs = plain(images=image, text="a <image> b", return_tensors="pt")
+    patches = base.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    projector = replace_projector(base, **FIELDS)
+    plain.num_additional_image_tokens += projector.config.num_spatial_tokens
+    tokens = base.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    assert torch.equal(tokens[6:], patches)
+    longer = plain(images=image, text="a <image> b", return_tensors="pt")
+    assert longer["input_ids"].shape[1] == inputs["input_ids"].shape[1] + 6
+    assert base.generate(**longer, max_new_tokens=2).shape[1] == longer["input_ids"].shape[1] + 2
+
+
+def test_replace_projector_where_there_is_none_like_it():
+    base, _ = qwen()
+    with pytest.raises(SpatialTokensError, match="has no multi_modal_projector of Linear, GELU, Linear"):
+        replace_projector(base, **FIELDS)

@@ -1,0 +1,173 @@
+"""Slots in ready `input_ids`, against a row-by-row reference in plain Python."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface.slots import Places, find_places, insert
+
+PAD, IMAGE, OPEN, SLOT = 0, 7, 8, 9
+WORDS = st.lists(st.integers(1, 6), max_size=3)
+
+
+@st.composite
+def rows(draw):
+    """A row as pieces: words and images, each of the latter with its length and whether a token opens it."""
+    pieces = [("words", draw(WORDS))]
+    for _ in range(draw(st.integers(0, 3))):
+        pieces += [("image", (draw(st.integers(1, 4)), draw(st.booleans()))), ("words", draw(WORDS))]
+    return pieces
+
+
+def spelled(pieces, count=0):
+    """The row's ids, with `count` slots before each image, and the lengths of its images."""
+    ids, lengths = [], []
+    for kind, piece in pieces:
+        if kind == "words":
+            ids += piece
+        else:
+            length, opened = piece
+            ids += [SLOT] * count + [OPEN] * opened + [IMAGE] * length
+            lengths.append(length)
+    return ids, lengths
+
+
+def padded(row, length, value, left):
+    padding = [value] * (length - len(row))
+    return padding + row if left else row + padding
+
+
+def batch_of(found, left):
+    length = max(1, *map(len, found))
+    return (torch.tensor([padded(row, length, PAD, left) for row in found]),
+            torch.tensor([padded([1] * len(row), length, 0, left) for row in found]))  # fmt: skip
+
+
+@given(st.lists(rows(), min_size=1, max_size=4), st.booleans(), st.integers(1, 3))
+def test_insert(pieces, left, count):
+    ids, mask = batch_of([spelled(row)[0] for row in pieces], left)
+    lengths = [length for row in pieces for length in spelled(row)[1]]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    made = insert(
+        {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100),
+         "mm_token_type_ids": (ids == IMAGE).long(), "position_ids": positions, "pixel_values": torch.ones(1)},
+        token_id=SLOT, count=count, image_token_id=IMAGE, opening_ids=[OPEN], tokens_per_image=lengths, pad_token_id=PAD,
+    )  # fmt: skip
+    for i, row in enumerate(pieces):
+        expected, _ = spelled(row, count)
+        kept = made["attention_mask"][i].bool()
+        assert made["input_ids"][i][kept].tolist() == expected
+        assert (made["input_ids"][i][~kept] == PAD).all()
+        assert made["labels"][i][kept].tolist() == [-100 if each == SLOT else each for each in expected]
+        assert (made["labels"][i][~kept] == -100).all()
+        assert made["mm_token_type_ids"][i][kept].tolist() == [int(each == IMAGE) for each in expected]
+        assert made["position_ids"][i][kept].tolist() == list(range(len(expected)))
+        first = int(kept.int().argmax())
+        assert kept[first : first + len(expected)].all(), "padding stands between words"
+    assert torch.equal(made["pixel_values"], torch.ones(1))
+    assert len({tuple(made[name].shape) for name in ("input_ids", "attention_mask", "labels", "position_ids")}) == 1
+
+
+def test_runs_are_images_when_no_lengths_are_given():
+    ids = torch.tensor([[1, IMAGE, IMAGE, 2, OPEN, IMAGE, 3]])
+    made = insert({"input_ids": ids}, token_id=SLOT, count=2, image_token_id=IMAGE, opening_ids=[OPEN])
+    assert made["input_ids"].tolist() == [[1, SLOT, SLOT, IMAGE, IMAGE, 2, SLOT, SLOT, OPEN, IMAGE, 3]]
+
+
+def test_images_that_touch_are_told_apart_by_their_length():
+    ids = torch.tensor([[IMAGE] * 4])
+    made = insert({"input_ids": ids}, token_id=SLOT, count=1, image_token_id=IMAGE, tokens_per_image=2)
+    assert made["input_ids"].tolist() == [[SLOT, IMAGE, IMAGE, SLOT, IMAGE, IMAGE]]
+
+
+def test_tokens_within_an_image_do_not_end_it():
+    row_break = 5
+    ids = torch.tensor([[1, IMAGE, IMAGE, row_break, IMAGE, IMAGE, 2]])
+    made = insert({"input_ids": ids}, token_id=SLOT, count=1, image_token_id=IMAGE, tokens_per_image=4)
+    assert made["input_ids"].tolist() == [[1, SLOT, IMAGE, IMAGE, row_break, IMAGE, IMAGE, 2]]
+
+
+def test_a_number_of_slots_for_each_image():
+    ids, mask = torch.tensor([[IMAGE, 1, IMAGE], [IMAGE, 2, 3]]), torch.ones(2, 3, dtype=torch.long)
+    made = insert({"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2, 1], image_token_id=IMAGE)
+    assert made["input_ids"].tolist() == [[SLOT, IMAGE, 1, SLOT, SLOT, IMAGE], [SLOT, IMAGE, 2, 3, PAD, PAD]]
+    with pytest.raises(SpatialTokensError, match=r"the rows have \[2, 1\] images, slots are given for 2"):
+        insert({"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2], image_token_id=IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([[1, SLOT, IMAGE]], {}, "row 0 has slots already"),
+        ([[IMAGE, IMAGE], [IMAGE, 1]], {"tokens_per_image": 2}, "row 1 has 1 image tokens"),
+        ([[IMAGE, IMAGE]], {"tokens_per_image": [1]}, "row 0 has 2 image tokens"),
+        ([[IMAGE, 1]], {"tokens_per_image": [1, 1]}, "tokens_per_image names 2 images, input_ids have 1"),
+        ([[IMAGE, 1], [2, 3]], {}, r"the rows have \[1, 0\] images; give the attention_mask"),
+        ([1, 2], {}, r"input_ids must be a tensor \(B, L\)"),
+    ],
+)
+def test_mistakes(ids, options, message):
+    with pytest.raises(SpatialTokensError, match=message):
+        insert({"input_ids": torch.tensor(ids)}, token_id=SLOT, count=2, image_token_id=IMAGE, **options)
+
+
+def test_a_tensor_of_another_length():
+    inputs = {"input_ids": torch.tensor([[IMAGE, 1]]), "labels": torch.tensor([[1]])}
+    with pytest.raises(SpatialTokensError, match=r"labels \(1, 1\) must be of the shape of input_ids, \(1, 2\)"):
+        insert(inputs, token_id=SLOT, count=1, image_token_id=IMAGE)
+
+
+# Which map goes where
+
+
+@given(st.lists(rows(), min_size=1, max_size=4), st.integers(1, 3))
+def test_places(pieces, count):
+    ids, _ = batch_of([spelled(row, count)[0] for row in pieces], left=False)
+    found = find_places(ids == SLOT, ids == IMAGE, count)
+    assert [list(row) for row in found.rows] == [spelled(row)[1] for row in pieces]
+    unknown = find_places(ids == SLOT, None, count)
+    assert [len(row) for row in unknown.rows] == [len(spelled(row)[1]) for row in pieces]
+
+
+def test_slots_that_are_no_whole_groups():
+    with pytest.raises(SpatialTokensError, match="row 1 has 3 places for spatial tokens, which is no multiple of 2"):
+        find_places(torch.tensor([[0, 0, 0], [1, 1, 1]]).bool(), None, 2)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 3))
+def test_units_of_images(images, copies):
+    """Rows are repeated side by side for beams; what was encoded is not."""
+    repeated = Places([[5] * number for number in images for _ in range(copies)])
+    if not sum(images):
+        assert repeated.units(0) == []
+        return
+    starts = [sum(images[:row]) for row in range(len(images))]
+    expected = [start + i for start, number in zip(starts, images, strict=True) for _ in range(copies) for i in range(number)]
+    assert repeated.units(sum(images)) == expected
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 5), st.booleans()
+)
+def test_units_of_tiles(tiles, copies, length, last):
+    """Of an image's tiles the thumbnail's map is taken: the first or the last."""
+    total = sum(map(sum, tiles))
+    places = Places([[number * length for number in row] for row in tiles for _ in range(copies)])
+    if not total:
+        return
+    expected, start = [], 0
+    for row in tiles:
+        thumbnails = []
+        for number in row:
+            thumbnails.append(start + (number - 1 if last else 0))
+            start += number
+        expected += thumbnails * copies
+    assert places.units(total, "last" if last else "first", length) == expected
+
+
+@pytest.mark.parametrize(("rows_of", "maps"), [([[1], []], 2), ([[]], 1), ([[1, 1], [1]], 2), ([[1]], 0), ([[1, 1], []], 1)])
+def test_counts_that_do_not_go_together(rows_of, maps):
+    with pytest.raises(SpatialTokensError, match="the rows have places for the spatial tokens of"):
+        Places(rows_of).units(maps)
