@@ -104,7 +104,7 @@ def test_the_reserved_token_is_never_made(ready):
 def test_embedded_by_the_caller(ready):
     model, processor, place = ready
     inputs = dict(inputs_of(processor, [f"{place} a?"], pictures(1)))
-    if "mm_token_type_ids" in inputs:
+    if model.config.model_type.startswith("qwen"):
         pytest.skip("this model makes its positions of the ids")
     expected = model(**inputs).logits
     ids = inputs.pop("input_ids")
