@@ -11,7 +11,7 @@ from spatial_tokens.visualize import sample_picture
 
 pytest.importorskip("transformers")
 
-from spatial_tokens.demo_model import tiny_llava
+from spatial_tokens.adapters.huggingface.ready import tiny_llava
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -19,7 +19,7 @@ FLOORS = [  # ground first; a room is a top-level name of the package
     {"config", "presets", "ops", "storage"},
     {"modules"},
     {"checkpoint", "adapters", "visualize", "bench"},
-    {"demo", "cli"},
+    {"demo", "demo_model", "cli"},
     {"__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,6 +32,7 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "timm": {"adapters", "bench"},
     "torchvision": {"adapters"},
     "transformers": {"adapters", "bench"},
+    "tokenizers": {"adapters"},
     "huggingface_hub": {"adapters"},
     "peft": {"adapters"},
     "triton": {"ops"},
@@ -85,6 +86,10 @@ def test_public_names():
 @pytest.mark.parametrize(
     ("module", "names"),
     [
+        (
+            "spatial_tokens.adapters.huggingface",
+            {"attach", "detach", "insert_slots", "load_adapter", "push_to_hub", "replace_projector", "save_adapter"},
+        ),
         ("spatial_tokens.checkpoint", {"from_llava_sp", "to_llava_sp"}),
         ("spatial_tokens.ops.window_linear", {"window_linear"}),
         ("spatial_tokens.ops.pyramid", {"pyramid"}),

@@ -2,7 +2,7 @@
 
 import torch
 
-from spatial_tokens.demo_model import tiny_llava
+from spatial_tokens.adapters.huggingface.ready import tiny_llava
 from tests.test_examples import tiny_qwen
 
 FIELDS = {"spatial_hidden_size": 16}
