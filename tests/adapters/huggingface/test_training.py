@@ -81,13 +81,26 @@ def test_autocast(ready):
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """Whether the model without spatial tokens compiles in one graph; it does not with every torch and transformers."""
+    base, plain = llava()
+    try:
+        torch.compile(base, backend="eager", fullgraph=True)(**batch_of(plain))
+    except Exception:  # whatever the compiler raises
+        return False
+    finally:
+        torch._dynamo.reset()
+    return True
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiled(ready, backend):
+def test_compiled(ready, whole, backend):
     model, processor = copy.deepcopy(ready[0]), ready[1]
     batch = batch_of(processor)
     expected = model(**batch)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=whole)
     found = compiled(**batch)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
