@@ -84,3 +84,21 @@ def test_a_patch_beyond_the_last_whole_window_is_not_seen():
     patches = torch.randn(1, 25, 4)
     patches[0, 24] = float("nan")
     assert module(torch.randn(1, 3, 6), patches).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)),  # as many parameters as norm and Linear
+        lambda: torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4), torch.nn.Identity()),
+        lambda: torch.nn.Linear(4, 4),
+    ],
+)
+def test_projectors_of_the_users_own(make):
+    module = DetailFeatureIntegrator(3, 4, grid_size=4, kernel_size=2, stride=2)
+    module.query_projector, module.key_projector = make(), make()
+    tokens, patches = torch.randn(2, 3, 4), torch.randn(2, 16, 3)
+    detail = module.detail_map(patches)
+    scores = module.query_projector(tokens) @ module.key_projector(detail).mT / 4**0.5
+    expected = torch.cat([tokens, scores.softmax(-1) @ module.value_projector(detail)], dim=-1)
+    torch.testing.assert_close(module(tokens, patches), expected)

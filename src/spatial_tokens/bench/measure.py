@@ -37,11 +37,12 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    before.record()
-    work()
-    after.record()
-    after.synchronize()
+    with torch.cuda.device(device):  # events belong to the current one
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        before.record()
+        work()
+        after.record()
+        after.synchronize()
     return float(before.elapsed_time(after)) / 1000
 
 

@@ -110,7 +110,9 @@ class DetailFeatureIntegrator(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Spatial tokens `(B, K, S)` and patch features `(B, N, C)` to `(B, K, 2S)`, and the attention `(B, K, P)` if asked."""
         detail = self.detail_map(patches)
-        check_features(spatial_tokens, self.spatial_hidden_size, self.query_projector[1], "spatial tokens", "(B, K, S)")
+        query = self.query_projector
+        layer = query[-1] if isinstance(query, nn.Sequential) else query
+        check_features(spatial_tokens, self.spatial_hidden_size, layer, "spatial tokens", "(B, K, S)")
         if spatial_tokens.shape[0] != patches.shape[0]:
             raise SpatialTokensError(
                 f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {patches.shape[0]}; "
@@ -127,8 +129,8 @@ class DetailFeatureIntegrator(nn.Module):
     def look_up(self, spatial_tokens: torch.Tensor, detail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Spatial tokens `(B, K, S)` and a detail map `(B, P, S)` to `(B, K, 2S)` and the attention `(B, K, P)`."""
         query, key, value = projectors = self.query_projector, self.key_projector, self.value_projector
-        parameters = [list(projector.parameters()) for projector in projectors]
-        if all(is_plain(projector) for projector in projectors) and all(len(each) == 4 for each in parameters):
+        if all(map(_is_norm_and_linear, projectors)):
+            parameters = [list(projector.parameters()) for projector in projectors]
             eps = [cast(nn.LayerNorm, projector[0]).eps for projector in projectors]
             return integrate(spatial_tokens, detail, *parameters, eps=eps)
         return attend(spatial_tokens, query(spatial_tokens), key(detail), value(detail))
@@ -138,3 +140,9 @@ class DetailFeatureIntegrator(nn.Module):
             f"{self.vision_hidden_size}, {self.spatial_hidden_size}, grid_size={self.grid_size}, "
             f"kernel_size={self.kernel_size}, stride={self.stride}"
         )
+
+
+def _is_norm_and_linear(projector: nn.Module) -> bool:
+    """Whether it is as it was made: a LayerNorm and a Linear, with their biases, that nobody has wrapped."""
+    layers = [type(layer) for layer in projector.children()]
+    return is_plain(projector) and layers == [nn.LayerNorm, nn.Linear] and len(list(projector.parameters())) == 4

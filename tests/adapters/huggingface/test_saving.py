@@ -160,6 +160,18 @@ def test_detach_restores_everything():
     assert torch.equal(base(**inputs).logits, logits)
 
 
+def test_rows_that_the_user_added_stay(tmp_path):
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    model.resize_token_embeddings(140, mean_resizing=False)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    assert model(**inputs).logits.shape[-1] == 140
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().weight.shape[0] == 140
+    assert detach(model).get_input_embeddings().weight.shape[0] == 140
+
+
 # Mistakes
 
 

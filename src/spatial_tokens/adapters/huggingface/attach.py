@@ -100,6 +100,7 @@ def attach(
     setattr(inner, NAME, projector.train(inner.training))
     attachment = Attachment(anatomy, fitted, token, token_id, chosen, unit, resize)
     attachment.grown = clean_save.grown = grown
+    clean_save.grown_to = token_id + 1
     attachment.install()
     attachment.undo[:0] = undo
     inner.save_pretrained = clean_save
@@ -238,7 +239,7 @@ def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], li
     token_id = old if token_id is None else token_id
     undo: list[Callable[[], Any]] = []
     if token_id >= old:
-        undo.append(_Shrink(model, old, model.__dict__.get("vocab_size")))
+        undo.append(_Shrink(model, old, token_id + 1, model.__dict__.get("vocab_size")))
         with torch.random.fork_rng():
             model.resize_token_embeddings(token_id + 1, mean_resizing=False)
     grown = [name for name, each in model.named_parameters(remove_duplicate=False) if each.ndim and each.shape[0] != rows[name]]
@@ -257,10 +258,12 @@ def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], li
 
 
 class _Shrink:
-    def __init__(self, model: Any, rows: int, vocab_size: int | None) -> None:
-        self.model, self.rows, self.vocab_size = model, rows, vocab_size
+    def __init__(self, model: Any, rows: int, grown_to: int, vocab_size: int | None) -> None:
+        self.model, self.rows, self.grown_to, self.vocab_size = model, rows, grown_to, vocab_size
 
     def __call__(self) -> None:
+        if int(self.model.get_input_embeddings().weight.shape[0]) != self.grown_to:
+            return  # somebody has added rows of their own since
         self.model.resize_token_embeddings(self.rows, mean_resizing=False)
         if self.vocab_size is None:
             self.model.__dict__.pop("vocab_size", None)

@@ -20,19 +20,26 @@ class CleanSave:
         self.model, self.prefix = model, prefix
         self.rows = int(model.get_input_embeddings().weight.shape[0])
         self.suppressed = getattr(getattr(model, "generation_config", None), "suppress_tokens", None)
-        self.grown: list[str] = []  # parameters that gained a row since
+        self.grown: list[str] = []  # parameters that gained rows since, and
+        self.grown_to = self.rows  # how many they have
         self.__signature__ = inspect.signature(type(model).save_pretrained)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("state_dict")
         given = self.model.state_dict() if given is None else given
+        added = self._added()
         tensors = {
-            name: each[: self.rows] if name in self.grown else each
+            name: each[: len(each) - added] if name in self.grown else each
             for name, each in given.items()
             if not name.startswith(f"{self.prefix}.")
         }
         with self._as_before():
             return type(self.model).save_pretrained(self.model, *args, **{**kwargs, "state_dict": tensors})
+
+    def _added(self) -> int:
+        """Rows of the reserved token that are still the embeddings' last: 0 once somebody has added rows of their own."""
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        return rows - self.rows if self.grown and rows == self.grown_to else 0
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -45,7 +52,7 @@ class CleanSave:
             found.append((generation, "suppress_tokens", generation.suppress_tokens))
         try:
             for owner, name, value in found:
-                setattr(owner, name, self.suppressed if name == "suppress_tokens" else min(value, self.rows))
+                setattr(owner, name, self.suppressed if name == "suppress_tokens" else value - self._added())
             yield
         finally:
             for owner, name, value in found:

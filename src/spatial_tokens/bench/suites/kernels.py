@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
 from spatial_tokens.ops.backends import TRITON, using
 
@@ -151,6 +152,8 @@ def _contest(
     def convolution(compiled: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Entry:
         module, features = shared()
         other = authors(module, memory_format)
+        if compiled:
+            torch._dynamo.reset()  # beyond a few shapes it would run what it compiles for others, or nothing compiled
         run = torch.compile(other, dynamic=False) if compiled else other
         return _entry(run, features, other, direction)
 
@@ -186,7 +189,7 @@ def flops_of(module: nn.Module, features: torch.Tensor) -> int:
     import spatial_tokens.ops.window_linear.flops  # noqa: F401 - registers the operators' counts
 
     module.requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), using("gemm"):
         module(features)
     return int(counter.get_total_flops())
 
@@ -244,3 +247,15 @@ def _setting(batch: int, dtype: torch.dtype, direction: str) -> Mapping[str, str
 
 def _tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE[str(dtype).removeprefix("torch.")]
+
+
+def verified(run: Callable[[], torch.Tensor], module: nn.Module, tolerance: float) -> torch.Tensor:
+    """A module's tokens, once they are sure to be those of the operators' specification."""
+    tokens = run()
+    if isinstance(module, (SPProjector, SpatialFeatureExtractor)):
+        with using("naive"):
+            expected = run()
+        error = ((tokens - expected).float().norm() / expected.float().norm()).item()
+        if not error <= tolerance:
+            raise SpatialTokensError(f"wrong: off by {error:.1e} of the specification's norm")
+    return tokens

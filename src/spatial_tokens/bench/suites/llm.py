@@ -17,6 +17,7 @@ from torch import nn
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.machine import free_memory
 from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.bench.suites.kernels import TOLERANCE, verified
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError
 from spatial_tokens.modules import MLPHead, SPProjector
@@ -124,6 +125,9 @@ def _entry(
     projector = build().eval()
     features = options.features(batch, DTYPES[dtype])
     prompt = torch.randint(model.vocabulary, (batch, model.prompt), device=options.device)
+
+    with torch.inference_mode():
+        verified(lambda: projector(features), projector, TOLERANCE[dtype])
 
     @torch.inference_mode()
     def run() -> torch.Tensor:

@@ -12,13 +12,11 @@ from torch import nn
 from spatial_tokens.bench import alternatives
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
-from spatial_tokens.bench.suites.kernels import TOLERANCE, flops_of
+from spatial_tokens.bench.suites.kernels import TOLERANCE, flops_of, verified
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import crop_sizes
 from spatial_tokens.modules import LinearHead, MLPHead, SPProjector
 from spatial_tokens.modules.ablations import TransformerExtractor
-from spatial_tokens.ops.backends import using
 
 BASELINE = "LLaVA MLP"
 Builder = Callable[[torch.device, torch.dtype], nn.Module]
@@ -94,25 +92,13 @@ def _entry(build: Builder, options: Options, dtype: str, batch: int) -> Entry:
             tokens: torch.Tensor = projector(features)
             return tokens
 
-    num_tokens = _verified(run, projector, TOLERANCE[dtype]).shape[1]
+    num_tokens = verified(run, projector, TOLERANCE[dtype]).shape[1]
     values = {
         "tokens": num_tokens,
         "parameters": sum(parameter.numel() for parameter in projector.parameters()),
         "gflop_per_image": _flops(build, options) / 1e9,
     }
     return Entry(run, values=values, finish=lambda seconds: {"tokens_per_s": batch * num_tokens / seconds})
-
-
-def _verified(run: Callable[[], torch.Tensor], projector: nn.Module, tolerance: float) -> torch.Tensor:
-    """The projector's tokens, once they are sure to be those of the operators' specification."""
-    tokens = run()
-    if isinstance(projector, SPProjector):
-        with using("naive"):
-            expected = run()
-        error = ((tokens - expected).float().norm() / expected.float().norm()).item()
-        if not error <= tolerance:
-            raise SpatialTokensError(f"wrong: off by {error:.1e} of the specification's norm")
-    return tokens
 
 
 def _flops(build: Builder, options: Options) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
-from spatial_tokens.bench.suites.kernels import PASSES
+from spatial_tokens.bench.suites.kernels import PASSES, TOLERANCE, verified
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.modules import SpatialFeatureExtractor
@@ -74,4 +74,5 @@ def _entry(options: Options, config: SPProjectorConfig, batch: int, dtype: torch
             tokens: torch.Tensor = extractor(features)
             return tokens
 
+    verified(run, extractor, TOLERANCE[str(dtype).removeprefix("torch.")])
     return Entry(run)
