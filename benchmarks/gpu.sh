@@ -10,7 +10,7 @@ device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().
 results="${1:-benchmarks/results/$device}"
 mkdir -p "$results"
 
-timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+timeout 180 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 tests=$?
 bench() { # SUITE SECONDS OPTIONS...
     local suite=$1 seconds=$2
@@ -19,7 +19,7 @@ bench() { # SUITE SECONDS OPTIONS...
         echo "gpu.sh: $suite ended with $?" >&2
 }
 bench limits 40
-bench kernels 200 --dtype bfloat16
+bench kernels 190 --dtype bfloat16
 bench llm 80 --dtype bfloat16
 bench projectors 60 --dtype bfloat16
 bench scaling 40 --dtype bfloat16

@@ -13,13 +13,23 @@ import pytest
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def release():
-    return tuple(int(part) for part in version("triton").split(".")[:2])
+def release(package="triton"):
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+COUNTS_IN_ARRAYS = pytest.mark.skipif(
+    find_spec("triton") is not None and release() < (3, 7) and release("numpy") >= (2, 5),
+    reason="the interpreter of these tritons counts loops in arrays, which numpy 2.5 does not take for integers",
+)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(find_spec("triton") is not None and release() < (3, 3), reason="before 3.3 triton's kernels take no tuples")
-@pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)], ids=["interpreted", "native"])
+@pytest.mark.parametrize(
+    "interpret",
+    [pytest.param("1", marks=COUNTS_IN_ARRAYS), pytest.param("0", marks=pytest.mark.gpu)],
+    ids=["interpreted", "native"],
+)
 def test_kernels(interpret):
     environment = os.environ | {"TRITON_INTERPRET": interpret, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     environment.pop("SPATIAL_TOKENS_BACKEND", None)
