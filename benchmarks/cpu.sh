@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerates benchmarks/results/cpu: about 40 minutes on two cores, with 24 GiB of memory. Let nothing else run beside it.
+# Regenerates benchmarks/results/cpu: about 100 minutes on two cores, with 24 GiB of memory. Let nothing else run beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"

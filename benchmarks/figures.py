@@ -108,13 +108,13 @@ def targets(cpu: list[dict], gpu: list[dict]) -> list[tuple[str, str, str, str]]
             faster(gpu, "projector", "bfloat16", 32, both, "triton"),
         ),
         (
-            "GPU",
+            "H100",
             "tokens/s of LLaVA-1.5-7B with SP cropping / without (the paper: 0.988)",
             "at least 0.99",
             with_tokens(gpu, "SP cropping + DFI"),
         ),
         (
-            "GPU",
+            "H100",
             "tokens/s of LLaVA-1.5-7B with SP pooling / without (the paper: 0.977)",
             "at least 0.99",
             with_tokens(gpu, "SP pooling + DFI"),
@@ -126,7 +126,7 @@ def targets(cpu: list[dict], gpu: list[dict]) -> list[tuple[str, str, str, str]]
 def figures() -> str:
     """The README's table."""
     machine, cpu = load(RESULTS / "cpu")
-    gpu = [row for folder in sorted(RESULTS.iterdir()) if folder.name != "cpu" for row in load(folder)[1]]
+    gpu = [row for folder in sorted(RESULTS.iterdir()) if "h100" in folder.name for row in load(folder)[1]]
     head = (
         f"Measured on: {machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}; "
         "a shared machine, whose bandwidth changes from minute to minute, so that a share of the limit can pass 100%."

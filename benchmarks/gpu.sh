@@ -10,17 +10,17 @@ device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().
 results="${1:-benchmarks/results/$device}"
 mkdir -p "$results"
 
-timeout 180 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+timeout --kill-after=5 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 tests=$?
 bench() { # SUITE SECONDS OPTIONS...
     local suite=$1 seconds=$2
     shift 2
-    timeout --signal=INT "$seconds" "$python" -m spatial_tokens bench --suite "$suite" --device cuda --json "$results/$suite.json" --plots "$results" "$@" ||
+    timeout --signal=INT --kill-after=5 "$seconds" "$python" -m spatial_tokens bench --suite "$suite" --device cuda --json "$results/$suite.json" --plots "$results" "$@" ||
         echo "gpu.sh: $suite ended with $?" >&2
 }
-bench limits 40
-bench kernels 190 --dtype bfloat16
-bench llm 80 --dtype bfloat16
-bench projectors 60 --dtype bfloat16
+bench limits 30
+bench kernels 180 --dtype bfloat16
+bench llm 90 --dtype bfloat16
+bench projectors 50 --dtype bfloat16
 bench scaling 40 --dtype bfloat16
 exit $tests

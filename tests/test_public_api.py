@@ -88,7 +88,16 @@ def test_public_names():
     [
         (
             "spatial_tokens.adapters.huggingface",
-            {"attach", "detach", "insert_slots", "load_adapter", "push_to_hub", "replace_projector", "save_adapter"},
+            {
+                "attach",
+                "detach",
+                "insert_slots",
+                "load_adapter",
+                "push_to_hub",
+                "replace_projector",
+                "save_adapter",
+                "trainer_callback",
+            },
         ),
         ("spatial_tokens.checkpoint", {"from_llava_sp", "to_llava_sp"}),
         ("spatial_tokens.ops.window_linear", {"window_linear"}),

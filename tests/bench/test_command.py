@@ -346,8 +346,9 @@ def test_an_interrupt_keeps_the_finished_suites(capsys, tmp_path, monkeypatch):
         two=lambda options: iter([contest("two", "c"), contest("two", "d", interrupted, batch=2)]),
         three=lambda options: iter([contest("three", "e")]),
     )
-    printed = run(capsys, "--json", tmp_path / "r.json", code=130)
+    printed = run(capsys, "--json", tmp_path / "r.json", "--plots", tmp_path / "plots", code=130)
     assert [row.implementation for row in read_report(tmp_path / "r.json").rows][:2] == ["a", "b"]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["one.png", "two.png"]
     assert "one: subject" in printed
     assert "two: subject" in printed  # what it had of the second is shown too
     assert "three" not in printed

@@ -34,26 +34,32 @@ def run(options: Options, suites: Sequence[str], command: str, json_file: str | 
         check_writable(make_directory(plot_directory) / "plot.png")
     report = Report(command, describe(options.device))
     show.print_machine(report.machine)
-    with cudnn_benchmark(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        peak_of = cache(partial(_peak, options))
-        for suite in suites:
-            contests = deque(SUITES[suite](options))
-            with show.Screen(len(contests)) as screen:
-                while contests:
-                    contest = contests.popleft()  # what it has built goes with it
-                    peak = peak_of(str(contest.setting["dtype"])) if contest.num_flops else None
-                    report.rows.extend(screen.run(contest, partial(run_contest, contest, options.device, peak)))
-                    if json_file is not None:
-                        report.write(json_file)
-    show.print_exponents(report.rows)
-    for path in plots.draw(report, plot_directory) if plot_directory is not None else []:
-        print(f"wrote {path}")
+    try:
+        with cudnn_benchmark(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            _run_suites(options, suites, report, json_file)
+        show.print_exponents(report.rows)
+    finally:
+        for path in plots.draw(report, plot_directory) if plot_directory is not None else []:
+            print(f"wrote {path}")
     if json_file is not None:
         print(f"wrote {json_file}")
     if all(row.failure for row in report.rows):
         raise SpatialTokensError("nothing could be run; the rows above say why")
     return report
+
+
+def _run_suites(options: Options, suites: Sequence[str], report: Report, json_file: str | None) -> None:
+    peak_of = cache(partial(_peak, options))
+    for suite in suites:
+        contests = deque(SUITES[suite](options))
+        with show.Screen(len(contests)) as screen:
+            while contests:
+                contest = contests.popleft()  # what it has built goes with it
+                peak = peak_of(str(contest.setting["dtype"])) if contest.num_flops else None
+                report.rows.extend(screen.run(contest, partial(run_contest, contest, options.device, peak)))
+                if json_file is not None:
+                    report.write(json_file)
 
 
 def compare(before: str, after: str) -> None:

@@ -46,7 +46,7 @@ def resolve(backend: str, features: torch.Tensor) -> str:
     if named not in BACKENDS:
         raise SpatialTokensError(f"{source} must be one of {', '.join(BACKENDS)}, got {shown(named)}")
     if named == "auto":
-        # CPU: `gemm` takes 0.4 to 0.9 of `naive`'s time at every batch, in float32 and bfloat16 (benchmarks/results/cpu).
+        # CPU: `gemm` takes 0.56 to 1.2 of `naive`'s time, least in float32, and a fraction of its memory (benchmarks/results/).
         # GPU: nothing is measured yet, so nothing is preferred to plain torch; `triton` runs where it is asked for.
         named = "gemm"
     if named == "triton":

@@ -392,8 +392,11 @@ def check_never_generated(case: Case) -> None:
     def favour(module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         return logits.index_fill(-1, torch.tensor([token_id]), 1e4)
 
-    model.get_output_embeddings().register_forward_hook(favour)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(favour)
     assert (generate(model, inputs, suppress_tokens=others) == token_id).all()  # it would be, were it not for attach()
+    hook.remove()
+    head.register_forward_hook(favour, prepend=True)
     with torch.no_grad():
         given = {key: each for key, each in inputs.items() if key != "decoder_input_ids"}
         assert not (model.generate(**given, max_new_tokens=STEPS, do_sample=False)[:, -STEPS:] == token_id).any()

@@ -70,6 +70,12 @@ def test_lists_without_tensors(attached):
     assert words(processor, made["input_ids"][0]) == f"a {SLOTS}<image> b"
 
 
+def test_images_as_one_tensor(attached):
+    _, processor, _ = attached
+    made = processor(images=torch.zeros(2, 3, 336, 336), text="<image> a <image>", return_tensors="pt")
+    assert words(processor, made["input_ids"][0]) == f"{SLOTS}<image> a {SLOTS}<image>"
+
+
 def test_text_alone_and_images_alone(attached):
     _, processor, plain = attached
     assert processor(text="a b")["input_ids"] == plain(text="a b")["input_ids"]

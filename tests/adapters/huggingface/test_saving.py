@@ -99,6 +99,16 @@ def test_a_token_that_has_a_row_already(tmp_path):
     assert torch.equal(model(**inputs).logits, logits)
 
 
+def test_a_base_that_has_the_row_already_keeps_its_own(saved):
+    base, plain, inputs, logits, folder = saved
+    base.resize_token_embeddings(128, mean_resizing=False)
+    before = {name: each.clone() for name, each in base.state_dict().items()}
+    model, _ = load_adapter(base, folder, plain)
+    torch.testing.assert_close(model(**inputs).logits[..., :100], logits[..., :100])
+    detach(model)
+    assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
+
+
 # The base model's own files
 
 
@@ -133,6 +143,8 @@ def test_the_whole_model_goes_there_and_back(tmp_path):
     logits = model(**inputs).logits
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
+    with pytest.raises(SpatialTokensError, match="give a folder of its own"):
+        save_adapter(model, tmp_path / "base")
     save_adapter(model, tmp_path / "adapter")
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
     model, _ = load_adapter(loaded, tmp_path / "adapter", transformers.AutoProcessor.from_pretrained(tmp_path / "base"))

@@ -91,7 +91,9 @@ def test_tokens_within_an_image_do_not_end_it():
 
 def test_a_number_of_slots_for_each_image():
     ids, mask = torch.tensor([[IMAGE, 1, IMAGE], [IMAGE, 2, 3]]), torch.ones(2, 3, dtype=torch.long)
-    made = insert({"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2, 1], image_token_id=IMAGE)
+    made = insert(
+        {"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2, 1], image_token_id=IMAGE, padding_side="right"
+    )
     assert made["input_ids"].tolist() == [[SLOT, IMAGE, 1, SLOT, SLOT, IMAGE], [SLOT, IMAGE, 2, 3, PAD, PAD]]
     with pytest.raises(SpatialTokensError, match=r"the rows have \[2, 1\] images, slots are given for 2"):
         insert({"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2], image_token_id=IMAGE)
@@ -129,6 +131,31 @@ def test_places(pieces, count):
     assert [list(row) for row in found.rows] == [spelled(row)[1] for row in pieces]
     unknown = find_places(ids == SLOT, None, count)
     assert [len(row) for row in unknown.rows] == [len(spelled(row)[1]) for row in pieces]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([IMAGE, SLOT, SLOT], "row 1 has an image without places for spatial tokens before it"),
+        ([SLOT, SLOT, 1], "row 1 has places for spatial tokens without an image after them"),
+        ([SLOT] * 4 + [IMAGE], "row 1 has places for spatial tokens without an image after them"),
+    ],
+)
+def test_slots_and_images_that_do_not_go_together(row, message):
+    good = [SLOT, SLOT, IMAGE]
+    ids, _ = batch_of([good, row], left=False)
+    with pytest.raises(SpatialTokensError, match=message):
+        find_places(ids == SLOT, ids == IMAGE, 2)
+    if row[:4] == [SLOT] * 4:
+        assert [list(each) for each in find_places(ids == SLOT, ids == IMAGE, 2, side_by_side=True).rows] == [[1], [0, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_of_padding_where_there_was_none(side):
+    ids = torch.tensor([[IMAGE, 1], [2, 3]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    made = insert(inputs, token_id=SLOT, count=1, image_token_id=IMAGE, padding_side=side)
+    assert made["input_ids"][1].tolist() == ([PAD, 2, 3] if side == "left" else [2, 3, PAD])
 
 
 def test_slots_that_are_no_whole_groups():

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from spatial_tokens.adapters.huggingface import attach, insert_slots, load_adapter, save_adapter
+from spatial_tokens.adapters.huggingface import attach, detach, insert_slots, load_adapter, save_adapter, trainer_callback
 from tests.adapters.huggingface.models import FIELDS, llava, pictures
 
 
@@ -55,10 +55,13 @@ def test_text_alone_gives_gradients_of_zero(ready):
 def test_text_alone_is_what_it_was_before(ready):
     base, plain = llava()
     batch = batch_of(plain, with_image=False)
-    expected = base(**batch).logits
+    outputs = base(**batch)
+    expected, base_loss = outputs.logits, outputs.loss
     model, _ = attach(base, plain, **FIELDS)
     for training in (False, True):
-        assert torch.equal(model.train(training)(**batch).logits[..., :-1], expected)
+        found = model.train(training)(**batch)
+        assert torch.equal(found.logits[..., :-1], expected)
+        torch.testing.assert_close(found.loss, base_loss, rtol=1e-6, atol=0)  # the reserved token takes no share of it
 
 
 def test_checkpointed_gradients_are_equal(ready):
@@ -152,6 +155,33 @@ def test_trainer(tmp_path):
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
     loaded, _ = load_adapter(again, tmp_path / "adapter", plain)
     torch.testing.assert_close(loaded(**rows[0]).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_resumes_from_its_checkpoint(tmp_path):
+    """Two steps and two more are four steps."""
+    pytest.importorskip("accelerate")
+    options = {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 1, "learning_rate": 1e-3, "report_to": [], "save_steps": 2,
+        "remove_unused_columns": False, "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "constant", "max_steps": 4,
+    }  # fmt: skip
+
+    def trained(model, processor, checkpoint=None):
+        model.requires_grad_(False)
+        model.spatial_tokens.requires_grad_(True)
+        trainer = transformers.Trainer(
+            model=model, args=transformers.TrainingArguments(**options), train_dataset=[batch_of(processor)] * 4,
+            data_collator=lambda found: found[0], callbacks=[trainer_callback()],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return {name: each.clone() for name, each in model.spatial_tokens.state_dict().items()}
+
+    base, plain = llava()
+    expected = trained(*attach(base, plain, **FIELDS))
+    detach(base)
+    checkpoint = tmp_path / "checkpoint-2"
+    found = trained(*load_adapter(base, checkpoint / "spatial_tokens", plain), str(checkpoint))
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["attach first", "peft first", "modules_to_save"])

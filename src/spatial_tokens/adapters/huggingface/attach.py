@@ -93,7 +93,7 @@ def attach(
         copied = with_slots(copied, anatomy, token, found, fitted.num_spatial_tokens, as_image=chosen == "image", per_tile=per_tile)
     weight = next(anatomy.tap.parameters(), None)
     weight = next(inner.parameters()) if weight is None or not weight.is_floating_point() else weight
-    projector = SPProjector.from_config(fitted, device=weight.device, dtype=weight.dtype)
+    projector = SPProjector.from_config(fitted, device=_device_of(anatomy.tap, weight), dtype=weight.dtype)
 
     clean_save = CleanSave(inner, NAME)
     token_id, grown, undo = (anatomy.image_token_id, [], []) if chosen == "image" else _reserve(anatomy, token_id)
@@ -142,7 +142,12 @@ def attachment_of(model: Any) -> Attachment:
 
 
 def insert_slots(
-    model: Any, inputs: Mapping[str, Any], *, tokens_per_image: int | Sequence[int] | None = None, pad_token_id: int = 0
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    tokens_per_image: int | Sequence[int] | None = None,
+    pad_token_id: int = 0,
+    padding_side: str = "left",
 ) -> dict[str, Any]:
     """Puts the slots of an attached model before every image of ready `input_ids`; see `slots.insert`."""
     attachment = attachment_of(model)
@@ -150,7 +155,7 @@ def insert_slots(
     each = attachment.config.num_spatial_tokens
     count: int | list[int] = each
     if attachment.unit == "tile" and anatomy.family.tiles == "anyres":
-        count = [each * tiles for tiles in tiles_of(inputs["image_sizes"], anatomy.model.config)]
+        count = [each * tiles for tiles in tiles_of(inputs, anatomy.model.config)]
     return slots.insert(
         inputs,
         token_id=attachment.token_id,
@@ -159,6 +164,7 @@ def insert_slots(
         opening_ids=anatomy.opening_ids,
         tokens_per_image=tokens_per_image,
         pad_token_id=pad_token_id,
+        padding_side=padding_side,
     )
 
 
@@ -185,12 +191,22 @@ def config_for(
         fitted = replace(config, patch_head=None)
     else:
         fitted = SPProjectorConfig.from_preset(config, **{**known, **_grid_fields(anatomy, config, resize, fields), **fields})
+    if "vision_hidden_size" in fields:  # which the user may know better than the first layer tells
+        known.pop("vision_hidden_size", None)
     if anatomy.grid_size is not None and resize is None:
         known["grid_size"] = anatomy.grid_size
     wrong = [f"{name} {getattr(fitted, name)}, not {value}" for name, value in known.items() if getattr(fitted, name) != value]
-    if wrong and not fields.keys() & {"vision_hidden_size"}:  # which the user may know better than the first layer tells
+    if wrong:
         raise SpatialTokensError(f"the config does not fit the model: it has {'; '.join(wrong)}")
     return fitted
+
+
+def _device_of(tap: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module runs: where its weights are, or where accelerate brings them for its calls."""
+    hooks = [getattr(part, "_hf_hook", None) for part in tap.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    found = next((device for device in devices if device is not None), None)
+    return weight.device if found is None else torch.device(found)
 
 
 def _require_image_mode(family: Family, unit: Unit) -> None:
@@ -237,6 +253,8 @@ def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], li
     rows = {name: each.shape[0] for name, each in model.named_parameters(remove_duplicate=False) if each.ndim}
     old = int(anatomy.embeddings.weight.shape[0])
     token_id = old if token_id is None else token_id
+    if type(token_id) is not int or token_id < 0 or token_id == anatomy.image_token_id:
+        raise SpatialTokensError(f"token_id must be the id of a token that stands for nothing else, got {shown(token_id)}")
     undo: list[Callable[[], Any]] = []
     if token_id >= old:
         undo.append(_Shrink(model, old, token_id + 1, model.__dict__.get("vocab_size")))
@@ -249,11 +267,6 @@ def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], li
         if grown:  # a row unlike any other, padding's zeros too: where the caller embeds the ids, it marks the places
             row = torch.randn(anatomy.text_hidden_size, generator=torch.Generator().manual_seed(token_id))
             anatomy.embeddings.weight[token_id] = 0.02 * row.to(anatomy.embeddings.weight)
-    for part in model.modules():
-        generation = getattr(part, "generation_config", None)
-        if generation is not None and token_id not in (generation.suppress_tokens or []):
-            undo.append(_Suppress(generation, generation.suppress_tokens))
-            generation.suppress_tokens = [*(generation.suppress_tokens or []), token_id]
     return token_id, grown, undo
 
 
@@ -267,14 +280,6 @@ class _Shrink:
         self.model.resize_token_embeddings(self.rows, mean_resizing=False)
         if self.vocab_size is None:
             self.model.__dict__.pop("vocab_size", None)
-
-
-class _Suppress:
-    def __init__(self, generation: Any, before: Any) -> None:
-        self.generation, self.before = generation, before
-
-    def __call__(self) -> None:
-        self.generation.suppress_tokens = self.before
 
 
 def _require_transformers() -> None:

@@ -27,6 +27,7 @@ Mode = Literal["own", "image"]
 Unit = Literal["image", "tile"]
 Resize = Literal["pool", "interpolate"]
 NAME = "spatial_tokens"  # of the projector in the model
+NEVER = -1e4  # the reserved token's logit: no probability in any dtype, and no infinity in a loss that sums over the vocabulary
 CARRIED = "_spatial_encoded"  # on what get_image_features returns: generate() encodes images before it calls the model
 
 
@@ -68,6 +69,8 @@ class Attachment:
         self.in_video = False
         self.grown: list[str] = []  # the parameters that gained a row for the reserved token
         self.undo: list[Callable[[], Any]] = []
+        self.head: nn.Module | None = None
+        self.forget_head: Callable[[], Any] = _nothing
 
     @property
     def projector(self) -> nn.Module:
@@ -84,7 +87,8 @@ class Attachment:
             base.register_forward_hook(self.end),
             self.anatomy.language_model.register_forward_pre_hook(self.write, with_kwargs=True),
         ]
-        self.undo = [hook.remove for hook in hooks]
+        self.undo = [*(hook.remove for hook in hooks), self.release_head]
+        self.hold_head()
         for name, around in (("get_image_features", self.encode), ("get_video_features", self.encode_video)):
             if hasattr(base, name):
                 self.undo.append(_Restore(base, name, base.__dict__.get(name)))
@@ -94,6 +98,23 @@ class Attachment:
         """Takes everything away again."""
         while self.undo:
             self.undo.pop()()
+
+    def hold_head(self) -> None:
+        """Hooks what gives the logits; again where resizing or an adapter has put another module in its place."""
+        head = self.anatomy.model.get_output_embeddings() if self.mode == "own" else None  # type: ignore[operator]
+        if head is not self.head:
+            self.forget_head()
+            self.head, self.forget_head = head, head.register_forward_hook(self.silence).remove if head is not None else _nothing
+
+    def release_head(self) -> None:
+        """Takes that hook away."""
+        self.forget_head()
+        self.head, self.forget_head = None, _nothing
+
+    def silence(self, module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
+        """After the head: the reserved token is never the next one, and takes no share of a loss."""
+        logits[..., self.token_id] = NEVER
+        return logits
 
     def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Around `get_image_features`: keeps the patches, or joins their tokens with the image's."""
@@ -140,6 +161,7 @@ class Attachment:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: what an interrupted call left is gone; what generate() has encoded is there."""
+        self.hold_head()
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.ids = ids if isinstance(ids, torch.Tensor) else None
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
@@ -160,7 +182,7 @@ class Attachment:
                 self._require_no_places(embeddings)
             if not self._must_take_part():
                 return None
-            return args, {**kwargs, "inputs_embeds": embeddings + self._nothing(embeddings)}
+            return args, {**kwargs, "inputs_embeds": embeddings + self._no_tokens(embeddings)}
         mask = self._mask(embeddings)
         if torch.compiler.is_compiling():
             tokens = self.tokens(encoded.maps)
@@ -190,7 +212,8 @@ class Attachment:
     def places(self, mask: torch.Tensor) -> Places:
         """Where the tokens go, row by row."""
         images = None if self.ids is None or self.ids.shape != mask.shape else self.ids == self.anatomy.image_token_id
-        return find_places(mask, images, self.config.num_spatial_tokens)
+        side_by_side = self.unit == "tile" and self.anatomy.family.tiles == "anyres"
+        return find_places(mask, images, self.config.num_spatial_tokens, side_by_side=side_by_side)
 
     def _fitted(self, each: torch.Tensor, grid: Size) -> torch.Tensor:
         if tuple(each.shape[:2]) == tuple(grid):
@@ -221,7 +244,7 @@ class Attachment:
         if row is not None:
             raise SpatialTokensError(
                 f"row {row} has {found[row]} places for spatial tokens, but no image was encoded in this call; give the images "
-                "with their text (generate(prefill_chunk_size=...), which separates them, is not supported)"
+                "with their text (generate() separates them with prefill_chunk_size, and gives an assistant_model none)"
             )
 
     def _must_take_part(self) -> bool:
@@ -229,9 +252,13 @@ class Attachment:
         weights = self.projector.parameters()
         return self.projector.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
-    def _nothing(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def _no_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
         blank = embeddings.new_zeros(*self.config.grid_size, self.config.vision_hidden_size)
         return self.tokens([blank])[:, :0].sum().to(embeddings)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Around:
@@ -292,7 +319,7 @@ def _after_zeros(layer: Any, count: int, lengths: list[int]) -> Any:
 
 def _thumbnails(maps: Maps, arguments: dict[str, Any], config: Any) -> Maps:
     """The first tile of each image."""
-    counts = tiles_of(arguments["image_sizes"], config)
+    counts = tiles_of(arguments, config)
     starts = [sum(counts[:i]) for i in range(len(counts))]
     if sum(counts) != len(maps):
         raise SpatialTokensError(f"{len(maps)} tiles were encoded, but image_sizes tell of {sum(counts)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class CleanSave:
-    """Takes the place of a model's `save_pretrained`: no tensor of ours, no row of the reserved token, no suppressed token.
+    """Takes the place of a model's `save_pretrained`: no tensor of ours, no row of the reserved token.
 
     Args:
         model: The model, before anything is attached.
@@ -19,7 +19,6 @@ class CleanSave:
     def __init__(self, model: Any, prefix: str) -> None:
         self.model, self.prefix = model, prefix
         self.rows = int(model.get_input_embeddings().weight.shape[0])
-        self.suppressed = getattr(getattr(model, "generation_config", None), "suppress_tokens", None)
         self.grown: list[str] = []  # parameters that gained rows since, and
         self.grown_to = self.rows  # how many they have
         self.__signature__ = inspect.signature(type(model).save_pretrained)
@@ -43,16 +42,14 @@ class CleanSave:
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
-        text, generation = self.model.config.get_text_config(), getattr(self.model, "generation_config", None)
+        text = self.model.config.get_text_config()
         names = ("vocab_size", "vocab_size_per_layer_input")
         found = [
             (config, name, getattr(config, name)) for config in (text, self.model.config) for name in names if hasattr(config, name)
         ]
-        if generation is not None:
-            found.append((generation, "suppress_tokens", generation.suppress_tokens))
         try:
             for owner, name, value in found:
-                setattr(owner, name, self.suppressed if name == "suppress_tokens" else value - self._added())
+                setattr(owner, name, value - self._added())
             yield
         finally:
             for owner, name, value in found:

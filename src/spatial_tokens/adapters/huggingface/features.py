@@ -207,10 +207,13 @@ def _one(size: Any) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
-def tiles_of(image_sizes: Any, config: Any) -> list[int]:
-    """How many tiles each image is cut into, its thumbnail included."""
+def tiles_of(arguments: Arguments, config: Any) -> list[int]:
+    """How many tiles each image is cut into, its thumbnail included, by what the model is called with."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
-    sizes = torch.as_tensor(image_sizes).tolist()
-    return [int(image_size_to_num_patches(size, pinpoints, side)) for size in sizes]
+    sizes = torch.as_tensor(arguments["image_sizes"]).tolist()
+    counts = arguments.get("batch_num_images")
+    in_row = [1] * len(sizes) if counts is None else [n for n in torch.as_tensor(counts).tolist() for _ in range(n)]
+    # LLaVA-OneVision cuts the one image of a row, and none of several
+    return [int(image_size_to_num_patches(size, pinpoints, side)) if n == 1 else 1 for size, n in zip(sizes, in_row, strict=True)]

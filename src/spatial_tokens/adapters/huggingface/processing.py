@@ -81,7 +81,7 @@ class SlotWriter:
             raise SpatialTokensError("slots are put into tensors here; give return_tensors='pt'")
         count: int | list[int] = self.count
         if self.per_tile and self.tile_length is None:
-            count = [self.count * tiles for tiles in tiles_of(outputs["image_sizes"], self.config)]
+            count = [self.count * tiles for tiles in tiles_of(outputs, self.config)]
         made = slots.insert(
             outputs, token_id=self.token_id, count=count, image_token_id=self.image_token_id, opening_ids=self.opening_ids,
             tokens_per_image=self.tile_length if self.per_tile else None, pad_token_id=self.pad_token_id,
@@ -212,7 +212,7 @@ def _counts(images: Any) -> int | list[int]:
     if images is None:
         return 0
     if not isinstance(images, (list, tuple)):
-        return 1
+        return len(images) if getattr(images, "ndim", 0) == 4 else 1
     if any(isinstance(each, (list, tuple)) or each is None for each in images):
         return [len(each) if isinstance(each, (list, tuple)) else int(each is not None) for each in images]
     return len(images)

@@ -46,6 +46,10 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         "projector": attachment.config.to_dict(),
     }
     text = json.dumps(values, indent=2) + "\n"
+    if (Path(directory) / "config.json").is_file():
+        raise SpatialTokensError(
+            f"{directory} has a config.json: transformers would take an adapter beside it for PEFT's; give a folder of its own"
+        )
     folder = make_directory(directory)
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -88,8 +92,9 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         token_id=values["token_id"] if own else None,
     )  # fmt: skip
     try:
-        for name, row in rows.items():
-            inner.get_parameter(name).detach()[values["token_id"]] = row
+        for name in attachment_of(inner).grown:
+            if name in rows:
+                inner.get_parameter(name).detach()[values["token_id"]] = rows[name]
         made = getattr(inner, NAME).to(dtype=next(projector.parameters()).dtype)
         made.load_state_dict(tensors)  # a copy: a mapped file's alignment would change the last bits of products
     except (AttributeError, IndexError, RuntimeError) as error:

@@ -68,16 +68,17 @@ class Places:
         return units
 
 
-def find_places(slots: torch.Tensor, images: torch.Tensor | None, group: int) -> Places:
+def find_places(slots: torch.Tensor, images: torch.Tensor | None, group: int, *, side_by_side: bool = False) -> Places:
     """The groups of slots in a batch.
 
     Args:
         slots: Where the slots are, `(B, L)`.
         images: Where the image placeholders are, `(B, L)`; None if that is not known.
         group: Slots of one group, `K`.
+        side_by_side: Whether several groups may stand before one image.
 
     Raises:
-        SpatialTokensError: If a row's slots are no multiple of it.
+        SpatialTokensError: If a row's slots are no multiple of it, or an image and its slots do not go together.
     """
     kinds = slots.to(torch.uint8) if images is None else slots.to(torch.uint8) + 2 * images.to(torch.uint8)
     rows = []
@@ -89,10 +90,14 @@ def find_places(slots: torch.Tensor, images: torch.Tensor | None, group: int) ->
                 if slot % group == 0:
                     found.append(0)
                 slot += 1
-            elif kind == 2 and found:
+            elif kind == 2:
+                if not found:
+                    raise SpatialTokensError(f"row {number} has an image without places for spatial tokens before it")
                 found[-1] += 1
         if slot % group:
             raise SpatialTokensError(f"row {number} has {slot} places for spatial tokens, which is no multiple of {group}")
+        if images is not None and found and (not found[-1] or (0 in found and not side_by_side)):
+            raise SpatialTokensError(f"row {number} has places for spatial tokens without an image after them")
         rows.append(found)
     return Places(rows)
 
@@ -106,6 +111,7 @@ def insert(
     opening_ids: Sequence[int] = (),
     tokens_per_image: int | Sequence[int] | None = None,
     pad_token_id: int = 0,
+    padding_side: str = "left",
 ) -> dict[str, Any]:
     """Puts slots before every image of ready `input_ids`, and makes everything else as long.
 
@@ -118,7 +124,8 @@ def insert(
         opening_ids: Tokens that may stand right before an image and belong to it.
         tokens_per_image: Placeholders of an image, or of each image in turn; needed where images touch, or where other tokens
             stand within one. When left out, every run of placeholders is an image.
-        pad_token_id: What makes rows with fewer images as long as the others, on the side where the attention mask has zeros.
+        pad_token_id: What makes rows with fewer images as long as the others,
+        padding_side: on the side where the attention mask has zeros, or if it has none on this one.
 
     Returns:
         The inputs, `(B, L + K * images)`.
@@ -151,7 +158,7 @@ def insert(
     most = max(map(sum, counts), default=0)
     if mask is None and any(sum(row) != most for row in counts):
         raise SpatialTokensError(f"the rows have {[len(row) for row in starts]} images; give the attention_mask, to pad them")
-    left = mask is not None and bool((mask[:, 0] == 0).any())
+    left = padding_side == "left" if mask is None or bool(mask.all()) else bool((mask[:, 0] == 0).any())
     made = {}
     for name, each in aligned.items():
         in_slots, in_padding = (token_id, pad_token_id) if name == "input_ids" else ALIGNED[name]

@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import as_size
 from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
 from spatial_tokens.ops.backends import TRITON, using
 
@@ -162,7 +164,7 @@ def _contest(
     # On a CPU the backward pass took 36 s a run channels last, and over eight minutes to compile: there they run forward only.
     if direction == PASSES[0] or options.device.type == "cuda":
         entries["Conv2d, channels last"] = partial(convolution, memory_format=torch.channels_last)
-        if subject == "tokens, cropping":
+        if subject == "tokens, cropping" and batch <= 32:  # each batch is compiled anew
             entries["Conv2d, torch.compile"] = partial(convolution, compiled=True)
 
     meta = torch.device("meta")
@@ -173,8 +175,17 @@ def _contest(
         "kernels", subject, _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), AUTHORS,
         num_bytes=factor * num_bytes, num_flops=factor * num_flops,
         weights=lambda: [weight.detach() for weight in shared()[0].parameters() if weight.ndim == 2],
-        memory=4 * sum(weight.nbytes for weight in module.parameters()) + 6 * features.nbytes,
+        memory=4 * sum(weight.nbytes for weight in module.parameters()) + 2 * activations(options.config, batch, dtype),
     )  # fmt: skip
+
+
+def activations(config: SPProjectorConfig, batch: int, dtype: torch.dtype) -> int:
+    """Bytes, about, that a forward pass of a whole projector holds at once, the specification's unfolded windows included."""
+    unfolded = (
+        prod(config.detail_grid_size) * prod(as_size(config.detail_kernel_size or 1, "kernel size")) * config.vision_hidden_size
+    )
+    tokens = config.num_patches * max(config.vision_hidden_size, config.text_hidden_size)
+    return batch * dtype.itemsize * (2 * unfolded + 6 * tokens)
 
 
 def work(module: nn.Module, features: torch.Tensor) -> tuple[int, int]:

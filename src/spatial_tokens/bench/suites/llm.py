@@ -17,7 +17,7 @@ from torch import nn
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.machine import free_memory
 from spatial_tokens.bench.options import DTYPES, Options
-from spatial_tokens.bench.suites.kernels import TOLERANCE, verified
+from spatial_tokens.bench.suites.kernels import TOLERANCE, activations, verified
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError
 from spatial_tokens.modules import MLPHead, SPProjector
@@ -73,7 +73,7 @@ def contest(options: Options, model: Model, dtype: str, batch: int) -> Contest:
     entries = {name: partial(_entry, options, model, dtype, batch, llama, build) for name, build in projectors.items()}
     return Contest(
         "llm", f"Llama {model.name}", {"dtype": dtype, "batch": batch, "prompt": model.prompt, "answer": model.answer},
-        entries, baseline=WITHOUT, memory=_memory(options, model, dtype),
+        entries, baseline=WITHOUT, memory=_memory(options, model, dtype) + activations(config, batch, DTYPES[dtype]),
     )  # fmt: skip
 
 
@@ -136,11 +136,10 @@ def _entry(
             inputs_embeds=embedded, attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long, device=options.device),
             max_new_tokens=model.answer, min_new_tokens=model.answer, do_sample=False,
         )  # fmt: skip
+        if answer.shape != (batch, model.answer):
+            raise RuntimeError(f"the model gave {tuple(answer.shape)} tokens for ({batch}, {model.answer})")
         return answer
 
-    made = run().shape
-    if made != (batch, model.answer):
-        raise RuntimeError(f"the model gave {tuple(made)} tokens for ({batch}, {model.answer})")
     positions = features.shape[1] if isinstance(projector, MLPHead) else features.shape[1] + options.config.num_spatial_tokens
     return Entry(
         run,

@@ -12,7 +12,7 @@ from torch import nn
 from spatial_tokens.bench import alternatives
 from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
-from spatial_tokens.bench.suites.kernels import TOLERANCE, flops_of, verified
+from spatial_tokens.bench.suites.kernels import TOLERANCE, activations, flops_of, verified
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.grid import crop_sizes
 from spatial_tokens.modules import LinearHead, MLPHead, SPProjector
@@ -34,7 +34,7 @@ def contests(options: Options) -> Iterator[Contest]:
                 }
                 yield Contest(
                     "projectors", name, {"dtype": dtype, "batch": batch}, entries, baseline=BASELINE,
-                    memory=3 * config.num_parameters * DTYPES[dtype].itemsize,
+                    memory=3 * config.num_parameters * DTYPES[dtype].itemsize + activations(config, batch, DTYPES[dtype]),
                 )  # fmt: skip
 
 

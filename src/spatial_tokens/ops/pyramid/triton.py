@@ -47,7 +47,8 @@ def pool_kernel(patch_map, pooled, stride_b, stride_y, stride_x, H, W, SIZES: tl
     total = tl.zeros((BLOCK,), tl.float32)
     for patch in range((bottom - top) * (right - left)):
         y, x = top + patch // (right - left), left + patch % (right - left)
-        total += tl.load(patch_map + image * stride_b + y * stride_y + x * stride_x + c, mask=c < C, other=0.0).to(tl.float32)
+        place = image * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+        total += tl.load(patch_map + place + c, mask=c < C, other=0.0).to(tl.float32)
     mean = total / ((bottom - top) * (right - left))
     tl.store(pooled + (image * tl.num_programs(0) + row) * C + c, mean.to(pooled.dtype.element_ty), mask=c < C)
 

@@ -1,8 +1,9 @@
 """One matrix product for each row of a kernel, on the features as they lie in memory; sums in float32, in the rows' order.
 
 A row of a window is one run of `w * C` numbers, and so is the row of the weight that meets it. So a window needs no copy: its rows
-are the batch of a batched product, and splitting the long sum is also what keeps every core reading. Where a kernel meets
-several windows, these overlap in memory; one row of all of them is gathered at a time, `1 / h` of the unfolded map.
+are the batch of a batched product, and splitting the long sum is also what keeps every core reading. (16 bits on a CPU are the
+exception: one product, of a copied window.) Where a kernel meets several windows, these overlap in memory; one row of all of them
+is gathered at a time, `1 / h` of the unfolded map.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def _sum(parts: torch.Tensor) -> torch.Tensor:
 
 def _num_runs(images: torch.Tensor, window: Window) -> int:
     """Into how many equal runs the sum over a single window is split: times on a CPU at the paper's size (README.md)."""
-    if images.dtype.itemsize == 2:
+    if images.dtype.itemsize == 2 and images.device.type == "cpu":
         return 1  # oneDNN's batched product takes 20 times the time of its plain one here
     if images.shape[0] == 1:  # copying one image's window is 1/256 of the reading, and long runs read faster
         return _divisor(window.height * window.width, FEWEST_RUNS)

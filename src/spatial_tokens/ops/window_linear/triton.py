@@ -47,7 +47,7 @@ def _origins(rows, stride_b, stride_y, stride_x, STEP: tl.constexpr, COUNT: tl.c
     """Where the windows' offsets from their weight's first window lie: row `b * P + p` is window `p` of image `b`."""
     image, position = rows // (COUNT[0] * COUNT[1]), rows % (COUNT[0] * COUNT[1])
     y, x = position // COUNT[1] * STEP[0], position % COUNT[1] * STEP[1]
-    return image.to(tl.int64) * stride_b + y * stride_y + x * stride_x
+    return image.to(tl.int64) * stride_b + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def tokens_kernel(
     total = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
     for t in range(patches * NUM_C):
         patch, channels = first_patch + t // NUM_C, t % NUM_C * BLOCK_C + c
-        place = (top + patch // width) * stride_y + (left + patch % width) * stride_x
+        place = (top + patch // width).to(tl.int64) * stride_y + (left + patch % width).to(tl.int64) * stride_x
         w = tl.load(weight_rows + patch * C + channels[None, :], mask=(s[:, None] < S) & (channels[None, :] < C), other=0.0)
         x = tl.load(origins + place + channels[:, None], mask=(r[None, :] < num_rows) & (channels[:, None] < C), other=0.0)
         total = _dot(w, x, total, PRECISION)
@@ -198,7 +198,8 @@ def weight_grad_kernel(
     patch = item - first
     s = tl.program_id(0) // NUM_C * BLOCK_S + tl.arange(0, BLOCK_S)
     c = tl.program_id(0) % NUM_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    at_patch = patch_map + (top + patch // width) * stride_y + (left + patch % width) * stride_x + c[None, :]
+    place = (top + patch // width).to(tl.int64) * stride_y + (left + patch % width).to(tl.int64) * stride_x
+    at_patch = patch_map + place + c[None, :]
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for start in range(0, num_rows, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)

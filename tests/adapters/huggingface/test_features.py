@@ -1,0 +1,36 @@
+"""Maps of patches where the families' matrix does not reach: several images in a row of LLaVA-OneVision, wrong shapes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface.features import maps_of, tiles_of
+
+CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=32), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
+
+
+def test_tiles_of_images_by_their_sizes():
+    sizes = torch.tensor([[32, 64], [64, 64], [60, 30]])
+    assert tiles_of({"image_sizes": sizes}, CONFIG) == [3, 5, 3]
+
+
+def test_several_images_of_a_row_are_not_cut():
+    sizes = torch.tensor([[64, 64]] * 4)
+    assert tiles_of({"image_sizes": sizes, "batch_num_images": torch.tensor([2, 1, 1])}, CONFIG) == [1, 1, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "arguments", "message"),
+    [
+        ("square", (2, 15, 4), {}, "15 patches are no square"),
+        ("channels first", (2, 16, 4), {}, "not a map of four dimensions"),
+        ("grid", (20, 4), {"image_grid_thw": [[1, 4, 6]]}, r"given 20 patches, but the images' grids \[\(4, 6\)\] have 24"),
+    ],
+)
+def test_features_that_are_not_what_the_layout_says(layout, shape, arguments, message):
+    with pytest.raises(SpatialTokensError, match=message):
+        maps_of(layout, [torch.zeros(shape)], arguments, SimpleNamespace(model_type="x"))
