@@ -17,8 +17,11 @@ NO_FEATURES = "it has no `get_image_features()` to take patches from"
 CANNOT: dict[str, str] = {
     "blip": f"{NO_FEATURES}: its text decoder looks at the image by cross-attention",
     "evolla": f"{NO_FEATURES}: it reads proteins, not images",
+    "granite_docling": "no projector is found: it is in the vision model, behind a router of densities",
+    "inkling_mm_model": "no projector is found: its vision tower projects patches itself",
     "instructblipvideo": f"{NO_FEATURES}: it takes videos alone",
     "mistral4": f"{NO_FEATURES}: it is a language model",
+    "nemotron_h_omni": "its config has no `image_token_id`: images have no place in its sequence",
     "pi0": f"{NO_FEATURES}: it is a robot's policy around a model of another family",
     "pix2struct": f"{NO_FEATURES}: its decoder looks at the image by cross-attention",
     "pp_formulanet": f"{NO_FEATURES}: its decoder looks at the image by cross-attention",
@@ -31,11 +34,8 @@ CANNOT: dict[str, str] = {
 NOT_TRIED: dict[str, str] = {
     "diffusion_gemma": "no tiny model yet: it writes blocks by diffusion, and the tests' loops are of one token after another",
     "granite4_vision": "no tiny model yet: it has a projector for each of several layers, none of them in `TAPS`",
-    "granite_docling": "no tiny model yet: its projector is in its vision model, behind a router of densities, and not in `TAPS`",
     "hunyuan_vl": "no tiny model yet: its projector is in its vision tower, with separators of lines, and not in `TAPS`",
-    "inkling_mm_model": "no tiny model yet: its vision tower projects patches itself, and there is no projector of `TAPS`",
     "molmo2": "no tiny model yet: its projector gathers patches by lists of indices",
-    "nemotron_h_omni": "no tiny model yet: it has no `image_token_id` in its config and is refused",
     "unlimited_ocr": "no tiny model yet: its tower goes over the whole and over tiles in two calls",
 }
 
