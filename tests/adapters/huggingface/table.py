@@ -43,7 +43,7 @@ INTRODUCTION = """# Families
 
 Which families of transformers' image-text-to-text models take spatial tokens. The table is written by
 `python -m tests.adapters.huggingface.table` from the lists that the tests go by; the tests hold every family that works to every
-cell, on a tiny model with random weights:
+cell, on a tiny model with random weights, in transformers 5.17 and 5.23:
 
 placement (the language model's own rows are those of the untouched model, bit for bit, and spatial tokens are in their places) ·
 raster order (each cell of a map is the pixels at its place) · gradients reach every parameter · text alone · a batch with 2, 1 and

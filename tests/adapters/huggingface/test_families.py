@@ -18,8 +18,10 @@ from spatial_tokens.adapters.huggingface import attach, detach, insert_slots, lo
 from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL
 from spatial_tokens.errors import SpatialTokensError
 from tests.adapters.huggingface.exceptions import EXCEPTIONS, FAULTS
-from tests.adapters.huggingface.tiny import IMAGE, MODELS, WORDS, Picture, flat, prototype
+from tests.adapters.huggingface.tiny import IMAGE, MODELS, WORDS, Picture, flat, needs_known_transformers, prototype
 from tests.tolerances import assert_close
+
+pytestmark = needs_known_transformers
 
 NEVER = [0, 1, 2, *range(100, WORDS + 1)]  # pads, ends and placeholders: a random model would write them in the middle
 STEPS = 4

@@ -11,7 +11,9 @@ from spatial_tokens.adapters.huggingface.families import FAMILIES, REFUSED
 from spatial_tokens.errors import SpatialTokensError
 from tests.adapters.huggingface.exceptions import EXCEPTIONS, FAULTS
 from tests.adapters.huggingface.table import CANNOT, NOT_TRIED, PAGE, families, page
-from tests.adapters.huggingface.tiny import MODELS
+from tests.adapters.huggingface.tiny import MODELS, needs_known_transformers
+
+pytestmark = needs_known_transformers
 
 
 def test_it_is_written():
@@ -56,5 +58,5 @@ def test_refused_for_what_is_not_found(kind):
         pytest.skip(f"{kind} has no config of its own: {error}")
     with torch.device("meta"):
         model = getattr(transformers, MAPPING[kind])(config)
-    with pytest.raises(SpatialTokensError, match="has no get_image_features|found no projector|has no image_token_id"):
+    with pytest.raises(SpatialTokensError, match=r"has no get_image_features|found no projector|has no image_token_id"):
         attach(model)

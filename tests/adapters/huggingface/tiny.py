@@ -19,6 +19,11 @@ from einops import rearrange
 from packaging.version import Version
 from torch import nn
 
+SINCE = "5.17"  # the models' inputs, and what each family can do, are those of this version and newer ones
+needs_known_transformers = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(SINCE), reason=f"the table of families is that of transformers {SINCE} and newer"
+)
+
 PAD, IMAGE, VIDEO, START, END, BREAK, SEPARATOR = 0, 100, 102, 103, 104, 105, 106
 WORDS = 128
 
