@@ -296,7 +296,8 @@ def check_gradients(case: Case) -> None:
     for key, weight in model.spatial_tokens.named_parameters():
         assert weight.grad is not None, key
         assert weight.grad.isfinite().all(), key
-        assert weight.grad.any(), key
+        if not key.endswith(("key_projector.0.bias", "key_projector.1.bias")):  # softmax does not see a shift of all scores
+            assert weight.grad.any(), key
 
 
 @families()

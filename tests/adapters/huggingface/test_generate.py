@@ -178,6 +178,16 @@ def test_an_interrupted_call_leaves_nothing(place_of_fault):
     assert torch.equal(model(**inputs).logits, expected)
 
 
+def test_drafts_that_copy_a_part_of_the_slots():
+    """Prompt lookup drafts whatever followed the last words before; the slots are among it, and never accepted."""
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = inputs_of(processor, ["a<image> b"], pictures(1))
+    wanted = processor.tokenizer.convert_tokens_to_ids("a")
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([wanted]), 1e3))
+    made = model.generate(**inputs, prompt_lookup_num_tokens=4, max_new_tokens=6, do_sample=False)
+    assert (made[0, -6:] == wanted).all()
+
+
 def test_two_models_and_two_threads():
     pairs = [attach(*llava(seed), **FIELDS) for seed in (1, 2)]
     batches = [inputs_of(processor, ["<image> a?"], pictures(1, seed=seed)) for seed, (_, processor) in enumerate(pairs)]

@@ -267,6 +267,22 @@ def test_without_spatial_tokens(tmp_path):
             call()
 
 
+def test_a_processor_that_inserts_slots_already(saved):
+    base, plain, inputs, logits, folder = saved
+    model, processor = load_adapter(base, folder, plain)
+    detach(model)
+    model, again = load_adapter(base, folder, processor)
+    assert torch.equal(again(images=pictures(1), text="a <image> b", return_tensors="pt")["input_ids"], inputs["input_ids"])
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_positional_arguments_of_save_pretrained(tmp_path):
+    base, plain = llava()
+    model, _ = attach(base, plain, **FIELDS)
+    model.save_pretrained(tmp_path, True, model.state_dict())
+    assert not any("spatial" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
 def test_twice():
     base, plain = llava()
     attach(base, plain, **FIELDS)

@@ -70,6 +70,45 @@ def test_insert(pieces, left, count):
     assert len({tuple(made[name].shape) for name in ("input_ids", "attention_mask", "labels", "position_ids")}) == 1
 
 
+@given(st.lists(rows(), min_size=1, max_size=4), st.booleans(), st.integers(1, 3), st.integers(1, 3))
+def test_a_batch_is_its_rows(pieces, left, count, length):
+    """All images are of one length here, and touch where no words lie between them."""
+    pieces = [[(kind, (length, each[1]) if kind == "image" else each) for kind, each in row] for row in pieces]
+    ids, mask = batch_of([spelled(row)[0] for row in pieces], left)
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids == IMAGE).long(), "labels": ids * mask - (1 - mask)}
+    options = {"token_id": SLOT, "count": count, "image_token_id": IMAGE, "opening_ids": [OPEN], "tokens_per_image": length}
+    made = insert(batch, **options)
+    assert made["input_ids"].shape[1] == ids.shape[1] + count * max(len(spelled(row)[1]) for row in pieces)
+    for i in range(len(pieces)):
+        there = mask[i].bool()
+        alone = insert({name: each[i, there][None] for name, each in batch.items()}, **options)
+        kept = made["attention_mask"][i].bool()
+        assert all(torch.equal(made[name][i, kept], each[0]) for name, each in alone.items())
+        assert not made["token_type_ids"][i, made["input_ids"][i] == SLOT].any()
+
+
+def test_rows_with_as_many_images_need_no_mask():
+    ids = torch.tensor([[1, IMAGE, 2], [IMAGE, 3, 4]])
+    made = insert({"input_ids": ids, "attention_mask": None}, token_id=SLOT, count=1, image_token_id=IMAGE)
+    assert made["input_ids"].tolist() == [[1, SLOT, IMAGE, 2], [SLOT, IMAGE, 3, 4]]
+    assert made["attention_mask"] is None
+
+
+def test_rows_padded_on_either_side():
+    ids = torch.tensor([[PAD, IMAGE, 1], [IMAGE, 1, PAD], [1, 2, 3]])
+    mask = (ids != PAD).long()
+    made = insert({"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=1, image_token_id=IMAGE, pad_token_id=PAD)
+    assert [row[kept].tolist() for row, kept in zip(made["input_ids"], made["attention_mask"].bool(), strict=True)] == [
+        [SLOT, IMAGE, 1], [SLOT, IMAGE, 1], [1, 2, 3],
+    ]  # fmt: skip
+
+
+def test_the_inputs_are_left_as_they_were():
+    inputs = {"input_ids": torch.tensor([[IMAGE, 1]]), "labels": torch.tensor([[IMAGE, 1]])}
+    insert(inputs, token_id=SLOT, count=1, image_token_id=IMAGE)
+    assert inputs["input_ids"].tolist() == inputs["labels"].tolist() == [[IMAGE, 1]]
+
+
 def test_runs_are_images_when_no_lengths_are_given():
     ids = torch.tensor([[1, IMAGE, IMAGE, 2, OPEN, IMAGE, 3]])
     made = insert({"input_ids": ids}, token_id=SLOT, count=2, image_token_id=IMAGE, opening_ids=[OPEN])
@@ -103,6 +142,9 @@ def test_a_number_of_slots_for_each_image():
     ("ids", "options", "message"),
     [
         ([[1, SLOT, IMAGE]], {}, "row 0 has slots already"),
+        ([[1, 2, IMAGE], [1, SLOT, IMAGE]], {}, "row 1 has slots already"),
+        ([[IMAGE, 1], [1, IMAGE]], {"tokens_per_image": [1, 2]}, "row 1 has 1 image tokens"),
+        ([[IMAGE, 1]], {"tokens_per_image": 0}, "row 0 has 1 image tokens"),
         ([[IMAGE, IMAGE], [IMAGE, 1]], {"tokens_per_image": 2}, "row 1 has 1 image tokens"),
         ([[IMAGE, IMAGE]], {"tokens_per_image": [1]}, "row 0 has 2 image tokens"),
         ([[IMAGE, 1]], {"tokens_per_image": [1, 1]}, "tokens_per_image names 2 images, input_ids have 1"),
@@ -119,6 +161,32 @@ def test_a_tensor_of_another_length():
     inputs = {"input_ids": torch.tensor([[IMAGE, 1]]), "labels": torch.tensor([[1]])}
     with pytest.raises(SpatialTokensError, match=r"labels \(1, 1\) must be of the shape of input_ids, \(1, 2\)"):
         insert(inputs, token_id=SLOT, count=1, image_token_id=IMAGE)
+
+
+def test_positions_of_several_kinds():
+    """Qwen's positions have three rows for each of ours; the model makes them anew."""
+    inputs = {"input_ids": torch.tensor([[IMAGE, 1]]), "position_ids": torch.zeros(3, 1, 2, dtype=torch.long)}
+    with pytest.raises(SpatialTokensError, match=r"position_ids \(3, 1, 2\) must be of the shape of input_ids, \(1, 2\)"):
+        insert(inputs, token_id=SLOT, count=1, image_token_id=IMAGE)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": torch.tensor([[IMAGE, 1]]), "attention_mask": [[1, 1]]},
+        {"input_ids": torch.tensor([[IMAGE, 1]]), "labels": [[IMAGE, 1]]},
+        {"labels": torch.tensor([[IMAGE, 1]])},
+    ],
+    ids=["mask", "labels", "no ids"],
+)
+def test_what_is_no_tensor(inputs):
+    with pytest.raises(SpatialTokensError):
+        insert(inputs, token_id=SLOT, count=1, image_token_id=IMAGE)
+
+
+def test_a_side_that_is_none():
+    with pytest.raises(SpatialTokensError, match="padding_side"):
+        insert({"input_ids": torch.tensor([[IMAGE, 1]])}, token_id=SLOT, count=1, image_token_id=IMAGE, padding_side="rigth")
 
 
 # Which map goes where

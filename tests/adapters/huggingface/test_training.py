@@ -250,6 +250,15 @@ def test_ddp_with_text_alone_on_one_rank():
                 torch.testing.assert_close(results[rank][name], grad / 2, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_left_at_slots_are_no_targets(ready):
+    model, processor = ready
+    batch = batch_of(processor)
+    careless = batch["labels"].masked_fill(
+        batch["input_ids"] == model._spatial_attachment.token_id, model._spatial_attachment.token_id
+    )
+    assert torch.equal(model(**{**batch, "labels": careless}).loss, model(**batch).loss)
+
+
 def test_slots_of_labels(ready):
     """The loss of a batch with slots is that of the words alone: slots are no targets."""
     model, processor = ready

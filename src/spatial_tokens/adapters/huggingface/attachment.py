@@ -85,6 +85,7 @@ class Attachment:
             tap.register_forward_hook(self.measure),
             base.register_forward_pre_hook(self.begin, with_kwargs=True),
             base.register_forward_hook(self.end),
+            self.anatomy.model.register_forward_pre_hook(self.spare, with_kwargs=True),
             self.anatomy.language_model.register_forward_pre_hook(self.write, with_kwargs=True),
         ]
         self.undo = [*(hook.remove for hook in hooks), self.release_head]
@@ -159,6 +160,13 @@ class Attachment:
         if self.captured is not None and isinstance(output, torch.Tensor):
             self.num_tokens += output.numel() // output.shape[-1]
 
+    def spare(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the model: slots are nobody's target, whatever the collator made of them."""
+        labels = kwargs.get("labels")
+        if self.mode == "image" or not isinstance(labels, torch.Tensor):
+            return None
+        return args, {**kwargs, "labels": labels.masked_fill(labels == self.token_id, -100)}
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: what an interrupted call left is gone; what generate() has encoded is there."""
         self.hold_head()
@@ -179,7 +187,7 @@ class Attachment:
         encoded, self.encoded = self.encoded, None
         if encoded is None:
             if embeddings.shape[1] > 1 and not torch.compiler.is_compiling():
-                self._require_no_places(embeddings)
+                self._require_no_places(embeddings, kwargs.get("past_key_values"))
             if not self._must_take_part():
                 return None
             return args, {**kwargs, "inputs_embeds": embeddings + self._no_tokens(embeddings)}
@@ -238,9 +246,11 @@ class Attachment:
         mask: torch.Tensor = (embeddings == token[0].to(embeddings)).all(-1)  # the caller embedded the ids
         return mask
 
-    def _require_no_places(self, embeddings: torch.Tensor) -> None:
+    def _require_no_places(self, embeddings: torch.Tensor, cache: Any) -> None:
         found = self._mask(embeddings).sum(1).tolist()
-        row = next((row for row, count in enumerate(found) if count), None)
+        drafted = cache is not None and cache.get_seq_length() > 0  # by copying the prompt, a part of its slots too; never accepted
+        group = self.config.num_spatial_tokens
+        row = next((row for row, count in enumerate(found) if count and not (drafted and count % group)), None)
         if row is not None:
             raise SpatialTokensError(
                 f"row {row} has {found[row]} places for spatial tokens, but no image was encoded in this call; give the images "

@@ -24,7 +24,8 @@ class CleanSave:
         self.__signature__ = inspect.signature(type(model).save_pretrained)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("state_dict")
+        call = inspect.signature(type(self.model).save_pretrained).bind(self.model, *args, **kwargs)
+        given = call.arguments.get("state_dict")
         given = self.model.state_dict() if given is None else given
         added = self._added()
         tensors = {
@@ -33,7 +34,8 @@ class CleanSave:
             if not name.startswith(f"{self.prefix}.")
         }
         with self._as_before():
-            return type(self.model).save_pretrained(self.model, *args, **{**kwargs, "state_dict": tensors})
+            call.arguments["state_dict"] = tensors
+            return type(self.model).save_pretrained(*call.args, **call.kwargs)
 
     def _added(self) -> int:
         """Rows of the reserved token that are still the embeddings' last: 0 once somebody has added rows of their own."""

@@ -152,7 +152,7 @@ def add_token(processor: Any, token: str) -> tuple[Any, int]:
     """
     if not hasattr(processor, "tokenizer"):
         raise SpatialTokensError(f"a processor with a tokenizer is expected, got a {type(processor).__name__}")
-    processor = copy.copy(processor)
+    processor = without_slots(copy.copy(processor))
     processor.tokenizer = copy.deepcopy(processor.tokenizer)
     if token not in processor.tokenizer.get_vocab():
         processor.tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)

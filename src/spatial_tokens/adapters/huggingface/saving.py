@@ -94,6 +94,10 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     try:
         for name in attachment_of(inner).grown:
             if name in rows:
+                if rows[name].shape != inner.get_parameter(name).shape[1:]:
+                    raise RuntimeError(
+                        f"{name} has rows of {tuple(inner.get_parameter(name).shape[1:])}, not {tuple(rows[name].shape)}"
+                    )
                 inner.get_parameter(name).detach()[values["token_id"]] = rows[name]
         made = getattr(inner, NAME).to(dtype=next(projector.parameters()).dtype)
         made.load_state_dict(tensors)  # a copy: a mapped file's alignment would change the last bits of products

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.errors import SpatialTokensError, shown
 
 # What goes with input_ids, and its value in a slot and in padding; a position has none: it counts on.
 ALIGNED: dict[str, tuple[int | None, int]] = {
@@ -134,11 +134,15 @@ def insert(
         SpatialTokensError: If a row has slots already, its placeholders are not those of whole images, or a tensor that goes with
             the ids is of another shape.
     """
-    ids = inputs["input_ids"]
+    ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         raise SpatialTokensError("input_ids must be a tensor (B, L)")
-    aligned = {name: inputs[name] for name in ALIGNED if isinstance(inputs.get(name), torch.Tensor)}
-    wrong = [f"{name} {tuple(each.shape)}" for name, each in aligned.items() if each.shape != ids.shape]
+    if padding_side not in ("left", "right"):
+        raise SpatialTokensError(f"padding_side must be 'left' or 'right', got {shown(padding_side)}")
+    aligned = {name: inputs[name] for name in ALIGNED if inputs.get(name) is not None}
+    wrong = [
+        f"{name} {tuple(getattr(each, 'shape', ()))}" for name, each in aligned.items() if getattr(each, "shape", ()) != ids.shape
+    ]
     if wrong:
         raise SpatialTokensError(f"{', '.join(wrong)} must be of the shape of input_ids, {tuple(ids.shape)}")
     mask = inputs.get("attention_mask")
