@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach, insert_slots
 from spatial_tokens.adapters.huggingface.attach import attachment_of
+from spatial_tokens.adapters.huggingface.processing import without_slots
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 
@@ -129,6 +130,98 @@ def test_a_second_turn_with_a_new_image():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+TURN = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+
+
+def test_turn_after_turn_with_generate():
+    """Each turn is given the whole text, its own image and the cache of the turns before; without the cache it says the same."""
+    model, processor = attach(*llava(), **FIELDS)
+    options = {**TURN, "suppress_tokens": list(range(WORDS, model.get_input_embeddings().weight.shape[0]))}
+    images, cache = pictures(3), DynamicCache(config=model.config.get_text_config())
+    ids = torch.empty(1, 0, dtype=torch.long)
+    for turn, image in enumerate(images):
+        new = inputs_of(processor, [f" b <image> {turn}?"], [image])
+        ids = torch.cat([ids, new["input_ids"]], dim=1)
+        mask, pixels = torch.ones_like(ids), inputs_of(processor, ["<image>" * (turn + 1)], images[: turn + 1])["pixel_values"]
+        whole = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **options)
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, pixel_values=new["pixel_values"], past_key_values=cache, **options
+        )
+        assert torch.equal(made, whole)
+        ids = made
+
+
+def test_a_second_turn_of_qwen():
+    """Its positions are those of the whole conversation, which the caller gives."""
+    model, processor = attach(*qwen(), resize="pool", **FIELDS)
+    place = "<|vision_start|><|image_pad|><|vision_end|>"
+    first, second = pictures(1, (48, 32)), pictures(1, (32, 64), seed=1)
+    whole = inputs_of(processor, [f"What {place} is this {place} ?"], first + second)
+    before, after = inputs_of(processor, [f"What {place}"], first), inputs_of(processor, [f"is this {place} ?"], second)
+    assert torch.equal(torch.cat([before["input_ids"], after["input_ids"]], dim=1), whole["input_ids"])
+    length = before["input_ids"].shape[1]
+    types = {"mm_token_type_ids": (whole["input_ids"] == model.config.image_token_id).long()}
+    positions, _ = model.model.get_rope_index(whole["input_ids"], image_grid_thw=whole["image_grid_thw"], **types)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        expected = model(**{**whole, **types}).logits[:, length:]
+        for inputs, part in ((before, slice(None, length)), (after, slice(length, None))):
+            given = {name: inputs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}
+            found = model(**given, position_ids=positions[..., part], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_those_of_their_seed(ready):
+    """Of any cache, with two, one and no images; and what the model says is not the reserved token, nor certain."""
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a {place}", f"is {place}", "is this"], pictures(3))
+    options = {"max_new_tokens": 5, "do_sample": True, "num_return_sequences": 2, "eos_token_id": None}
+    made = []
+    for cache, seed in (("dynamic", 0), ("static", 0), ("dynamic", 1)):
+        torch.manual_seed(seed)
+        made.append(model.generate(**inputs, cache_implementation=cache, **options))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    assert made[0].shape[0] == 6
+
+
+def test_generated_from_embeddings(ready):
+    model, processor, place = ready
+    inputs = dict(inputs_of(processor, [f"{place} a?"], pictures(1)))
+    expected = model.generate(**inputs, **TURN)[:, inputs["input_ids"].shape[1] :]
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    inputs.pop("mm_token_type_ids", None)
+    assert torch.equal(model.generate(**inputs, inputs_embeds=embeddings, **TURN), expected)
+
+
+def test_without_gradients_and_without_names(ready):
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    expected = model(**inputs).logits
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, expected)
+    assert torch.equal(model(**inputs, return_dict=False)[0], expected)
+
+
+def test_no_score_of_the_reserved_token(ready):
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    made = model.generate(**inputs, **TURN, output_logits=True, output_scores=True, return_dict_in_generate=True)
+    token = attachment_of(model).token_id
+    assert all((each.softmax(-1)[:, token] == 0).all() for each in (*made.logits, *made.scores))
+
+
+@pytest.mark.parametrize("length", [4, 6, 10, 20])
+def test_drafts_from_the_prompt(length):
+    """The words after the last one's like are drafted: the slots of the image. The model rejects them."""
+    model, processor = attach(*llava(), **FIELDS)
+    word = processor.tokenizer.convert_tokens_to_ids("a")
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([word]), 1e3))
+    inputs = inputs_of(processor, ["a<image> b"], pictures(1))
+    made = model.generate(**inputs, **{**TURN, "max_new_tokens": 6}, prompt_lookup_num_tokens=length)
+    assert made[0, inputs["input_ids"].shape[1] :].tolist() == [word] * 6
+
+
 # What is refused, and what is left behind
 
 
@@ -137,6 +230,57 @@ def test_chunked_prefill_is_refused():
     inputs = inputs_of(processor, ["<image> a?"], pictures(1))
     with pytest.raises((SpatialTokensError, ValueError), match="prefill"):
         model.generate(**inputs, prefill_chunk_size=64, max_new_tokens=2)
+
+
+def test_chunks_of_a_prefill_are_refused_and_leave_nothing(ready):
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    expected = model.generate(**inputs, **TURN)
+    with pytest.raises((SpatialTokensError, ValueError), match="prefill"):
+        model.generate(**inputs, prefill_chunk_size=16, **TURN)
+    assert torch.equal(model.generate(**inputs, **TURN), expected)
+
+
+def test_generate_with_slots_but_no_image(ready):
+    model, processor, place = ready
+    inputs = inputs_of(processor, ["a b", f"{place} a"], pictures(1))
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == attachment_of(model).anatomy.image_token_id, 5)
+    with pytest.raises(SpatialTokensError, match="row 1 has 6 places for spatial tokens, but no image was encoded"):
+        model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], **TURN)
+
+
+def test_one_image_of_a_row_without_slots(ready):
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a", f"{place} a {place}"], pictures(3))
+    slots = (inputs["input_ids"][1] == attachment_of(model).token_id).nonzero().flatten()
+    ids = inputs["input_ids"].clone()
+    ids[1, slots[6:]] = 5
+    with pytest.raises(SpatialTokensError, match=r"places for the spatial tokens of \[1, 1\] images, but 3 were encoded"):
+        model(**{**inputs, "input_ids": ids})
+
+
+def test_a_processor_without_slots(ready):
+    """What the model's own processor makes: refused, and not answered as if there were no spatial tokens."""
+    model, processor, place = ready
+    plain = without_slots(copy.copy(processor))
+    inputs = inputs_of(plain, ["a b", f"{place} a"], pictures(1))
+    for call in (lambda: model(**inputs), lambda: model.generate(**inputs, **TURN)):
+        with pytest.raises(SpatialTokensError, match="row 1 has an image without places for spatial tokens before it"):
+            call()
+
+
+def test_images_that_were_encoded_for_nothing(ready):
+    """The caller looks at features, and then asks something without an image."""
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    pixels = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    text = inputs_of(processor, ["is this"], [])
+    expected = model(**text).logits
+    model.get_image_features(**pixels)
+    assert torch.equal(model(**text).logits, expected)
+    model.get_image_features(**pixels)
+    with pytest.raises(SpatialTokensError, match="no image was encoded in this call"):
+        model(input_ids=inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, 5))
 
 
 def test_slots_without_images_and_images_without_slots(ready):
@@ -154,6 +298,27 @@ def test_slots_without_images_and_images_without_slots(ready):
         model(**{**good, "input_ids": one_less})
     model(**good)
     assert ids["input_ids"].shape == good["input_ids"].shape
+
+
+def test_interrupted_while_it_generates(ready):
+    """After the image's tokens were made, and in the third step."""
+    model, processor, place = ready
+    inputs, text = inputs_of(processor, [f"{place} a?"], pictures(1)), inputs_of(processor, ["is this"], [])
+    expected, of_text = model.generate(**inputs, **TURN), model.generate(**text, **TURN)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) in (1, 4):
+            raise RuntimeError("interrupted")
+
+    hook = model.get_decoder().layers[0].register_forward_hook(fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            model.generate(**inputs, **TURN)
+    hook.remove()
+    assert torch.equal(model.generate(**text, **TURN), of_text)
+    assert torch.equal(model.generate(**inputs, **TURN), expected)
 
 
 @pytest.mark.parametrize("place_of_fault", ["language model", "vision tower"])
@@ -201,6 +366,25 @@ def test_two_models_and_two_threads():
         with ThreadPoolExecutor(2) as pool:
             for number, found in enumerate(pool.map(run, range(2))):
                 assert all(torch.equal(each, expected[number]) for each in found)
+
+
+def test_two_models_that_generate_in_two_threads(ready):
+    model, processor, place = ready
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for each in other.spatial_tokens.parameters():
+            each.mul_(3)
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+
+    def logits(each):
+        made = each.generate(**inputs, **TURN, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(made.logits)
+
+    expected = [logits(each) for each in (model, other)]
+    assert not torch.equal(*expected)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda each: [logits(each) for _ in range(4)], (model, other)))
+    assert all(torch.equal(each, expected[number]) for number in range(2) for each in found[number])
 
 
 def test_slots_of_the_processor_are_those_of_insert_slots():

@@ -1,6 +1,8 @@
 """Adapters on disk, and base models that stay clean."""
 
+import copy
 import json
+import logging
 import os
 
 import pytest
@@ -109,6 +111,65 @@ def test_a_base_that_has_the_row_already_keeps_its_own(saved):
     assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
 
 
+def test_tied_embeddings(tmp_path):
+    base, plain = llava()
+    base.config.tie_word_embeddings = base.config.text_config.tie_word_embeddings = True
+    base.tie_weights()
+    model, processor = attach(base, plain, **FIELDS)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path)
+    detach(model)
+    assert base.lm_head.weight is base.get_input_embeddings().weight
+    assert len(base.lm_head.weight) == 100
+    model, _ = load_adapter(base, tmp_path, plain)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_image_mode(tmp_path):
+    base, plain = llava()
+    model, processor = attach(base, plain, mode="image", **FIELDS)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path)
+    assert not any(name.startswith("reserved") for name in load_file(tmp_path / WEIGHTS))
+    detach(model)
+    model, again = load_adapter(base, tmp_path, plain)
+    assert torch.equal(again(images=pictures(1), text="a <image> b", return_tensors="pt")["input_ids"], inputs["input_ids"])
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize(("of_adapter", "of_base"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_an_adapter_of_another_dtype(tmp_path, of_adapter, of_base):
+    """Its weights stay what they were saved as."""
+    base, plain = llava()
+    model, processor = attach(base.to(of_adapter), plain, **FIELDS)
+    weights = {name: each.clone() for name, each in model.spatial_tokens.state_dict().items()}
+    save_adapter(model, tmp_path)
+    detach(model)
+    model, _ = load_adapter(base.to(of_base), tmp_path, plain)
+    assert all(torch.equal(each, weights[name]) for name, each in model.spatial_tokens.state_dict().items())
+    assert {each.dtype for each in model.spatial_tokens.parameters()} == {of_adapter}
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].to(of_base)
+    logits = model(**inputs).logits
+    assert logits.dtype == of_base
+    assert logits.isfinite().all()
+
+
+def test_saved_again(saved):
+    """What was loaded writes the same files."""
+    base, plain, _, _, folder = saved
+    model, _ = load_adapter(base, folder, plain)
+    save_adapter(model, folder.parent / "again")
+    assert json.loads((folder.parent / "again" / CONFIG).read_text()) == json.loads((folder / CONFIG).read_text())
+    before, after = load_file(folder / WEIGHTS), load_file(folder.parent / "again" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], each) for name, each in before.items())
+
+
 # The base model's own files
 
 
@@ -136,6 +197,62 @@ def test_the_base_is_saved_as_it_was(tmp_path, tied, given):
     assert model(**inputs).logits.isfinite().all()
 
 
+def test_arguments_of_save_pretrained(tmp_path):
+    """By position too, in shards too; as an untouched model takes them."""
+    base, plain = llava()
+    model, _ = attach(base, plain, **FIELDS)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "nothing", True, None)
+    model.save_pretrained(tmp_path / "tensors", True, model.state_dict())
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model.save_pretrained(tmp_path / "not the first process", is_main_process=False)
+    assert not (tmp_path / "not the first process" / "config.json").exists()
+    for name in ("nothing", "tensors", "shards"):
+        loaded, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert loaded.get_input_embeddings().weight.shape[0] == 100
+        assert all(torch.equal(each, before[name][: len(each)]) for name, each in loaded.state_dict().items())
+
+
+def test_a_clean_base_is_loaded_without_a_word(tmp_path):
+    base, plain = llava()
+    model, _ = attach(base, plain, **FIELDS)
+    model.save_pretrained(tmp_path)
+    words = []
+    handler = logging.Handler()
+    handler.emit = lambda record: words.append(record.getMessage())
+    logger, level = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    try:
+        transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    finally:
+        transformers.logging.set_verbosity(level)
+        logger.removeHandler(handler)
+    assert words == []
+
+
+def test_a_copy_saves_and_detaches_itself(tmp_path):
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+        for each in other.spatial_tokens.parameters():
+            each.zero_()
+    other.save_pretrained(tmp_path / "base")
+    save_adapter(other, tmp_path / "adapter")
+    assert not transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").lm_head.weight.any()
+    kernels = [each for name, each in load_file(tmp_path / "adapter" / WEIGHTS).items() if not name.startswith("reserved_token.")]
+    assert not any(each.any() for each in kernels)
+    detach(other)
+    assert len(other.lm_head.weight) == 100
+    assert torch.equal(model(**inputs).logits, logits)
+
+
 def test_the_whole_model_goes_there_and_back(tmp_path):
     base, plain = llava()
     model, processor = attach(base, plain, **FIELDS)
@@ -148,7 +265,10 @@ def test_the_whole_model_goes_there_and_back(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
     model, _ = load_adapter(loaded, tmp_path / "adapter", transformers.AutoProcessor.from_pretrained(tmp_path / "base"))
-    torch.testing.assert_close(model(**inputs).logits, logits, rtol=1e-5, atol=1e-6)
+    again = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
+    found = copy.deepcopy(model)(**inputs).logits  # in memory of its own: a mapped file's alignment changes the last bits
+    assert torch.equal(found, logits)
 
 
 def test_detach_restores_everything():
@@ -213,6 +333,20 @@ def damaged(folder, kind):
             values["projector"]["text_hidden_size"] = 32
         elif kind == "tensor":
             del tensors["extractor.kernels.0.weight"]
+        elif kind == "another tensor":
+            tensors["extractor.kernels.9.weight"] = torch.zeros(1)
+        elif kind == "shape":
+            tensors["extractor.kernels.0.weight"] = tensors["extractor.kernels.0.weight"][:1].contiguous()
+        elif kind.startswith("row"):
+            tensors["reserved_token.lm_head.weight"] = torch.zeros(int(kind.removeprefix("row of ")))
+        elif kind == "token":
+            values["token"] = "a"
+        elif kind == "id":
+            values["token_id"] = 5
+        elif kind == "a list":
+            values = [values]
+        elif kind == "no projector":
+            values["projector"] = {}
         (folder / CONFIG).write_text(json.dumps(values))
         save_file(tensors, folder / WEIGHTS)
 
@@ -231,6 +365,14 @@ def damaged(folder, kind):
         ("projector", "kernel"),
         ("width", "do not fit|does not fit"),
         ("tensor", "missing: extractor.kernels.0.weight"),
+        ("another tensor", "extractor.kernels.9.weight"),
+        ("shape", "extractor.kernels.0.weight"),
+        ("row of 3", "the reserved token's embedding in .* does not fit the model"),
+        ("row of 1", "the reserved token's embedding in .* does not fit the model"),
+        ("token", "the tokenizer gives 'a' the id"),
+        ("id", r"the tokenizer gives '<\|spatial\|>' the id 100, not 5"),
+        ("a list", "is not of spatial tokens"),
+        ("no projector", "missing field"),
     ],
 )
 def test_a_damaged_adapter_leaves_the_model_as_it_was(saved, kind, message):
@@ -242,6 +384,49 @@ def test_a_damaged_adapter_leaves_the_model_as_it_was(saved, kind, message):
     assert set(vars(base)) == attributes
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
+
+
+def test_files_of_two_adapters(saved):
+    """The weights of one, the config of the other."""
+    base, plain, _, _, folder = saved
+    model, _ = attach(base, plain, variant="pooling", **FIELDS)
+    save_adapter(model, folder.parent / "other")
+    detach(model)
+    (folder / WEIGHTS).write_bytes((folder.parent / "other" / WEIGHTS).read_bytes())
+    with pytest.raises(SpatialTokensError, match="are of different saves"):
+        load_adapter(base, folder, plain)
+    assert not hasattr(base, "spatial_tokens")
+
+
+def test_a_save_interrupted_between_its_files(saved, monkeypatch):
+    """The config of the old save, the weights of the new one: refused, rather than loaded as if they went together."""
+    base, plain, _, _, folder = saved
+    attach(base, plain, variant="pooling", **FIELDS)
+    replace, calls = os.replace, []
+
+    def second_fails(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        replace(*args, **options)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(SpatialTokensError, match="No space left on device"):
+        save_adapter(base, folder)
+    monkeypatch.undo()
+    assert len(calls) == 2
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    detach(base)
+    with pytest.raises(SpatialTokensError, match="are of different saves"):
+        load_adapter(base, folder, plain)
+
+
+def test_loaded_onto_spatial_tokens(saved):
+    base, plain, inputs, logits, folder = saved
+    model, _ = load_adapter(base, folder, plain)
+    with pytest.raises(SpatialTokensError, match="has spatial tokens already"):
+        load_adapter(model, folder, plain)
+    assert torch.equal(model(**inputs).logits, logits)
 
 
 def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch):

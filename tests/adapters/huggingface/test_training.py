@@ -1,12 +1,14 @@
 """Training attached models: gradients, text without images, checkpointing, autocast, compile, Trainer, PEFT, DDP, FSDP."""
 
 import copy
+import io
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
@@ -14,7 +16,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from spatial_tokens.adapters.huggingface import attach, detach, insert_slots, load_adapter, save_adapter, trainer_callback
-from tests.adapters.huggingface.models import FIELDS, llava, pictures
+from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,29 @@ def test_text_alone_is_what_it_was_before(ready):
         torch.testing.assert_close(found.loss, base_loss, rtol=1e-6, atol=0)  # the reserved token takes no share of it
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_with_spatial_tokens_alone_trained(ready, reentrant):
+    model, processor = copy.deepcopy(ready[0]).train(), ready[1]
+    model.requires_grad_(False)
+    model.spatial_tokens.requires_grad_(True)
+    batches = [batch_of(processor), batch_of(processor, with_image=False)]
+
+    def of_each_batch():
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            model(**batch).loss.backward()
+            found.append(gradients(model))
+        return found
+
+    expected = of_each_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for found, before in zip(of_each_batch(), expected, strict=True):
+        assert found.keys() == before.keys()
+        assert all(torch.equal(grad, before[name]) for name, grad in found.items())
+    assert not any(grad.any() for grad in expected[1].values())
+
+
 def test_checkpointed_gradients_are_equal(ready):
     model, processor = copy.deepcopy(ready[0]).train(), ready[1]
     model(**batch_of(processor)).loss.backward()
@@ -82,6 +107,36 @@ def test_autocast(ready):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = model(**batch_of(processor)).loss
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_under_autocast(ready):
+    model, processor = copy.deepcopy(ready[0]).train(), ready[1]
+    for with_image in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch_of(processor, with_image)).loss
+        loss.backward()
+        found = [each.grad for each in model.spatial_tokens.parameters()]
+        assert all(each.isfinite().all() for each in found)
+        assert any(each.any() for each in found) == with_image
+
+
+@pytest.mark.parametrize("of_ours", [torch.bfloat16, torch.float32])
+def test_in_bfloat16(of_ours):
+    """The model in half precision; the spatial tokens in it too, or with weights that small steps still move."""
+    base, plain = llava()
+    model, processor = attach(base.to(torch.bfloat16), plain, **FIELDS)
+    model.spatial_tokens.to(of_ours)
+    model.train()
+    for with_image in (True, False):
+        model.zero_grad()
+        batch = batch_of(processor, with_image)
+        if with_image:
+            batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+        model(**batch).loss.backward()
+        found = [each.grad for each in model.spatial_tokens.parameters()]
+        assert {each.dtype for each in found} == {of_ours}
+        assert any(each.any() for each in found) == with_image
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +164,36 @@ def test_compiled(ready, whole, backend):
     torch._dynamo.reset()
 
 
+def test_compiled_with_and_without_images(ready):
+    """One compiled model, now with an image and now without, gives what the model gives; and its gradients."""
+    model, processor = copy.deepcopy(ready[0]).train(), ready[1]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for with_image in (True, False, True):
+        batch, found = batch_of(processor, with_image), []
+        for each in (model, compiled):
+            model.zero_grad()
+            outputs = each(**batch)
+            outputs.loss.backward()
+            found.append((outputs.logits, gradients(model)))
+        (expected, of_model), (logits, of_compiled) = found
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert of_compiled.keys() == of_model.keys()
+        for name, grad in of_model.items():
+            torch.testing.assert_close(of_compiled[name], grad, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_qwen():
+    model, processor = attach(*qwen(), resize="pool", **FIELDS)
+    text = ["<|vision_start|><|image_pad|><|vision_end|> What is this"]
+    inputs = processor(images=pictures(1, (48, 32)), text=text, return_tensors="pt")
+    expected = model(**inputs).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_compiled_without_a_place_for_an_image(ready):
     model, processor = copy.deepcopy(ready[0]), ready[1]
     batch = batch_of(processor)
@@ -130,6 +215,58 @@ def test_a_deep_copy_is_independent(ready):
             each.zero_()
     assert not torch.equal(other(**batch).logits, expected)
     assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_pickle(family):
+    """A model that has been called holds a hook of transformers' own, which cannot be pickled; one that has not can be."""
+    base, plain = llava() if family == "llava" else qwen()
+    model, processor = attach(base, plain, resize=None if family == "llava" else "pool", **FIELDS)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    place = "<image>" if family == "llava" else "<|vision_start|><|image_pad|><|vision_end|>"
+    inputs = processor(images=pictures(1), text=[f"{place} is"], return_tensors="pt")
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    with torch.no_grad():
+        next(other.spatial_tokens.parameters()).add_(1)
+    assert not torch.equal(other(**inputs).logits, model(**inputs).logits)
+    assert not hasattr(detach(other), "spatial_tokens")
+
+
+@pytest.mark.parametrize("trained", ["spatial tokens", "all"])
+def test_trainer_with_padded_batches(tmp_path, trained):
+    """A row with an image beside a row of text; in half precision and checkpointed; the checkpoint's base is the base's."""
+    pytest.importorskip("accelerate")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    if trained == "spatial tokens":
+        model.requires_grad_(False)
+        model.spatial_tokens.requires_grad_(True)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    rows = [("<image> a b", pictures(1)), ("a b c d", [])] * 2
+
+    def collate(found):
+        texts, images = zip(*found, strict=True)
+        made = dict(processor(text=list(texts), images=list(images), return_tensors="pt", padding=True))
+        return {**made, "labels": made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=3e-3, logging_steps=1, report_to=[],
+        remove_unused_columns=False, save_steps=3, disable_tqdm=True, use_cpu=True, bf16=True, gradient_checkpointing=True,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] > losses[1] > losses[2]
+    changed = {name for name, each in model.state_dict().items() if not torch.equal(each, before[name])}
+    assert any(name.startswith("spatial_tokens.") for name in changed)
+    assert any(not name.startswith("spatial_tokens.") for name in changed) == (trained == "all")
+    loaded, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-3", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.lm_head.weight.shape[0] == 100
 
 
 def test_trainer(tmp_path):
@@ -208,6 +345,72 @@ def test_lora_of_the_language_model(order):
     assert model.eval().generate(**{k: v for k, v in batch_of(processor).items() if k != "labels"}, max_new_tokens=2).shape[0] == 1
 
 
+def lora(peft, **options):
+    return peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False, **options)
+
+
+def test_lora_and_adapter_in_two_folders(tmp_path):
+    """Loaded one after the other, in either order."""
+    peft = pytest.importorskip("peft")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    model = peft.get_peft_model(model, lora(peft)).eval()
+    batch = batch_of(processor)
+    logits = model(**batch).logits
+    model.save_pretrained(tmp_path / "lora")
+    save_adapter(model, tmp_path / "ours")
+    assert all("lora" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    base, plain = llava()
+    first, _ = load_adapter(base, tmp_path / "ours", plain)
+    assert torch.equal(peft.PeftModel.from_pretrained(first, tmp_path / "lora").eval()(**batch).logits, logits)
+    base, plain = llava()
+    second, _ = load_adapter(peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval(), tmp_path / "ours", plain)
+    assert torch.equal(second(**batch).logits, logits)
+    merged = second.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    assert not hasattr(detach(merged), "spatial_tokens")
+
+
+@pytest.mark.parametrize("saved_by", ["peft", "us"])
+def test_modules_to_save(tmp_path, saved_by):
+    """PEFT's copy of the spatial tokens is the one that is trained: it is what either file holds."""
+    peft = pytest.importorskip("peft")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    model = peft.get_peft_model(model, lora(peft, modules_to_save=["spatial_tokens"])).eval()
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if "modules_to_save" in name:
+                each.add_(0.1)
+            elif "lora" in name:
+                each.zero_()
+    batch = batch_of(processor)
+    logits = model(**batch).logits
+    base, plain = llava()
+    if saved_by == "peft":
+        model.save_pretrained(tmp_path)
+        attach(base, plain, **FIELDS)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    else:
+        save_adapter(model, tmp_path)
+        loaded, _ = load_adapter(base, tmp_path, plain)
+    assert torch.equal(loaded(**batch).logits, logits)
+
+
+def test_lora_of_the_head_and_the_embeddings():
+    """Wrapped after attach: the reserved token is still never made, nor does it take a share of the loss."""
+    peft = pytest.importorskip("peft")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    token = model._spatial_attachment.token_id
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj", "embed_tokens"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    batch = batch_of(processor)
+    assert (model(**batch).logits.softmax(-1)[..., token] == 0).all()
+    made = model.generate(**{name: each for name, each in batch.items() if name != "labels"}, max_new_tokens=3)
+    assert not (made[:, batch["input_ids"].shape[1] :] == token).any()
+
+
 # Several processes
 
 
@@ -257,6 +460,42 @@ def test_labels_left_at_slots_are_no_targets(ready):
         batch["input_ids"] == model._spatial_attachment.token_id, model._spatial_attachment.token_id
     )
     assert torch.equal(model(**{**batch, "labels": careless}).loss, model(**batch).loss)
+
+
+def sharded(rank, port, results):
+    """A step of FSDP2 with an image and one with text alone, in a single process."""
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=1)
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    model.train()
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.model.language_model.layers, model.spatial_tokens, model):
+        fully_shard(part, mesh=mesh)
+    for with_image in (True, False):
+        model.zero_grad()
+        model(**batch_of(processor, with_image)).loss.backward()
+        results[with_image] = {
+            name: each.grad.full_tensor() for name, each in model.named_parameters() if name.startswith("spatial_tokens.")
+        }
+    dist.destroy_process_group()
+
+
+def test_fsdp():
+    pytest.importorskip("torch.distributed.fsdp", reason="no FSDP2")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    model.train()(**batch_of(processor)).loss.backward()
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(sharded, (free_port(), results), nprocs=1)
+        for name, grad in gradients(model).items():
+            if name.startswith("spatial_tokens."):
+                torch.testing.assert_close(results[True][name], grad, rtol=1e-4, atol=1e-6)
+                assert not results[False][name].any()
 
 
 def test_slots_of_labels(ready):

@@ -247,10 +247,10 @@ class Attachment:
         return mask
 
     def _require_no_places(self, embeddings: torch.Tensor, cache: Any) -> None:
+        if cache is not None and cache.get_seq_length() > 0:
+            return  # drafted tokens may copy the prompt's slots; they are never accepted
         found = self._mask(embeddings).sum(1).tolist()
-        drafted = cache is not None and cache.get_seq_length() > 0  # by copying the prompt, a part of its slots too; never accepted
-        group = self.config.num_spatial_tokens
-        row = next((row for row, count in enumerate(found) if count and not (drafted and count % group)), None)
+        row = next((row for row, count in enumerate(found) if count), None)
         if row is not None:
             raise SpatialTokensError(
                 f"row {row} has {found[row]} places for spatial tokens, but no image was encoded in this call; give the images "
