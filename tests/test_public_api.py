@@ -19,6 +19,7 @@ FLOORS = [  # ground first; a room is a top-level name of the package
     {"config", "presets", "ops", "storage"},
     {"modules"},
     {"checkpoint", "adapters", "visualize", "bench"},
+    {"training"},
     {"demo", "demo_model", "cli"},
     {"__main__"},
 ]
@@ -31,13 +32,13 @@ FORBIDDEN = {  # what a room must not know although it lies below
 OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "timm": {"adapters", "bench"},
     "torchvision": {"adapters"},
-    "transformers": {"adapters", "bench"},
+    "transformers": {"adapters", "bench", "training"},
     "tokenizers": {"adapters"},
     "huggingface_hub": {"adapters"},
-    "peft": {"adapters"},
+    "peft": {"adapters", "training"},
     "triton": {"ops"},
     "numpy": {"visualize", "bench", "demo"},
-    "PIL": {"visualize", "demo"},
+    "PIL": {"visualize", "demo", "training"},
     "matplotlib": {"visualize", "bench"},
     "rich": {"cli", "demo", "bench"},
 }

@@ -15,7 +15,7 @@ from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.runner import run_contest
 from spatial_tokens.bench.suites import SUITES, kernels, limits, llm, projectors, scaling
 from spatial_tokens.ops.window_linear import gemm
-from tests.bench.tiny import COLLECT, CPU, LLAMA, TINY, options, shrink
+from tests.bench.tiny import COLLECT, CPU, LLAVA, MODELS, TINY, options, shrink
 from tests.tolerances import assert_close
 
 TIMED = {"ms", "p20_ms", "p80_ms", "rounds"}
@@ -415,61 +415,63 @@ def test_scaling_shows_a_size_that_does_not_fit(monkeypatch):
 
 
 @pytest.fixture
-def llama():
+def transformers():
     pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize(("free_gib", "name"), [(80, "7B"), (16, "1.3B (7B does not fit)"), (1, LLAMA.name), (None, LLAMA.name)])
+@pytest.mark.parametrize(("free_gib", "name"), [(80, "7B"), (16, "1.3B (7B does not fit)"), (1, LLAVA.name), (None, LLAVA.name)])
 def test_llm_takes_the_largest_model_that_fits_and_says_which(monkeypatch, free_gib, name):
+    monkeypatch.setattr(llm, "MODELS", (*MODELS[:2], LLAVA))
     monkeypatch.setattr(llm, "free_memory", lambda device: None if free_gib is None else free_gib * 2**30)
     paper = SPProjectorConfig.from_preset("llava-sp-cropping")
     asked = Options(torch.device("cuda"), ("bfloat16",), (), paper)
     assert llm.fitting(asked, "bfloat16").name == name
-    assert llm.fitting(replace(asked, device=CPU), "bfloat16").name == LLAMA.name  # a CPU has room, but nobody the time
 
 
 def test_llm_labels_what_is_scaled_down():
-    shown = [llm.contest(options(), model, "float32", 1).subject for model in llm.MODELS]
-    assert shown == ["Llama 7B", "Llama 1.3B (7B does not fit)", "Llama 0.1B (7B scaled down)"]
+    shown = [llm.contest(options(), model, "float32", 1).subject for model in MODELS]
+    assert shown == ["LLaVA-1.5 7B", "LLaVA-1.5 1.3B (7B does not fit)", "LLaVA-1.5 0.1B (7B does not fit)"]
 
 
 def test_llm_model_sizes():
-    assert llm.MODELS[0].num_parameters == pytest.approx(6.74e9, rel=0.01)
-    assert llm.MODELS[1].num_parameters == pytest.approx(1.3e9, rel=0.1)
+    assert MODELS[0].num_parameters == pytest.approx(6.74e9, rel=0.01)
+    assert MODELS[1].num_parameters == pytest.approx(1.3e9, rel=0.1)
 
 
-def test_llm_model_is_the_size_it_says(llama):
-    made = llm._llama(LLAMA, CPU, torch.bfloat16)
-    norms = (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
-    assert sum(p.numel() for p in made.parameters()) == LLAMA.num_parameters + norms
+def test_llm_model_is_the_size_it_says(transformers):
+    made = llm._llava(LLAVA, replace(TINY, text_hidden_size=LLAVA.hidden_size), CPU, torch.bfloat16)
+    norms = (2 * LLAVA.num_layers + 1) * LLAVA.hidden_size
+    language = [*made.model.language_model.parameters(), *made.lm_head.parameters()]
+    assert sum(p.numel() for p in language) == LLAVA.num_parameters + norms
+    assert len(made.model.vision_tower.encoder.layers) == LLAVA.num_vision_layers
     assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_llm_ratio_is_tokens_a_second_with_over_without(llama, monkeypatch):
+def test_llm_ratio_is_tokens_a_second_with_over_without(transformers, monkeypatch):
     taken = iter([0.5, 0.8, 1.0])
     monkeypatch.setattr(measure, "seconds_of", lambda work, device: next(taken))
     rows = {row.implementation: row for row in rows_of(llm.contests(options("bfloat16", batches=(2,))))}
     assert list(rows) == ["LLaVA-1.5", "SP cropping + DFI", "SP pooling + DFI"]
     assert failures(rows.values()) == []
     rates = {name: row.values["tokens_per_s"] for name, row in rows.items()}
-    assert rates["LLaVA-1.5"] == pytest.approx(2 * LLAMA.answer / 0.5)
+    assert rates["LLaVA-1.5"] == pytest.approx(2 * LLAVA.answer / 0.5)
     for name, row in rows.items():
         assert row.values["ratio"] == pytest.approx(rates[name] / rates["LLaVA-1.5"])
         assert row.setting == {"dtype": "bfloat16", "batch": 2, "prompt": 3, "answer": 2}
 
 
-def test_llm_image_tokens(llama):
-    paper = replace(SPProjectorConfig.from_preset("llava-sp-cropping"), vision_hidden_size=4, spatial_hidden_size=2)
+def test_llm_image_tokens(transformers):
+    paper = replace(SPProjectorConfig.from_preset("llava-sp-cropping"), vision_hidden_size=8, spatial_hidden_size=2)
     rows = rows_of(llm.contests(options("float32", config=paper)))
     assert failures(rows) == []
     assert [row.values["image_tokens"] for row in rows] == [576, 582, 582]
 
 
-def test_llm_has_one_model_for_all_three(llama, monkeypatch):
+def test_llm_has_one_model_for_all_three(transformers, monkeypatch):
     made = []
-    build = llm._llama
-    monkeypatch.setattr(llm, "_llama", lambda *arguments, **place: (made.append(1), build(*arguments, **place))[1])
+    build = llm._llava
+    monkeypatch.setattr(llm, "_llava", lambda *arguments: (made.append(1), build(*arguments))[1])
     rows_of(llm.contests(options()))
     assert made == [1]
 

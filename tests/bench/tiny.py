@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 TINY = SPProjectorConfig(
     vision_hidden_size=16, text_hidden_size=24, grid_size=12, kernel_sizes=(4, 8, 12), spatial_hidden_size=16, detail_kernel_size=8
 )
-LLAMA = llm.Model("0.1B (7B scaled down)", 16, 32, 1, 2, prompt=3, answer=2, vocabulary=50)
+LLAVA = llm.Model("0.1B (7B does not fit)", 16, 32, 1, 2, prompt=3, answer=2, vocabulary=50, num_vision_layers=2)
+MODELS = llm.MODELS
 SMALL = {
     "DecoProjector": {"num_tokens": 4},
     "CAbstractor": {"num_tokens": 4, "hidden_size": 16, "num_blocks": 1},
@@ -39,7 +40,7 @@ def shrink(monkeypatch, rounds=1):
     monkeypatch.setattr(scaling, "GRIDS", (12, 16))
     monkeypatch.setattr(scaling, "CHANNELS", (8, 16))
     monkeypatch.setattr(scaling, "NUM_TOKENS", (1, 2, 3))
-    monkeypatch.setattr(llm, "MODELS", (*llm.MODELS[:2], LLAMA))
+    monkeypatch.setattr(llm, "MODELS", (LLAVA,))
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     for name, sizes in SMALL.items():
         monkeypatch.setattr(alternatives, name, partial(getattr(alternatives, name), **sizes))

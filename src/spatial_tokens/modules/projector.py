@@ -176,11 +176,15 @@ class SPProjector(nn.Module):
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
 
+        Of a projector that is sharded over processes (FSDP2, tensor parallelism) every one must call this; the first writes.
+
         Raises:
             SpatialTokensError: If no config describes this projector (its parts are others, or wrapped), its parameters are on
                 the meta device, or the files cannot be written.
         """
-        pretrained.save(directory, self.config, self.exact_state_dict())
+        tensors = pretrained.gathered(self.exact_state_dict())
+        if tensors:
+            pretrained.save(directory, self.config, tensors)
 
     @classmethod
     def from_pretrained(

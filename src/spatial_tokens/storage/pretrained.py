@@ -37,6 +37,21 @@ def save(directory: str | PathLike[str], config: SPProjectorConfig, tensors: Map
         write_tensors(folder / WEIGHTS_NAME, tensors, {"config": config.to_json()})
 
 
+def gathered(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """The tensors as they are; where some are sharded over processes (DTensors), all of them whole, to be written by the first.
+
+    Then every process must call this: the first gets them on the CPU, one gathered after another, the others an empty dict.
+    """
+    if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
+        return dict(tensors)
+    first, whole = torch.distributed.get_rank() == 0, {}
+    for name, tensor in tensors.items():
+        found = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if first:
+            whole[name] = found.cpu()
+    return whole
+
+
 def load(directory: str | PathLike[str]) -> tuple[SPProjectorConfig, Tensors]:
     """Reads both files.
 

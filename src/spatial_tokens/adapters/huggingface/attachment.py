@@ -68,6 +68,7 @@ class Attachment:
         self.num_tokens = 0
         self.in_video = False
         self.grown: list[str] = []  # the parameters that gained a row for the reserved token
+        self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
         self.undo: list[Callable[[], Any]] = []
         self.head: nn.Module | None = None
         self.forget_head: Callable[[], Any] = _nothing

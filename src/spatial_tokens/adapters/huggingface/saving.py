@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
+import torch
+
 from spatial_tokens import __version__
 from spatial_tokens.adapters.huggingface.attach import attach, attachment_of, detach, unwrapped
 from spatial_tokens.adapters.huggingface.attachment import NAME, Mode, Resize, Unit
@@ -15,24 +17,31 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.files import atomic_write, make_directory, read_metadata, read_tensors, read_text, write_tensors
-from spatial_tokens.storage.pretrained import assign
+from spatial_tokens.storage.pretrained import assign, gathered
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KIND = "SPATIAL_TOKENS"
 ROW = "reserved_token."  # and the name of the base model's parameter that gained this row
+MODULE = "module."  # and the name of a parameter of a module of the base that was trained too
 
 
 def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
-    """Writes the spatial tokens' config and weights, nothing of the base model; each file whole or not at all.
+    """Writes the spatial tokens' config and weights; each file whole or not at all.
+
+    Of the base model only what was trained with them goes in (`training.prepare`: the MLP of the patches), as in PEFT's
+    `modules_to_save`.
+
+    Of a model that is sharded over processes (FSDP2, tensor parallelism) every one must call this; the first writes.
 
     Raises:
         SpatialTokensError: If the model has none, they are wrapped, or the files cannot be written.
     """
     inner, attachment = unwrapped(model), attachment_of(model)
-    tensors = dict(getattr(inner, NAME).exact_state_dict())
-    if attachment.grown:
-        tensors |= {f"{ROW}{name}": inner.get_parameter(name).detach()[attachment.token_id].clone() for name in attachment.grown}
+    rows = {f"{ROW}{name}": inner.get_parameter(name).detach()[attachment.token_id].clone() for name in attachment.grown}
+    tensors = gathered({**trained_tensors(model), **rows})
+    if not tensors:
+        return
     values = {
         "peft_type": KIND,
         "library": f"spatial-tokens {__version__}",
@@ -43,6 +52,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         "resize": attachment.resize,
         "token": attachment.token,
         "token_id": attachment.token_id,
+        "modules_to_save": attachment.modules_to_save,
         "projector": attachment.config.to_dict(),
     }
     text = json.dumps(values, indent=2) + "\n"
@@ -54,6 +64,15 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
     with atomic_write(folder / CONFIG_NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
         write_tensors(folder / WEIGHTS_NAME, tensors, {"adapter_config": text})
+
+
+def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What an adapter holds, by its names in the file: the model's own tensors, to be read or written in place."""
+    inner = unwrapped(model)
+    tensors = dict(getattr(inner, NAME).exact_state_dict())
+    for path in attachment_of(inner).modules_to_save:
+        tensors |= {f"{MODULE}{path}.{name}": each for name, each in inner.get_submodule(path).state_dict().items()}
+    return tensors
 
 
 def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = None) -> tuple[Any, Any]:
@@ -84,6 +103,8 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
             f"{folder} is an adapter of a {values['base_model_type']} model, not of a {inner.config.model_type}"
         )
     rows = {name.removeprefix(ROW): tensors.pop(name) for name in list(tensors) if name.startswith(ROW)}
+    modules = {name.removeprefix(MODULE): tensors.pop(name) for name in list(tensors) if name.startswith(MODULE)}
+    paths: list[str] = values.get("modules_to_save", [])
     projector = SPProjector.from_config(config, device="meta")
     assign(projector, tensors, str(folder / WEIGHTS_NAME))
     own = values["mode"] == "own"
@@ -104,7 +125,37 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     except (AttributeError, IndexError, RuntimeError) as error:
         detach(model)
         raise SpatialTokensError(f"the reserved token's embedding in {folder} does not fit the model: {reason(error)}") from error
+    try:
+        _load_modules(inner, paths, modules)
+    except (AttributeError, RuntimeError) as error:
+        detach(model)
+        raise SpatialTokensError(f"the modules {paths} in {folder} do not fit the model: {reason(error)}") from error
     return model, processor
+
+
+def _load_modules(inner: Any, paths: list[str], tensors: dict[str, torch.Tensor]) -> None:
+    """Gives modules of the base the weights that were saved; detaching gives them back their own.
+
+    Raises:
+        RuntimeError: If tensors and modules are not the same.
+    """
+    attachment = attachment_of(inner)
+    for path in paths:
+        module = inner.get_submodule(path)
+        own = {name.removeprefix(f"{path}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
+        attachment.undo.append(_GiveBack(module, {name: each.clone() for name, each in module.state_dict().items()}))
+        module.load_state_dict(own)
+        attachment.modules_to_save.append(path)
+    if tensors:
+        raise RuntimeError(f"unexpected: {', '.join(tensors)}")
+
+
+class _GiveBack:
+    def __init__(self, module: Any, tensors: dict[str, torch.Tensor]) -> None:
+        self.module, self.tensors = module, tensors
+
+    def __call__(self) -> None:
+        self.module.load_state_dict(self.tensors)
 
 
 def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
@@ -145,6 +196,9 @@ def _checked(text: str, folder: Path) -> dict[str, Any]:
     for name, choices in allowed.items():
         if values.get(name, ...) not in choices:
             raise SpatialTokensError(f"{name} in {folder / CONFIG_NAME} must be one of {choices}, got {shown(values.get(name))}")
+    paths = values.get("modules_to_save", [])
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise SpatialTokensError(f"modules_to_save in {folder / CONFIG_NAME} must be a list of names, got {shown(paths)}")
     for name, kind in {"token": str, "token_id": int, "projector": dict, "base_model_type": str}.items():
         if not isinstance(values.get(name), kind):
             raise SpatialTokensError(f"{name} in {folder / CONFIG_NAME} must be a {kind.__name__}, got {shown(values.get(name))}")

@@ -1,0 +1,175 @@
+"""Trains spatial tokens by the paper's recipe, one stage at a time.
+
+python examples/train.py examples/configs/llava-1.5-7b/alignment.yaml
+accelerate launch --config_file examples/engines/zero2.yaml examples/train.py examples/configs/llava-1.5-7b/alignment.yaml --seed 1
+
+A config holds the fields of `Run` and of transformers' TrainingArguments; `--name value` replaces one. The same command again goes
+on from the last whole checkpoint in output_dir. docs/training.md says more.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface import attach, load_adapter
+from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
+from spatial_tokens.storage.files import read_text
+from spatial_tokens.training import STAGES, LoRA
+from spatial_tokens.training.checkpoints import last_complete
+from spatial_tokens.training.dataset import Collator, ConversationDataset
+from spatial_tokens.training.prepare import load_trained, prepare
+from spatial_tokens.training.trainer import SpatialTokensTrainer
+
+
+@dataclass
+class Run:
+    """What a config says beside the TrainingArguments.
+
+    Args:
+        model: A vision-language model of the hub or a folder; "tiny": a LLaVA of random weights.
+        stage: "alignment" or "instruction_tuning".
+        data: The training samples, a file in LLaVA's format.
+        images: The folder that their images' paths start from.
+        start_from: What an earlier stage wrote (its output_dir): its spatial tokens, and its LoRA where both stages have one.
+        preset: The spatial tokens, where there is no earlier stage.
+        projector: Fields in place of the preset's, and options of `attach`.
+        recipe: Numbers in place of the stage's: global_batch_size, projector_learning_rate, lora: {rank, learning_rate}, ...
+        eval_data: Samples to evaluate on, at eval_strategy's times and at the end.
+        template: "plain" (the alignment's default), "vicuna" or "chat" (the model's own).
+        max_length: The most tokens of a sample, image tokens included.
+        on_bad_sample: "stop" or "skip".
+    """
+
+    model: str
+    stage: str
+    data: str
+    images: str
+    start_from: str | None = None
+    preset: str = "llava-sp-cropping"
+    projector: dict = field(default_factory=dict)
+    recipe: dict = field(default_factory=dict)
+    eval_data: str | None = None
+    template: str | None = None
+    max_length: int = 2048
+    on_bad_sample: str = "stop"
+
+
+def main(arguments):
+    """Runs a stage, and gives its Trainer."""
+    run, stage, training = read_config(arguments)
+    set_seed(training.seed)
+    model, processor = build(run)
+    checkpoint = last_complete(training.output_dir) if Path(training.output_dir).is_dir() else None
+    model = prepare(model, stage)
+    if run.start_from is not None and isinstance(model, PeftModel) and (Path(run.start_from) / "lora").is_dir():
+        load_trained(model, run.start_from)
+
+    options = {
+        "template": run.template or ("plain" if stage.lora is None else "vicuna"),
+        "max_length": run.max_length,
+        "on_bad_sample": run.on_bad_sample,
+        "bad_samples_file": Path(training.output_dir) / "bad_samples.jsonl",
+    }
+    data = ConversationDataset(run.data, run.images, processor, **options)
+    evaluation = None if run.eval_data is None else ConversationDataset(run.eval_data, run.images, processor, **options)
+    trainer = SpatialTokensTrainer(
+        stage=stage, model=model, args=training, train_dataset=data, eval_dataset=evaluation,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    results = {} if evaluation is None else trainer.evaluate()
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))
+        report(trainer, data, checkpoint, results)
+    return trainer
+
+
+def read_config(arguments):
+    """The run, its stage, and the TrainingArguments that follow from both."""
+    path, *changes = arguments
+    values = yaml.safe_load(read_text(path))
+    if not isinstance(values, dict):
+        raise SpatialTokensError(f"{path} must hold names and values")
+    if len(changes) % 2 or not all(name.startswith("--") for name in changes[::2]):
+        raise SpatialTokensError(f"after the config come --name value pairs, got {' '.join(changes)}")
+    values |= {name[2:]: yaml.safe_load(value) for name, value in zip(changes[::2], changes[1::2], strict=True)}
+    known = [each.name for kind in (Run, TrainingArguments) for each in fields(kind) if each.init]
+    for name in values:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            raise SpatialTokensError(f"{path}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    lacking = [name for name in ("model", "stage", "data", "images", "output_dir") if name not in values]
+    if lacking:
+        raise SpatialTokensError(f"{path} lacks {', '.join(lacking)}")
+    stage = stage_of(values["stage"], dict(values.get("recipe", {})))
+
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and accelerate set it
+    per_step = values.setdefault("per_device_train_batch_size", 16) * num_processes
+    if stage.global_batch_size % per_step:
+        raise SpatialTokensError(
+            f"the stage's global_batch_size {stage.global_batch_size} is no multiple of the {per_step} samples that "
+            f"{num_processes} processes take at once; change per_device_train_batch_size"
+        )
+    values["gradient_accumulation_steps"] = stage.global_batch_size // per_step
+    defaults = {
+        "num_train_epochs": stage.num_epochs, "learning_rate": stage.projector_learning_rate, "logging_steps": 1,
+        "report_to": "none", "train_sampling_strategy": "group_by_length", "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }  # fmt: skip
+    values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}  # YAML's no
+    run, training = HfArgumentParser((Run, TrainingArguments)).parse_dict({**defaults, **values})
+    return run, stage, training
+
+
+def stage_of(name, changes):
+    """A stage of the recipe, with some of its numbers replaced."""
+    if name not in STAGES:
+        raise SpatialTokensError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
+    stage = STAGES[name]
+    try:
+        if isinstance(changes.get("lora"), dict):
+            changes["lora"] = replace(stage.lora or LoRA(), **changes["lora"])
+        return replace(stage, **changes)
+    except TypeError as error:
+        raise SpatialTokensError(f"recipe: {error}") from error
+
+
+def build(run):
+    """The model and its processor, with the spatial tokens of the earlier stage or with new ones."""
+    model, processor = tiny_llava() if run.model == "tiny" else from_hub(run.model)
+    if run.start_from is not None:
+        return load_adapter(model, Path(run.start_from) / "spatial_tokens", processor)
+    return attach(model, processor, run.preset, **run.projector)
+
+
+def report(trainer, data, checkpoint, results):
+    """Says what came of it."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if checkpoint is not None:
+        print(f"went on from {checkpoint}")
+    print(f"{trainer.state.global_step} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}; wrote {trainer.args.output_dir}")
+    if results:
+        print(f"evaluation loss {results['eval_loss']:.4f}")
+    if bad := data.bad_samples:
+        print(f"{len(bad)} bad samples were left out; {data.bad_samples_file} says which and why", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        if len(sys.argv) < 2:
+            raise SpatialTokensError("give a config: python examples/train.py CONFIG.yaml [--name value ...]")
+        main(sys.argv[1:])
+    except SpatialTokensError as error:
+        sys.exit(f"train.py: error: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,37 @@
+"""What another codebase's model tells of a projector, and a preset that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.presets import PRESETS
+
+
+def require(host: object, what: str, *paths: str) -> None:
+    """Raises SpatialTokensError unless the host has an attribute at each of these dotted paths, as `what` is expected has."""
+    for path in paths:
+        try:
+            attrgetter(path)(host)
+        except AttributeError as error:
+            raise SpatialTokensError(f"this {type(host).__name__} has no {path}; expected {what}") from error
+
+
+def fitted(preset: str, fields: Mapping[str, Any], **of_host: Any) -> SPProjectorConfig:
+    """The preset with the host's own values, and fields in place of the rest.
+
+    Raises:
+        SpatialTokensError: If the preset or a field is unknown, the result is not valid, or a field contradicts the host.
+    """
+    SPProjectorConfig.from_preset(preset)
+    if not isinstance(fields, Mapping):
+        raise SpatialTokensError(f"fields of an SPProjectorConfig are given as a dict, got {shown(fields)}")
+    config = SPProjectorConfig.from_dict({**PRESETS[preset], **of_host, **fields})
+    for name, value in of_host.items():
+        given = getattr(config, name)
+        if given != value:
+            raise SpatialTokensError(f"{name} is {shown(given)}, but the model's is {value}; leave it out")
+    return config

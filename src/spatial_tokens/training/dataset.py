@@ -1,0 +1,208 @@
+"""Conversations as tensors: images opened, slots in place, loss on the answers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from spatial_tokens.adapters.huggingface.slots import ALIGNED
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
+from spatial_tokens.storage.files import read_text
+from spatial_tokens.training.conversations import BadSampleError, Sample, Template, num_words, parse, read_records, render
+
+IGNORED = -100
+SHOWN = 10  # bad samples that an error names
+OnBadSample = Literal["stop", "skip"]
+
+
+class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
+    """The samples of a file in LLaVA's format, each ready for the model.
+
+    A bad sample (see `conversations.parse`; an image that does not open; a text longer than `max_length`) stops the run, or is left
+    out: those known from the file at once, those found later by giving the next good one in their place. `bad_samples` tells all,
+    also those that a data loader's processes found.
+
+    Args:
+        path: The file.
+        image_folder: What the images' paths are relative to.
+        processor: The model's, which inserts slots (`attach` returns it); its tokenizer must be a fast one.
+        template: See `conversations.render`.
+        max_length: The most tokens of a sample, image tokens and slots included; what is beyond is cut off.
+        on_bad_sample: "stop" or "skip".
+        bad_samples_file: Where "skip" writes what it leaves out, a JSON line each.
+
+    Raises:
+        SpatialTokensError: If the file cannot be read, has a bad sample and is to stop, or has no good one.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        image_folder: str | PathLike[str],
+        processor: Any,
+        *,
+        template: Template = "vicuna",
+        max_length: int = 2048,
+        on_bad_sample: OnBadSample = "stop",
+        bad_samples_file: str | PathLike[str] | None = None,
+    ) -> None:
+        if on_bad_sample not in ("stop", "skip"):
+            raise SpatialTokensError(f"on_bad_sample must be 'stop' or 'skip', got {on_bad_sample!r}")
+        if template not in ("plain", "vicuna", "chat"):
+            raise SpatialTokensError(f"template must be 'plain', 'vicuna' or 'chat', got {template!r}")
+        if on_bad_sample == "skip" and bad_samples_file is None:
+            raise SpatialTokensError("on_bad_sample='skip' needs a bad_samples_file to say what was left out")
+        self.image_folder, self.processor, self.template = Path(image_folder), processor, template
+        self.max_length, self.on_bad_sample = max_length, on_bad_sample
+        self.bad_samples_file = None if bad_samples_file is None else Path(bad_samples_file)
+        self.samples: list[Sample] = []
+        self._noted: set[str] = set()
+        bad: list[BadSampleError] = []
+        for index, record in enumerate(read_records(path)):
+            try:
+                sample = parse(record, index)
+                self._require_files(sample)
+                self.samples.append(sample)
+            except BadSampleError as error:
+                bad.append(error)
+        if bad and on_bad_sample == "stop":
+            listed = "; ".join(str(error) for error in bad[:SHOWN])
+            more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            raise SpatialTokensError(f"{path} has {len(bad)} bad samples (on_bad_sample='skip' leaves them out): {listed}{more}")
+        if not self.samples:
+            raise SpatialTokensError(f"{path} has no good sample: {bad[0]}")
+        for each in bad:
+            self._note(each)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        for step in range(len(self)):
+            try:
+                return self.tensors(self.samples[(index + step) % len(self)])
+            except BadSampleError as error:
+                if self.on_bad_sample == "stop":
+                    raise
+                self._note(error)
+        raise SpatialTokensError("no sample is good; the bad samples' file says why")
+
+    @property
+    def lengths(self) -> list[int]:
+        """About how long each sample is, in words and image tokens: for grouping, without opening an image."""
+        image = int(getattr(self.processor, "image_seq_length", None) or 576)
+        return [num_words(sample) + image * len(sample.images) for sample in self.samples]
+
+    @property
+    def bad_samples(self) -> dict[str, str]:
+        """What was left out so far, and why, by sample id."""
+        if self.bad_samples_file is None or not self.bad_samples_file.is_file():
+            return {}
+        lines = map(json.loads, read_text(self.bad_samples_file).splitlines())
+        return {line["id"]: line["why"] for line in lines}
+
+    def tensors(self, sample: Sample) -> dict[str, torch.Tensor]:
+        """What the model takes, `(L,)` each, with `labels`; and the images' tensors as the processor gives them.
+
+        Raises:
+            BadSampleError: If an image does not open, or no answer is left within `max_length`.
+        """
+        images = [self._open(sample, path) for path in sample.images]
+        rendered = render(sample, self.template, self.processor)
+        encoded = self.processor(text=[rendered.text], images=images or None, return_tensors="pt")
+        ids = encoded["input_ids"][0]
+        labels = ids.new_full(ids.shape, IGNORED)
+        kept, learned = self._learned(rendered.text, rendered.answers, ids)
+        labels[kept[learned]] = ids[kept[learned]]
+        if len(kept) < len(ids) and int(_last_inserted(kept, len(ids))) >= self.max_length:
+            raise BadSampleError(sample.sample_id, f"its images do not fit in max_length={self.max_length} tokens")
+        if bool((labels[: self.max_length] == IGNORED).all()):
+            raise BadSampleError(sample.sample_id, f"no answer is left within max_length={self.max_length} tokens")
+        aligned = {name: encoded[name][0][: self.max_length] for name in ALIGNED if name in encoded}
+        others = {name: each for name, each in encoded.items() if name not in ALIGNED and isinstance(each, torch.Tensor)}
+        return {**aligned, **others, "labels": labels[: self.max_length]}
+
+    def _learned(self, text: str, answers: Sequence[tuple[int, int]], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the words are among the ids, and which of them are an answer's.
+
+        The processor has put image tokens and slots among the words; the words themselves are what the tokenizer makes of the text.
+        """
+        words = self.processor.tokenizer(text, return_offsets_mapping=True)
+        word_ids = torch.tensor(words["input_ids"])
+        image = self.processor.tokenizer.convert_tokens_to_ids(getattr(self.processor, "image_token", "<image>"))
+        inserted = (set(ids.tolist()) - set(word_ids.tolist())) | {image}
+        kept = torch.tensor([i for i, each in enumerate(ids.tolist()) if each not in inserted])
+        is_word = word_ids != image
+        if not torch.equal(ids[kept], word_ids[is_word]):
+            raise SpatialTokensError(
+                f"{type(self.processor).__name__} writes words of its own around images, so the answers cannot be told from the "
+                "prompt; give Trainer a collator of your own"
+            )
+        learned = [any(start < last and first < end for start, end in answers) for first, last in words["offset_mapping"]]
+        return kept, torch.tensor(learned)[is_word]
+
+    def _open(self, sample: Sample, path: str) -> Any:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise MissingExtraError("pillow", "train") from error
+        try:
+            with Image.open(self.image_folder / path) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadSampleError(sample.sample_id, f"the image {path} does not open: {reason(error)}") from error
+
+    def _require_files(self, sample: Sample) -> None:
+        for path in sample.images:
+            if not os.path.isfile(self.image_folder / path):
+                raise BadSampleError(sample.sample_id, f"the image {path} is not in {self.image_folder}")
+
+    def _note(self, error: BadSampleError) -> None:
+        if error.sample_id in self._noted or self.bad_samples_file is None:
+            return
+        self._noted.add(error.sample_id)
+        self.bad_samples_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.bad_samples_file.open("a", encoding="utf-8") as file:  # one short write, whole beside other processes' writes
+            file.write(json.dumps({"id": error.sample_id, "why": error.why}) + "\n")
+
+
+class Collator:
+    """Samples to a batch: texts padded on the right, images one after another.
+
+    Args:
+        pad_token_id: What fills `input_ids`.
+
+    Shape:
+        - Output: `input_ids`, `attention_mask`, `labels` `(B, L)`; `pixel_values` and what goes with them as the processor has
+          them, for all images of the batch; nothing of images if it has none.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The batch."""
+        batch: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(name for sample in samples for name in sample):
+            each = [sample[name] for sample in samples if name in sample]
+            if name in ALIGNED:
+                filler = self.pad_token_id if name == "input_ids" else ALIGNED[name][1]
+                batch[name] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=filler)
+            else:
+                batch[name] = torch.cat(each)
+        return batch
+
+
+def _last_inserted(kept: torch.Tensor, length: int) -> torch.Tensor:
+    is_word = torch.zeros(length, dtype=torch.bool)
+    is_word[kept] = True
+    return (~is_word).nonzero().max()

@@ -1,0 +1,306 @@
+"""examples/train.py, end to end on a tiny model: two stages, killed and resumed, on two processes, with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface import detach, load_adapter
+from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.training.checkpoints import MANIFEST, checkpoints_in
+from spatial_tokens.training.dataset import ConversationDataset
+from spatial_tokens.training.trainer import SpatialTokensTrainer
+from tests.test_examples import example
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs" / "tiny"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+SMALL = {
+    "per_device_train_batch_size": 2,
+    "recipe": "{global_batch_size: 4, projector_learning_rate: 0.01}",
+    "disable_tqdm": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, in which the configs' relative paths are right."""
+    folder = tmp_path_factory.mktemp("train")
+    example("tiny_data").main(folder / "tiny-data", 16)
+    return folder
+
+
+@pytest.fixture
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def arguments(config, **changes):
+    return [str(config), *(word for name, value in changes.items() for word in (f"--{name}", str(value)))]
+
+
+def state(output):
+    return json.loads((output / "trainer_state.json").read_text())
+
+
+def losses(output):
+    return [entry["loss"] for entry in state(output)["log_history"] if "loss" in entry]
+
+
+def evaluated(output):
+    return [entry["eval_loss"] for entry in state(output)["log_history"] if "eval_loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def stages(folder):
+    """Both stages, run once; each one's Trainer."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        torch.manual_seed(0)
+        train = example("train")
+        return [
+            train.main(arguments(CONFIGS / f"{name}.yaml", disable_tqdm="true")) for name in ("alignment", "instruction_tuning")
+        ]
+    finally:
+        os.chdir(before)
+
+
+def test_the_loss_falls_in_both_stages(stages, folder):
+    for name in ("alignment", "instruction_tuning"):
+        found = losses(folder / "tiny-run" / name)
+        assert len(found) == 12
+        assert max(found[-3:]) < min(found[:2]) - 0.15, found
+        assert len(evaluated(folder / "tiny-run" / name)) == 1
+
+
+def base_of(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def test_only_the_projector_and_the_lora_learned(stages):
+    torch.manual_seed(0)
+    for trainer in stages:
+        trained = {name for name, each in trainer.model.named_parameters() if each.requires_grad}
+        kinds = {next((k for k in ("spatial_tokens", "multi_modal_projector", "lora_") if k in name), name) for name in trained}
+        assert kinds == {"spatial_tokens", "multi_modal_projector"} | ({"lora_"} if trainer.stage.lora else set())
+    language = stages[1].model.base_model.model.model.language_model
+    adapted = [name for name, each in language.named_modules() if hasattr(each, "lora_A")]
+    assert len(adapted) == 2 * 7  # q, k, v, o, gate, up, down of two layers
+    assert not any("vision_tower" in name and "lora_" in name for name, _ in stages[1].model.named_parameters())
+
+
+def test_learning_rates_are_the_stages(stages):
+    groups = {group["name"]: group["initial_lr"] for group in stages[1].optimizer.param_groups}
+    assert groups == {"projector": 0.002, "lora": 0.01}
+    assert all(group["lr"] == pytest.approx(0, abs=1e-12) for group in stages[1].optimizer.param_groups)
+
+
+def test_what_was_learned_is_all_that_is_written(stages, folder):
+    output = folder / "tiny-run" / "instruction_tuning"
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [
+        "checkpoint-12", "checkpoint-8", "lora", "spatial_tokens",
+    ]  # fmt: skip
+    tensors = {path.relative_to(output / "checkpoint-12").as_posix() for path in (output / "checkpoint-12").rglob("*.safetensors")}
+    assert tensors == {"spatial_tokens/adapter_model.safetensors", "lora/adapter_model.safetensors"}
+
+
+def test_it_loads_into_a_fresh_base_and_generates(stages, folder):
+    from peft import PeftModel
+
+    output = folder / "tiny-run" / "instruction_tuning"
+    trained = stages[1].model.eval()
+    torch.manual_seed(0)
+    base, processor = tiny_llava()
+    own = {name: each.clone() for name, each in base_of(base).state_dict().items()}
+    for name, each in base.named_parameters():  # the frozen weights, which a real base has on disk
+        found = dict(base_of(trained).named_parameters())
+        key = name if name in found else name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
+        if "multi_modal_projector" not in name:
+            each.data.copy_(found[key][: each.shape[0]])
+            own[name] = each.detach().clone()
+    model, processor = load_adapter(base.eval(), output / "spatial_tokens", processor)
+    model = PeftModel.from_pretrained(model, output / "lora").eval()
+    from spatial_tokens.visualize import sample_picture
+
+    inputs = processor(images=sample_picture(), text="USER: <image>\nWhere? ASSISTANT:", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, trained(**inputs).logits, rtol=1e-5, atol=1e-5)
+        answers = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert torch.equal(answers, trained.generate(**inputs, max_new_tokens=4, do_sample=False))
+        used = model(**inputs).logits
+        base_of(model).spatial_tokens.spatial_head.fc.weight.zero_()
+        assert not torch.allclose(model(**inputs).logits, used)
+    bare = detach(model.unload())
+    assert {name: each.shape for name, each in bare.state_dict().items()} == {name: each.shape for name, each in own.items()}
+    assert all(torch.equal(each, own[name]) for name, each in bare.state_dict().items())
+
+
+def run(there, *words, ok=True, **options):
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=there, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options)
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+SCRIPT = ROOT / "examples" / "train.py"
+
+
+def small(output, **changes):
+    return arguments(CONFIGS / "alignment.yaml", output_dir=output, **{**SMALL, "max_steps": 6, "save_steps": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    run(folder, SCRIPT, *small("whole"))
+    return losses(folder / "whole")
+
+
+def test_killed_and_resumed_is_the_same_run(folder, uninterrupted):
+    command = [sys.executable, str(SCRIPT), *small("killed")]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 200
+    while not (folder / "killed" / "checkpoint-4" / MANIFEST).exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    assert not (folder / "killed" / "trainer_state.json").exists()
+    done = run(folder, SCRIPT, *small("killed"))
+    assert "went on from killed/checkpoint-4" in done.stdout
+    assert losses(folder / "killed") == uninterrupted
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder, uninterrupted):
+    run(folder, SCRIPT, *small("damaged", max_steps=4))
+    optimizer = folder / "damaged" / "checkpoint-4" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    done = run(folder, SCRIPT, *small("damaged"))
+    assert "passed over a checkpoint" in done.stderr
+    assert "went on from damaged/checkpoint-2" in done.stdout
+    assert len(losses(folder / "damaged")) == 6
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(there, monkeypatch):
+    train, save = example("train"), torch.save
+
+    def full(thing, path, *rest, **options):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(thing, path, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        SpatialTokensError, match=r"cannot write the checkpoint full/checkpoint-4: No space left.*full/checkpoint-2"
+    ):
+        train.main(small("full", save_total_limit=1))
+    monkeypatch.setattr(torch, "save", save)
+    assert [path.name for path in checkpoints_in("full")] == ["checkpoint-2", "checkpoint-4"]
+    assert (there / "full" / "checkpoint-2" / MANIFEST).exists()
+    assert not (there / "full" / "checkpoint-4" / MANIFEST).exists()
+    with pytest.warns(UserWarning, match="passed over a checkpoint.*not written to its end"):
+        train.main(small("full", save_total_limit=1))
+    assert len(losses(there / "full")) == 6
+    assert [path.name for path in checkpoints_in("full")] == ["checkpoint-6"]
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_two_processes_are_as_one(folder, uninterrupted):
+    done = run(folder, *TWO, SCRIPT, *small("two", per_device_train_batch_size=1))
+    assert done.stdout.count("6 steps, loss") == 1  # the first process tells
+    assert (folder / "two" / "checkpoint-6" / "rng_state_1.pth").exists()
+    assert losses(folder / "two") == pytest.approx(uninterrupted, rel=1e-4)
+
+
+def test_a_process_that_dies_ends_the_run_and_leaves_whole_checkpoints(folder, uninterrupted):
+    options = small("dies", per_device_train_batch_size=1)
+    dying = ROOT / "tests" / "training" / "dying.py"
+    done = run(folder, *TWO, dying, *options, ok=False)
+    assert "exitcode" in done.stderr.lower()
+    assert [path.name for path in checkpoints_in(folder / "dies")] == ["checkpoint-2"]
+    done = run(folder, *TWO, SCRIPT, *options)
+    assert "went on from dies/checkpoint-2" in done.stdout
+    assert losses(folder / "dies") == pytest.approx(uninterrupted, rel=1e-4)
+
+
+def test_bad_samples_are_counted_at_the_end(there, capsys):
+    samples = json.loads((there / "tiny-data" / "alignment.json").read_text())
+    samples[1]["image"] = "gone.png"
+    samples[2]["conversations"][0]["value"] = "<image><image>"
+    (there / "tiny-data" / "images" / "broken.png").write_bytes(b"broken")
+    samples[3]["image"] = "broken.png"
+    (there / "bad.json").write_text(json.dumps(samples))
+    train = example("train")
+    with pytest.raises(SpatialTokensError, match=r"2 bad samples.*sample '1'.*gone.png.*sample '2'.*2 placeholders"):
+        train.main(small("bad", data="bad.json"))
+    train.main(small("bad", data="bad.json", on_bad_sample="skip", max_steps=8, save_strategy="no"))
+    shown = capsys.readouterr()
+    assert "3 bad samples were left out; bad/bad_samples.jsonl says which and why" in shown.err
+    assert "8 steps, loss" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lerning_rate": 1}, "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        ({"stage": "both"}, "stage must be one of alignment, instruction_tuning"),
+        ({"recipe": "{batch: 3}"}, "recipe: .*batch"),
+        ({"recipe": "{lora: {r: 3}}"}, "recipe: .*'r'"),
+        ({"per_device_train_batch_size": 3}, "global_batch_size 4 is no multiple of the 3 samples"),
+        ({"model": "tiny-data"}, "cannot load the model"),
+        ({"data": "nothing.json"}, "cannot read nothing.json"),
+        ({"start_from": "nothing"}, "cannot read nothing/spatial_tokens/adapter_config.json"),
+        ({"on_bad_sample": "hide"}, "on_bad_sample must be"),
+    ],
+)
+def test_a_config_that_cannot_be_run(there, changes, said):
+    with pytest.raises(SpatialTokensError, match=said):
+        example("train").main(small("never", **changes))
+
+
+def test_the_command_says_so_in_one_line(folder):
+    done = run(folder, SCRIPT, *small("never", lerning_rate=1), ok=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
+    assert "Traceback" not in done.stderr
+    assert "give a config" in run(folder, SCRIPT, ok=False).stderr
+
+
+def test_the_papers_configs_are_the_recipe(monkeypatch):
+    train = example("train")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, per_device in (("alignment", 32), ("instruction_tuning", 16)):
+        path = ROOT / "examples" / "configs" / "llava-1.5-7b" / f"{name}.yaml"
+        run, stage, training = train.read_config([str(path), "--bf16", "false"])
+        assert stage is train.STAGES[name] or stage == train.STAGES[name]
+        assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == stage.global_batch_size
+        assert training.per_device_train_batch_size == per_device
+        assert training.num_train_epochs == 1
+        assert run.recipe == {}
+
+
+def test_lengths_group_the_samples(there, stages):
+    trainer = stages[1]
+    assert isinstance(trainer, SpatialTokensTrainer)
+    assert isinstance(trainer.train_dataset, ConversationDataset)
+    sampler = trainer._get_train_sampler()
+    order = list(sampler)
+    assert sorted(order) == list(range(16))
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    lengths = [trainer.train_dataset.lengths[i] for i in order]
+    batches = [lengths[i : i + 8] for i in range(0, 16, 8)]
+    assert all(batch == sorted(batch, reverse=True) for batch in batches)
