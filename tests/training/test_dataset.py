@@ -186,7 +186,7 @@ def test_a_processor_with_words_of_its_own_is_refused(make, processor):
             return processor(text=[f"Look. {text[0]}"], **options)
 
     data.processor = Chatty()
-    with pytest.raises(SpatialTokensError, match="Chatty writes words of its own"):
+    with pytest.raises(SpatialTokensError, match="Chatty changes the words around images"):
         data[0]
 
 

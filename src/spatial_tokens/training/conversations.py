@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from spatial_tokens.adapters.huggingface.processing import placeholder_of
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.storage.files import read_text
 
@@ -131,7 +132,7 @@ def render(sample: Sample, template: Template, processor: Any) -> Rendered:
     Raises:
         BadSampleError: If the chat template cannot render it.
     """
-    placeholder = getattr(processor, "image_token", PLACEHOLDER)
+    placeholder = placeholder_of(processor) or PLACEHOLDER
     if template == "chat":
         return _chat(sample, processor)
     pieces = _plain(sample) if template == "plain" else _vicuna(sample, processor.tokenizer.eos_token)

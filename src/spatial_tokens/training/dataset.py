@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from spatial_tokens.adapters.huggingface.processing import placeholder_of, slot_id_of
 from spatial_tokens.adapters.huggingface.slots import ALIGNED
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.storage.files import read_text
-from spatial_tokens.training.conversations import BadSampleError, Sample, Template, num_words, parse, read_records, render
+from spatial_tokens.training.conversations import BadSampleError, Rendered, Sample, Template, num_words, parse, read_records, render
 
 IGNORED = -100
 SHOWN = 10  # bad samples that an error names
@@ -121,9 +122,9 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         encoded = self.processor(text=[rendered.text], images=images or None, return_tensors="pt")
         ids = encoded["input_ids"][0]
         labels = ids.new_full(ids.shape, IGNORED)
-        kept, learned = self._learned(rendered.text, rendered.answers, ids)
-        labels[kept[learned]] = ids[kept[learned]]
-        if len(kept) < len(ids) and int(_last_inserted(kept, len(ids))) >= self.max_length:
+        where, last_image = self._answers(sample, rendered, ids.tolist())
+        labels[where] = ids[where]
+        if last_image >= self.max_length:
             raise BadSampleError(sample.sample_id, f"its images do not fit in max_length={self.max_length} tokens")
         if bool((labels[: self.max_length] == IGNORED).all()):
             raise BadSampleError(sample.sample_id, f"no answer is left within max_length={self.max_length} tokens")
@@ -131,24 +132,37 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         others = {name: each for name, each in encoded.items() if name not in ALIGNED and isinstance(each, torch.Tensor)}
         return {**aligned, **others, "labels": labels[: self.max_length]}
 
-    def _learned(self, text: str, answers: Sequence[tuple[int, int]], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the words are among the ids, and which of them are an answer's.
+    def _answers(self, sample: Sample, rendered: Rendered, ids: Sequence[int]) -> tuple[list[int], int]:
+        """Where the answers' tokens are among the ids, and the end of the last image; -1 without one.
 
-        The processor has put image tokens and slots among the words; the words themselves are what the tokenizer makes of the text.
+        The text alone is tokenized for its words, whose characters are known; between two images they are found in the ids, from
+        which they differ by what the processor wrote in place of each image.
         """
-        words = self.processor.tokenizer(text, return_offsets_mapping=True)
-        word_ids = torch.tensor(words["input_ids"])
-        image = self.processor.tokenizer.convert_tokens_to_ids(getattr(self.processor, "image_token", "<image>"))
-        inserted = (set(ids.tolist()) - set(word_ids.tolist())) | {image}
-        kept = torch.tensor([i for i, each in enumerate(ids.tolist()) if each not in inserted])
-        is_word = word_ids != image
-        if not torch.equal(ids[kept], word_ids[is_word]):
-            raise SpatialTokensError(
-                f"{type(self.processor).__name__} writes words of its own around images, so the answers cannot be told from the "
-                "prompt; give Trainer a collator of your own"
-            )
-        learned = [any(start < last and first < end for start, end in answers) for first, last in words["offset_mapping"]]
-        return kept, torch.tensor(learned)[is_word]
+        placeholder = self.processor.tokenizer.convert_tokens_to_ids(placeholder_of(self.processor))
+        alone = self.processor.tokenizer(rendered.text, return_offsets_mapping=True)
+        learned = [any(start < last and first < end for start, end in rendered.answers) for first, last in alone["offset_mapping"]]
+        runs: list[list[tuple[int, bool]]] = [[]]
+        for word, is_learned in zip(alone["input_ids"], learned, strict=True):
+            if word == placeholder:
+                runs.append([])
+            else:
+                runs[-1].append((word, is_learned))
+        slot = slot_id_of(self.processor)
+        places = [place for place, each in enumerate(ids) if each != slot]
+        ids, where, at = [ids[place] for place in places], [], 0
+        for number, run in enumerate(runs):
+            words = [word for word, _ in run]
+            last = number == len(runs) - 1
+            starts = [0] if number == 0 else [len(ids) - len(words)] if last else range(at + 1, len(ids))
+            start = next((each for each in starts if each >= at and ids[each : each + len(words)] == words), None)
+            if start is None or (last and start + len(words) != len(ids)):
+                raise SpatialTokensError(
+                    f"sample {sample.sample_id!r}: {type(self.processor).__name__} changes the words around images, so the answers "
+                    "cannot be told from the prompt; give Trainer a data set of your own"
+                )
+            where += [places[start + i] for i, (_, is_learned) in enumerate(run) if is_learned]
+            end_of_image, at = start, start + len(words)
+        return where, places[end_of_image - 1] if len(runs) > 1 else -1
 
     def _open(self, sample: Sample, path: str) -> Any:
         try:
@@ -200,9 +214,3 @@ class Collator:
             else:
                 batch[name] = torch.cat(each)
         return batch
-
-
-def _last_inserted(kept: torch.Tensor, length: int) -> torch.Tensor:
-    is_word = torch.zeros(length, dtype=torch.bool)
-    is_word[kept] = True
-    return (~is_word).nonzero().max()

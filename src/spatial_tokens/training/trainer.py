@@ -29,8 +29,8 @@ class SpatialTokensTrainer(Trainer):
 
     Learning rates, schedule and weight decay are the stage's, whatever the `TrainingArguments` say; all else is theirs. A
     checkpoint holds what trains (`spatial_tokens/`, `lora/`), the optimizer's and the random state, not the base; a list of its
-    files is written last, so that `last_complete(output_dir)` never gives one that was cut short or damaged. "group_by_length" takes the
-    data set's `lengths`.
+    files is written last, so that `last_complete(output_dir)` never gives one that was cut short or damaged. "group_by_length"
+    takes the data set's `lengths`.
 
     Args:
         stage: The recipe.

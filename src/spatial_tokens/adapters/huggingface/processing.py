@@ -159,6 +159,18 @@ def add_token(processor: Any, token: str) -> tuple[Any, int]:
     return processor, int(processor.tokenizer.convert_tokens_to_ids(token))
 
 
+def placeholder_of(processor: Any) -> str | None:
+    """What stands for an image in a text that a processor takes; None if there is no such token."""
+    found = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    return None if found is None else str(found)
+
+
+def slot_id_of(processor: Any) -> int | None:
+    """The reserved token that a processor puts before images; None if it puts none, or the image's own token."""
+    writer: SlotWriter | None = getattr(processor, "_slot_writer", None)
+    return None if writer is None or writer.as_image else writer.token_id
+
+
 def with_slots(processor: Any, anatomy: Anatomy, token: str, token_id: int, count: int, *, as_image: bool, per_tile: bool) -> Any:
     """The processor, now inserting slots.
 
@@ -166,7 +178,7 @@ def with_slots(processor: Any, anatomy: Anatomy, token: str, token_id: int, coun
         SpatialTokensError: If it has no placeholder for an image, or slots for each tile are asked for and it does not say how
             many image tokens a tile has.
     """
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    placeholder = placeholder_of(processor)
     if placeholder is None:
         raise SpatialTokensError(
             f"{type(processor).__name__} has no image_token to put slots before; attach without a processor, and use insert_slots()"
@@ -183,10 +195,10 @@ def with_slots(processor: Any, anatomy: Anatomy, token: str, token_id: int, coun
         token=token,
         token_id=token_id,
         count=count,
-        placeholder=str(placeholder),
+        placeholder=placeholder,
         image_token_id=anatomy.image_token_id,
         opening_ids=tuple(anatomy.opening_ids),
-        openings=tuple(each for each in openings if each != str(placeholder)),
+        openings=tuple(each for each in openings if each != placeholder),
         pad_token_id=tokenizer.pad_token_id or 0,
         as_image=as_image,
         per_tile=per_tile,

@@ -1,0 +1,190 @@
+"""Preparing models for a stage, and the data of other families, on tiny models."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
+from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, parameter_groups
+from spatial_tokens.training.dataset import Collator, ConversationDataset
+from spatial_tokens.training.prepare import load_trained, parts_of, prepare, save_trained
+from tests.adapters.huggingface.test_processing import FAMILIES, GRID_OF_4, gemma3, idefics3, internvl, llava_next
+from tests.test_examples import tiny_qwen
+
+STAGES = [ALIGNMENT, INSTRUCTION_TUNING]
+
+
+def made(stage, dtype=torch.float32):
+    torch.manual_seed(0)
+    base, processor = tiny_llava()
+    model, processor = attach(base.to(dtype), processor, spatial_hidden_size=8)
+    return prepare(model, stage), processor
+
+
+def trained(model):
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_every_trained_parameter_is_in_a_group(stage):
+    model, _ = made(stage, torch.bfloat16)
+    grouped = [id(each) for group in parameter_groups(parts_of(model), stage) for each in group["params"]]
+    assert sorted(grouped) == sorted(id(each) for each in trained(model).values())
+    assert {each.dtype for each in trained(model).values()} == {torch.float32}
+    assert {each.dtype for each in model.parameters() if not each.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_bfloat16_model_learns_in_float32(stage, tmp_path):
+    model, processor = made(stage, torch.bfloat16)
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "1.png")
+    sample = {
+        "id": "1",
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps([sample]))
+    batch = Collator(0)([ConversationDataset(tmp_path / "data.json", tmp_path, processor)[0]])
+    before = {name: each.clone() for name, each in trained(model).items()}
+    optimizer = torch.optim.AdamW(parameter_groups(parts_of(model), ALIGNMENT if stage.lora is None else stage))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in trained(model).values())
+    optimizer.step()
+    moved = {name for name, each in trained(model).items() if not torch.equal(each, before[name])}
+    assert len(moved) > len(before) // 2
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_save_and_load_in_place(stage, tmp_path):
+    model, _ = made(stage)
+    with torch.no_grad():
+        for each in trained(model).values():
+            each.normal_()
+    save_trained(model, tmp_path)
+    other, _ = made(stage)
+    load_trained(other, tmp_path)
+    assert trained(other).keys() == trained(model).keys()
+    assert all(torch.equal(each, trained(model)[name]) for name, each in trained(other).items())
+
+
+def test_load_refuses_what_is_not_the_models(tmp_path):
+    model, _ = made(INSTRUCTION_TUNING)
+    with pytest.raises(SpatialTokensError, match="does not exist"):
+        load_trained(model, tmp_path)
+    save_trained(made(ALIGNMENT)[0], tmp_path)
+    with pytest.raises(SpatialTokensError, match="lora"):
+        load_trained(model, tmp_path)
+    other, _ = attach(*tiny_llava(), spatial_hidden_size=16)
+    save_trained(prepare(other, ALIGNMENT), tmp_path)
+    with pytest.raises(SpatialTokensError, match="wrongly shaped"):
+        load_trained(made(ALIGNMENT)[0], tmp_path)
+
+
+def test_preparing_twice_changes_nothing():
+    model, _ = made(INSTRUCTION_TUNING)
+    names = list(trained(model))
+    assert prepare(model, INSTRUCTION_TUNING) is model
+    assert list(trained(model)) == names
+
+
+def test_a_model_without_spatial_tokens():
+    with pytest.raises(SpatialTokensError, match="attach"):
+        prepare(tiny_llava()[0], ALIGNMENT)
+
+
+def test_an_adapter_brings_the_trained_mlp_and_detaching_takes_it_away(tmp_path):
+    model, _ = made(ALIGNMENT)
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight)
+    save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    base, processor = tiny_llava()
+    own = base.model.multi_modal_projector.linear_1.weight.clone()
+    base, _ = load_adapter(base, tmp_path, processor)
+    assert torch.equal(base.model.multi_modal_projector.linear_1.weight, model.model.multi_modal_projector.linear_1.weight)
+    save_adapter(base, tmp_path / "again")
+    first, again = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(each, again[name]) for name, each in first.items())
+    detach(base)
+    assert torch.equal(base.model.multi_modal_projector.linear_1.weight, own)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda v: v.update(modules_to_save="all"), "modules_to_save .* must be a list of names"),
+     (lambda v: v.update(modules_to_save=["model.nothing"]), "do not fit the model"),
+     (lambda v: v.update(modules_to_save=[]), "do not fit the model: unexpected")],
+)  # fmt: skip
+def test_an_adapter_of_other_modules_is_refused(tmp_path, change, said):
+    model, _ = made(ALIGNMENT)
+    save_adapter(model, tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    change(values)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    save_file(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors")
+    base, processor = tiny_llava()
+    with pytest.raises(SpatialTokensError, match=said):
+        load_adapter(base, tmp_path, processor)
+    assert not hasattr(base, "spatial_tokens")
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{% if p.type == 'image' %}PLACE{% else %}{{ p.text }}{% endif %}"
+    "{% endfor %}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def qwen():
+    base, processor = tiny_qwen()
+    return base, processor, "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, qwen], ids=lambda family: family.__name__)
+def test_other_families(family, tmp_path):
+    """Two images in a row of turns, and text alone: loss on the answers alone, and a step on the batch of both."""
+    torch.manual_seed(0)
+    base, plain, place = family()
+    options = {"resize": "pool", "spatial_hidden_size": 8} if family is qwen else GRID_OF_4
+    model, processor = attach(base, plain, **options)
+    processor.chat_template = TEMPLATE.replace("PLACE", place)
+    for name, size in (("a.png", (128, 80)), ("b.png", (64, 64))):
+        Image.effect_noise(size, 90).save(tmp_path / name)
+    word = "this" if family is qwen else "dog"
+    turns = [f"<image>\nWhat is {word}?", f"{word} is", f"What <image> {word}", word, "What ?", f"{word} What"]
+    samples = [
+        {
+            "image": ["a.png", "b.png"],
+            "conversations": [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)],
+        },
+        {"conversations": [{"from": "human", "value": "What ?"}, {"from": "gpt", "value": word}]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    data = ConversationDataset(tmp_path / "data.json", tmp_path, processor, template="chat")
+    items = [data[0], data[1]]
+    for item, answers in zip(items, ([turns[1], turns[3], turns[5]], [word]), strict=True):
+        shown = item["labels"] != -100
+        assert torch.equal(item["labels"][shown], item["input_ids"][shown])
+        expected = [each for answer in answers for each in processor.tokenizer(answer, add_special_tokens=False)["input_ids"]]
+        end = processor.tokenizer.eos_token_id
+        assert [each for each in item["labels"][shown].tolist() if each != end] == expected
+        assert (item["labels"] == end).sum() == len(answers)
+    model = prepare(model.train(), ALIGNMENT)
+    loss = model(**Collator(processor.tokenizer.pad_token_id)(items)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(each.grad is not None for each in model.spatial_tokens.parameters())
+
+
+def test_families_are_those_of_the_processors():
+    assert {idefics3, gemma3, internvl, llava_next} == set(FAMILIES)
