@@ -6,7 +6,10 @@ import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
 
-LOWEST = ["torch==2.6.0", "torchvision==0.21.0", "einops==0.8.0", "safetensors==0.4.3", "timm==1.0.22", "transformers==5.0.0"]
+LOWEST = [
+    "torch==2.6.0", "torchvision==0.21.0", "einops==0.8.0", "safetensors==0.4.3", "timm==1.0.22", "transformers==5.0.0",
+    "accelerate==1.3.0", "peft==0.15.0",
+]  # fmt: skip
 
 
 def here(session: nox.Session, *command: str) -> None:
@@ -34,7 +37,7 @@ def tests(session: nox.Session) -> None:
 def adapters(session: nox.Session, transformers: str) -> None:
     """The adapters with the lowest and the newest transformers, in an environment of their own."""
     session.install("-e", ".[dev]", "transformers" if transformers == "newest" else f"transformers=={transformers}")
-    session.run("pytest", "tests/adapters", "tests/test_examples.py", *session.posargs)
+    session.run("pytest", "tests/adapters", "tests/training", "tests/test_examples.py", *session.posargs)
 
 
 @nox.session

@@ -112,22 +112,25 @@ def read_config(arguments):
         raise SpatialTokensError(f"{path} lacks {', '.join(lacking)}")
     stage = stage_of(values["stage"], dict(values.get("recipe", {})))
 
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun and accelerate set it
-    per_step = values.setdefault("per_device_train_batch_size", 16) * num_processes
+    per_step = values.setdefault("per_device_train_batch_size", 16) * num_processes()
     if stage.global_batch_size % per_step:
         raise SpatialTokensError(
             f"the stage's global_batch_size {stage.global_batch_size} is no multiple of the {per_step} samples that "
-            f"{num_processes} processes take at once; change per_device_train_batch_size"
+            f"{num_processes()} processes take at once; change per_device_train_batch_size"
         )
     values["gradient_accumulation_steps"] = stage.global_batch_size // per_step
     defaults = {
         "num_train_epochs": stage.num_epochs, "learning_rate": stage.projector_learning_rate, "logging_steps": 1,
-        "report_to": "none", "train_sampling_strategy": "group_by_length", "remove_unused_columns": False,
-        "label_names": ["labels"],
+        "report_to": "none", "remove_unused_columns": False, "label_names": ["labels"],
     }  # fmt: skip
     values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}  # YAML's no
     run, training = HfArgumentParser((Run, TrainingArguments)).parse_dict({**defaults, **values})
     return run, stage, training
+
+
+def num_processes():
+    """As torchrun and accelerate tell it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def stage_of(name, changes):

@@ -29,8 +29,8 @@ class SpatialTokensTrainer(Trainer):
 
     Learning rates, schedule and weight decay are the stage's, whatever the `TrainingArguments` say; all else is theirs. A
     checkpoint holds what trains (`spatial_tokens/`, `lora/`), the optimizer's and the random state, not the base; a list of its
-    files is written last, so that `last_complete(output_dir)` never gives one that was cut short or damaged. "group_by_length"
-    takes the data set's `lengths`.
+    files is written last, so that `last_complete(output_dir)` never gives one that was cut short or damaged. Samples of a data set
+    that tells its `lengths` are grouped by them.
 
     Args:
         stage: The recipe.
@@ -95,7 +95,7 @@ class SpatialTokensTrainer(Trainer):
         return self._by_length(eval_dataset, at_once) or super()._get_eval_sampler(eval_dataset)
 
     def _by_length(self, dataset: Any, batch_size: int) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+        if not hasattr(dataset, "lengths"):
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return _ByLength(dataset.lengths, batch_size, seed)
