@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
@@ -218,7 +219,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(there, monkeypatch):
 
 def needs_transformers(*version):
     """Before, Trainer sharded later epochs otherwise (5.17) and could not resume on several CPU processes (5.23)."""
-    found = tuple(map(int, transformers.__version__.split(".")[:2]))
+    found = tuple(map(int, version_of("transformers").split(".")[:2]))
     return pytest.mark.skipif(found < version, reason=f"needs transformers {version}")
 
 
