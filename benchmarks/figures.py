@@ -170,6 +170,29 @@ def projectors() -> str:
     return text + "\n" + table(["language model", "projector", "image tokens", "tokens/s", "speed / LLaVA-1.5's"], models)
 
 
+def scale_out() -> str:
+    """What each process held, from least to most, for each engine and number of processes."""
+    report = json.loads((RESULTS / "cpu" / "scale_out.json").read_text())
+    machine, held = report["machine"], {}
+    for row in report["rows"]:
+        held.setdefault((row["implementation"], row["setting"]["processes"]), []).append(row["values"])
+    names = ("parameters_mib", "gradients_mib", "optimizer_mib", "peak_mib")
+    lines = [(*key, *(span([values[name] for values in ranks if name in values]) for name in names)) for key, ranks in held.items()]
+    head = (
+        "MiB a process, after a step of AdamW in float32, all widths a quarter of the paper's "
+        f"({machine['parameters'] / 1e6:.1f} M weights, a sixteenth). "
+        f"{machine['device']}, torch {machine['versions']['torch']}, {machine['date']}."
+    )
+    return head + "\n\n" + table(["engine", "processes", "weights", "gradients", "optimizer", "peak, building included"], lines)
+
+
+def span(figures: list[float]) -> str:
+    if not figures:
+        return "not measured"
+    least, most = (f"{figure:.0f}" for figure in (min(figures), max(figures)))
+    return least if least == most else f"{least} to {most}"
+
+
 def table(columns: list[str], rows: list[tuple]) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
     return "\n".join(lines) + "\n"
@@ -179,6 +202,7 @@ OPERATORS = ROOT / "src" / "spatial_tokens" / "ops"
 PAGES = {
     ROOT / "README.md": figures,
     ROOT / "docs" / "benchmarks.md": projectors,
+    ROOT / "docs" / "scale-out.md": scale_out,
     OPERATORS / "window_linear" / "README.md": partial(operators, "tokens, cropping", "detail map"),
     OPERATORS / "integrate" / "README.md": partial(operators, "integrator"),
     OPERATORS / "pyramid" / "README.md": partial(operators, "tokens, pooling"),

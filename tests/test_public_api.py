@@ -92,6 +92,7 @@ def test_public_names():
             {
                 "attach",
                 "detach",
+                "from_released",
                 "insert_slots",
                 "load_adapter",
                 "push_to_hub",

@@ -104,11 +104,16 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "convert",
         run_convert,
-        "convert released LLaVA-SP checkpoints to this library's format, or back",
-        "convert mm_projector.bin projector\n  spatial-tokens convert projector released.safetensors --prefix model.",
+        "convert released LLaVA-SP checkpoints to this library's format or a Hugging Face model, or back",
+        "convert mm_projector.bin projector\n  spatial-tokens convert projector released.safetensors --prefix model.\n"
+        "  spatial-tokens convert llava-sp-lora llava-sp-hf --base vicuna-7b-v1.5",
     )
     convert.add_argument("input", metavar="IN", help="a released file, index or folder; or a directory of this library's format")
     convert.add_argument("output", metavar="OUT", help="a directory; or, on the way back, a .safetensors or .bin file")
+    convert.add_argument(
+        "--base", metavar="DIR", help="make a whole Hugging Face LLaVA of a released folder: the language model it was trained on"
+    )
+    convert.add_argument("--vision", metavar="DIR", help="with --base: the vision tower (default: what the folder's config names)")
     convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
     convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -240,6 +245,11 @@ def run_convert(arguments: argparse.Namespace) -> None:
     if target.exists() and not arguments.overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise SpatialTokensError(f"{target} is already there; choose another OUT or give --overwrite")
     config = None if arguments.config is None else _read_config(arguments.config)
+    if arguments.base is not None:
+        _convert_whole(arguments, config)
+        return
+    if arguments.vision is not None:
+        raise SpatialTokensError("--vision goes with --base, which makes a whole model of a released folder")
     if _is_own_format(source):
         if target.suffix not in WEIGHT_SUFFIXES:
             raise SpatialTokensError(
@@ -254,10 +264,30 @@ def run_convert(arguments: argparse.Namespace) -> None:
             )
         projector = from_llava_sp(source, config=config)
         projector.save_pretrained(target)
+    _print_converted(arguments, projector.config)
+
+
+def _convert_whole(arguments: argparse.Namespace, config: SPProjectorConfig | None) -> None:
+    from spatial_tokens.adapters.huggingface.released import convert_released
+
+    out = arguments.output
+    converted = convert_released(arguments.input, arguments.base, out, vision=arguments.vision, config=config)
+    _print_converted(arguments, converted)
     if arguments.json:
-        _print_json({"input": str(source), "output": str(target), "config": projector.config.to_dict()})
         return
-    described = ", ".join(f"{name}={value}" for name, value in projector.config.to_dict().items())
+    print("load it, with LlavaForConditionalGeneration and AutoProcessor of transformers, load_adapter of this library:")
+    print(f'  model = LlavaForConditionalGeneration.from_pretrained("{out}", dtype="auto")')
+    print(f'  processor = AutoProcessor.from_pretrained("{out}")')
+    print(f'  model, processor = load_adapter(model, "{out}/spatial_tokens", processor)')
+    print(f"train on: python examples/train.py CONFIG.yaml --model {out} --start_from {out}; see docs/training.md")
+
+
+def _print_converted(arguments: argparse.Namespace, config: SPProjectorConfig) -> None:
+    source, target = Path(arguments.input), Path(arguments.output)
+    if arguments.json:
+        _print_json({"input": str(source), "output": str(target), "config": config.to_dict()})
+        return
+    described = ", ".join(f"{name}={value}" for name, value in config.to_dict().items())
     print(f"wrote {target}: {described}")
 
 

@@ -23,6 +23,7 @@ from spatial_tokens.training.checkpoints import MANIFEST, checkpoints_in
 from spatial_tokens.training.dataset import ConversationDataset
 from spatial_tokens.training.trainer import SpatialTokensTrainer
 from tests.test_examples import example
+from tests.training import on_cpu
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs" / "tiny"
@@ -150,9 +151,9 @@ def test_it_loads_into_a_fresh_base_and_generates(stages, folder):
     assert all(torch.equal(each, own[name]) for name, each in bare.state_dict().items())
 
 
-def run(there, *words, ok=True, **options):
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=there, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options)
+def run(there, *words, ok=True, environment=None):
+    command, environment = [sys.executable, *map(str, words)], {**ENVIRONMENT, **(environment or {})}
+    done = subprocess.run(command, cwd=there, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -244,6 +245,23 @@ def test_a_process_that_dies_ends_the_run_and_leaves_whole_checkpoints(folder, u
     done = run(folder, *TWO, SCRIPT, *options)
     assert "went on from dies/checkpoint-2" in done.stdout
     assert losses(folder / "dies") == pytest.approx(uninterrupted, rel=1e-4)
+
+
+@needs_transformers(5, 23)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_other_engines_are_as_one_process_and_resume(folder, uninterrupted, engine):
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
+    config = ROOT / "examples" / "engines" / f"{engine}.yaml"
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, "--num_processes=2",
+              "--mixed_precision=no", "--main_process_port=0", "-m", "tests.training.on_cpu")  # fmt: skip
+    options = small(engine, per_device_train_batch_size=1, use_cpu=engine != "zero2")
+    run(folder, *launch, SCRIPT, *options, environment=on_cpu.environment(engine))
+    assert losses(folder / engine) == pytest.approx(uninterrupted, rel=1e-4)
+    (folder / engine / "checkpoint-6" / MANIFEST).unlink()
+    done = run(folder, *launch, SCRIPT, *options, environment=on_cpu.environment(engine))
+    assert f"went on from {engine}/checkpoint-4" in done.stdout
+    assert losses(folder / engine) == pytest.approx(uninterrupted, rel=1e-4)
 
 
 def test_bad_samples_are_counted_at_the_end(there, capsys):

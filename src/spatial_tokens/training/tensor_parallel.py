@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
@@ -70,15 +69,15 @@ def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> 
         raise SpatialTokensError("the projector's parameters are sharded or quantized already; give a plain one")
     if not isinstance(projector.extractor, SpatialFeatureExtractor):
         raise _no_plan(projector.extractor)
-    projector.exact_state_dict()
     made = Shard(-1) if shard == "output" else Partial()  # the kernels' tokens, gathered or summed once for all of them
     plan: dict[str, ParallelStyle] = {
-        "extractor.kernels.*": _kernel(shard, made, use_local_output=False),
-        "extractor": PrepareModuleOutput(output_layouts=made, desired_output_layouts=Replicate()),
+        f"extractor.kernels.{i}": _kernel(shard, made, use_local_output=False)
+        for i in range(projector.extractor.num_spatial_tokens)
     }
+    plan["extractor"] = PrepareModuleOutput(output_layouts=made, desired_output_layouts=Replicate())
     if projector.integrator is not None:
         plan["integrator.detail_kernel"] = _kernel(shard, Replicate(), use_local_output=True)
-        plan["integrator.*_projector"] = _Whole()
+        plan |= {f"integrator.{role}_projector": _Whole() for role in ("query", "key", "value")}
     for name, head in (("spatial_head", projector.spatial_head), ("patch_head", projector.patch_head)):
         if isinstance(head, MLPHead):
             plan |= {f"{name}.fc1": ColwiseParallel(use_local_output=False), f"{name}.fc2": RowwiseParallel()}
@@ -86,6 +85,7 @@ def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> 
             plan[f"{name}.fc"] = ColwiseParallel(output_layouts=Replicate())
         elif head is not None:
             raise _no_plan(head)
+    projector.exact_state_dict()  # raises if a part is wrapped
     return plan
 
 
@@ -96,7 +96,7 @@ class _Whole(ParallelStyle):
         return distribute_module(module, device_mesh, input_fn=_enter, output_fn=_leave)
 
 
-def _enter(module: nn.Module, inputs: tuple[torch.Tensor], mesh: DeviceMesh) -> tuple[torch.Tensor]:
+def _enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
     return (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),)
 
 
@@ -113,7 +113,9 @@ def _kernel(shard: Sharding, output_layouts: Placement, *, use_local_output: boo
 def _require_enough(projector: SPProjector, shard: Sharding, processes: int) -> None:
     """Raises SpatialTokensError unless every process gets a part of every sharded layer; the parts need not be equal."""
     kernels = [module for name, module in projector.named_modules() if "kernel" in name and isinstance(module, nn.Linear)]
-    counts = {f"{shard} channels of a kernel": min(each.out_features if shard == "output" else each.in_features for each in kernels)}
+    counts = {
+        f"{shard} channels of a kernel": min(each.out_features if shard == "output" else each.in_features for each in kernels)
+    }
     counts["channels of a head"] = projector.config.text_hidden_size
     for what, count in counts.items():
         if count < processes:

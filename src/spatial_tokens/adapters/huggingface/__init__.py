@@ -2,12 +2,14 @@
 
 from spatial_tokens.adapters.huggingface.attach import attach, detach, insert_slots
 from spatial_tokens.adapters.huggingface.drop_in import replace_projector
+from spatial_tokens.adapters.huggingface.released import from_released
 from spatial_tokens.adapters.huggingface.saving import load_adapter, push_to_hub, save_adapter
 from spatial_tokens.adapters.huggingface.trainer import trainer_callback
 
 __all__ = [
     "attach",
     "detach",
+    "from_released",
     "insert_slots",
     "load_adapter",
     "push_to_hub",

@@ -167,7 +167,7 @@ def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
         **options: `private`, `token`, `revision`, `commit_message`, as huggingface_hub takes them.
 
     Returns:
-        The repository's address.
+        The repository's address; "" in a process of a sharded model that does not write.
 
     Raises:
         SpatialTokensError: If the adapter cannot be written; huggingface_hub's own errors if it cannot be sent.
@@ -179,6 +179,8 @@ def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
     api = HfApi(token=options.pop("token", None))
     with TemporaryDirectory() as folder:
         save_adapter(model, folder)
+        if not any(Path(folder).iterdir()):
+            return ""
         address = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
     return str(address)

@@ -1,0 +1,475 @@
+"""A folder of the authors' code becomes a Hugging Face LLaVA with spatial tokens.
+
+What LLaVA's LoRA training writes: `config.json`; `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), the LoRA of the
+language model; `non_lora_trainables.bin`, the projector. The language model and the vision tower are elsewhere. A folder without a
+LoRA is of stage 1 (`mm_projector.bin`), or holds a whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spatial_tokens.adapters.huggingface.attach import attach
+from spatial_tokens.adapters.huggingface.attachment import NAME
+from spatial_tokens.adapters.huggingface.saving import save_adapter
+from spatial_tokens.checkpoint import from_llava_sp
+from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
+from spatial_tokens.grid import is_positive_int
+from spatial_tokens.modules import MLPHead, SPProjector
+from spatial_tokens.storage.files import read_tensors, read_text
+from spatial_tokens.storage.pretrained import require_exactly
+
+CONFIG_NAME = "config.json"
+LORA_CONFIG = "adapter_config.json"
+LORA_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TRAINED = "non_lora_trainables.bin"
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+
+# What a LlavaForConditionalGeneration computes, of the settings in a released config.json.
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "mm_vision_select_feature": ("patch", None),
+    "mm_patch_merge_type": ("flat", None),
+    "mm_use_im_start_end": (False, None),
+    "image_aspect_ratio": ("pad", "square", None),
+}
+# A LoRA that is W + alpha / r * B A: these settings as they are here, these others anything, and all the rest unset.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, "gaussian", None),
+}
+FREE_IN_LORA = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "r", "revision", "target_modules", "task_type",
+}  # fmt: skip
+
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' %}
+{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite \
+answers to the user's questions. " }}
+{%- endif %}
+{%- for message in messages %}
+{%- set content = message['content'] %}
+{%- if content is string %}{% set content = [{'type': 'text', 'text': content}] %}{% endif %}
+{%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}
+{%- if message['role'] == 'assistant' %}
+{{- 'ASSISTANT: ' + text + eos_token }}
+{%- elif message['role'] == 'user' %}
+{{- 'USER: ' }}
+{%- for part in content | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}
+{{- text + ' ' }}
+{%- else %}
+{{- text + ' ' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
+
+_LANGUAGE = re.compile(r"(base_model\.model\.)?(model\.)?(layers|embed_tokens|norm|lm_head)\.")
+_TOWER = re.compile(r"(base_model\.model\.)?(model\.)?(vision_tower\.)+(vision_model\.)?")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+
+
+def from_released(
+    folder: str | PathLike[str],
+    base: str | PathLike[str],
+    *,
+    vision: str | PathLike[str] | None = None,
+    config: SPProjectorConfig | None = None,
+) -> tuple[Any, Any]:
+    """A Hugging Face LLaVA with the spatial tokens of a released folder: it generates, and training goes on from it.
+
+    A LoRA is merged, in float32, into the base's weights, which keep their dtype; the other parts take it. The released MLP of
+    the patches becomes the model's own `multi_modal_projector`. Weight files are read without running code in them.
+
+    Args:
+        folder: What the authors' code wrote: a LoRA and its projector, a projector, or a whole model.
+        base: The language model that it was trained on and its tokenizer, such as Vicuna: a folder, or a name on the hub. For a
+            whole model, `folder` again.
+        vision: The vision tower, a CLIP, and its image processor; what the folder's config names when left out.
+        config: What the projector must be; inferred when left out, see `from_llava_sp`.
+
+    Returns:
+        A `LlavaForConditionalGeneration` with spatial tokens, in evaluation mode, and a `LlavaProcessor` that inserts their slots.
+
+    Raises:
+        SpatialTokensError: If a file is missing, damaged or would need code to be run, the folder is none that a Hugging Face
+            LLaVA can be made of, or its parts do not fit each other.
+
+    Example:
+        model, processor = from_released("llava-sp-cropping-lora", "lmsys/vicuna-7b-v1.5")
+        text = "USER: <image> What is to the left of the dog? ASSISTANT:"
+        model.generate(**processor(images=image, text=text, return_tensors="pt"))
+    """
+    with _transformers() as transformers:
+        return _with_tokens(*_assembled(transformers, Path(folder), base, vision, config))
+
+
+def convert_released(
+    folder: str | PathLike[str],
+    base: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    vision: str | PathLike[str] | None = None,
+    config: SPProjectorConfig | None = None,
+) -> SPProjectorConfig:
+    """Writes what `from_released` makes: into `out` a LLaVA that loads alone, into `out/spatial_tokens` its adapter.
+
+    All of it or nothing: `out` appears when it is whole. An earlier conversion that is there is replaced.
+
+    Returns:
+        The config of the spatial tokens.
+
+    Raises:
+        SpatialTokensError: As `from_released`; and if `out` cannot be written, or holds something else.
+    """
+    with _new_directory(Path(os.path.realpath(out))) as directory, _transformers() as transformers:
+        model, processor, projector = _assembled(transformers, Path(folder), base, vision, config)
+        with _saying(f"cannot write {out}"):
+            processor.save_pretrained(directory)
+            model, _ = _with_tokens(model, processor, projector)
+            model.save_pretrained(directory)
+            save_adapter(model, directory / NAME)
+    return projector.config
+
+
+def _assembled(
+    transformers: Any, folder: Path, base: str | PathLike[str], vision: str | PathLike[str] | None, config: SPProjectorConfig | None
+) -> tuple[Any, Any, SPProjector]:
+    """The LLaVA and its processor, and the projector without its patch head, which is in the model."""
+    settings = _settings(folder)
+    vision = settings["mm_vision_tower"] if vision is None else vision
+    lora = _lora(folder)
+    source = folder if lora is None else folder / TRAINED
+    whole = lora is None and os.path.realpath(base) == os.path.realpath(folder)
+    names = _names(source)
+    if not whole and (strays := [name for name in names if _LANGUAGE.match(name)]):
+        raise SpatialTokensError(
+            f"{source} holds {len(strays)} tensors of the language model itself, such as {strays[0]}; "
+            + ("only a LoRA can be merged into a base" if lora else f"it is a whole model, so give {folder} as its base too")
+        )
+    projector = from_llava_sp(source, config=config, dtype=torch.float32)
+    text_config = _text_config(transformers, base, settings, whole)
+    vision_config = _vision_config(transformers, vision)
+    _require_fit(projector.config, text_config, vision_config, settings, {"base": base, "vision": vision, "folder": folder})
+
+    llama = _language_model(transformers, base, text_config, whole)
+    if lora is not None:
+        _merge(llama, *lora)
+    tower = _vision_tower(transformers, vision, llama.dtype)
+    if any(_TOWER.match(name) for name in names):
+        _load_tower(tower, source)
+    projector = projector.to(dtype=llama.dtype)
+    model = _llava(transformers, llama, tower, projector, settings["mm_vision_select_layer"])
+    tokenizer = _tokenizer(transformers, model, base)
+    image_processor = _image_processor(transformers, vision, pad=settings.get("image_aspect_ratio") == "pad")
+    processor = transformers.LlavaProcessor(
+        image_processor, tokenizer, patch_size=vision_config.patch_size, vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
+    )  # fmt: skip
+    return model, processor, projector
+
+
+def _with_tokens(model: Any, processor: Any, projector: SPProjector) -> tuple[Any, Any]:
+    model, processor = attach(model, processor, projector.config)
+    setattr(model, NAME, projector)
+    return model.eval(), processor
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The released `config.json`, checked for what a Hugging Face LLaVA cannot do."""
+    path = folder / CONFIG_NAME
+    settings = _json(path)
+    if not isinstance(settings.get("mm_vision_tower"), str):
+        raise SpatialTokensError(f"{path} is not of a LLaVA of the authors' code: it names no mm_vision_tower")
+    _require_values(settings, SETTINGS, path)
+    layer = settings.get("mm_vision_select_layer")
+    if type(layer) is not int:
+        raise SpatialTokensError(f"mm_vision_select_layer in {path} must be one layer's number, got {shown(layer)}")
+    return settings
+
+
+def _lora(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The LoRA's settings, checked to be those of a plain one, and its weights; None in a folder without."""
+    weights = [folder / name for name in LORA_WEIGHTS if (folder / name).is_file()]
+    there = {name: (folder / name).is_file() for name in (LORA_CONFIG, TRAINED)} | {" or ".join(LORA_WEIGHTS): bool(weights)}
+    if not any(there.values()):
+        return None
+    if missing := [name for name, found in there.items() if not found]:
+        raise SpatialTokensError(f"{folder} is not whole: missing {', '.join(missing)}")
+    path = folder / LORA_CONFIG
+    values = _json(path)
+    _require_values(values, PLAIN_LORA, path)
+    known = FREE_IN_LORA | PLAIN_LORA.keys()
+    if others := [f"{name}={shown(value)}" for name, value in values.items() if value and name not in known]:
+        raise SpatialTokensError(
+            f"{path} is not of a plain LoRA, W + alpha / r * B A: it has {', '.join(others)}; merge it with the authors' code and "
+            "convert the whole model"
+        )
+    targets = values.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise SpatialTokensError(f"target_modules in {path} must be a list of names, got {shown(targets)}")
+    if not is_positive_int(values.get("r")) or type(values.get("lora_alpha")) not in (int, float):
+        raise SpatialTokensError(
+            f"r in {path} must be a positive integer and lora_alpha a number, got {shown(values.get('r'))} and "
+            f"{shown(values.get('lora_alpha'))}"
+        )
+    return values, weights[0]
+
+
+def _names(path: Path) -> list[str]:
+    """The names in a weight file, or in those of a folder."""
+    names: list[str] = []
+
+    def note(name: str) -> bool:
+        names.append(name)
+        return False
+
+    read_tensors(path, note)
+    return names
+
+
+def _text_config(transformers: Any, base: str | PathLike[str], settings: Mapping[str, Any], whole: bool) -> Any:
+    """The language model's config; out of the folder's own settings if it is a whole model."""
+    if whole:
+        known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "torch_dtype"}
+        known -= {"architectures", "model_type", "transformers_version"}
+        fields = {name: value for name, value in settings.items() if name in known and value is not None}
+        with _saying(f"cannot make a Llama's config of {base}"):
+            return transformers.LlamaConfig(**fields)
+    if os.path.isfile(os.path.join(base, LORA_CONFIG)):
+        raise SpatialTokensError(f"{base} is itself an adapter; give the language model that it was trained on")
+    with _saying(f"cannot load the language model {base}"):
+        kind = transformers.PreTrainedConfig.get_config_dict(base)[0].get("model_type")
+        if kind == "llama":
+            return transformers.LlamaConfig.from_pretrained(base)
+    raise SpatialTokensError(f"{base} must be a Llama, such as Vicuna, got a {kind}; give the language model alone")
+
+
+def _vision_config(transformers: Any, vision: str | PathLike[str]) -> Any:
+    with _saying(_no_tower(vision)):
+        kind = transformers.PreTrainedConfig.get_config_dict(vision)[0].get("model_type")
+        if kind in ("clip", "clip_vision_model"):
+            return transformers.CLIPVisionConfig.from_pretrained(vision)
+    raise SpatialTokensError(f"{_no_tower(vision)}: it must be a CLIP, got a {kind}")
+
+
+def _require_fit(
+    projector: SPProjectorConfig, text: Any, vision: Any, settings: Mapping[str, Any], names: Mapping[str, str | PathLike[str]]
+) -> None:
+    """Raises SpatialTokensError if language model, vision tower and projector are not of one model."""
+    given = {name: settings[name] for name in _SIZES if settings.get(name) is not None}
+    given["hidden_size"] = projector.text_hidden_size
+    if wrong := [f"{name} {getattr(text, name)}, not {value}" for name, value in given.items() if getattr(text, name) != value]:
+        raise SpatialTokensError(f"{names['base']} is not the language model of {names['folder']}: it has {'; '.join(wrong)}")
+    side, layer = vision.image_size // vision.patch_size, settings["mm_vision_select_layer"]
+    found = {"hidden_size": vision.hidden_size, "grid": (side, side)}
+    expected = {"hidden_size": projector.vision_hidden_size, "grid": projector.grid_size}
+    if wrong := [f"{name} {value}, not {expected[name]}" for name, value in found.items() if value != expected[name]]:
+        raise SpatialTokensError(f"{names['vision']} is not the vision tower of {names['folder']}: it has {'; '.join(wrong)}")
+    if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
+        raise SpatialTokensError(f"mm_vision_select_layer is {layer}, but {names['vision']} has {vision.num_hidden_layers} layers")
+
+
+def _language_model(transformers: Any, base: str | PathLike[str], config: Any, whole: bool) -> Any:
+    with _saying(f"cannot load the language model {base}"):
+        model, info = transformers.LlamaForCausalLM.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
+    faults = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if not whole or _LANGUAGE.match(name)),
+    }
+    if found := [f"{kind}: {', '.join(names[:20])}" for kind, names in faults.items() if names]:
+        raise SpatialTokensError(f"the tensors of {base} are not a Llama's: {'; '.join(found)}")
+    return model
+
+
+def _merge(llama: Any, settings: Mapping[str, Any], path: Path) -> None:
+    """Adds a LoRA to the weights that it is of: `W + alpha / r * B A`, rounded once."""
+    targets = {
+        name: module
+        for name, module in llama.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.weight is not llama.get_input_embeddings().weight
+        and any(f".{name}".endswith(f".{target}") for target in settings["target_modules"])
+    }
+    rank, prefix = settings["r"], "base_model.model."
+    shapes = {}
+    for name, module in targets.items():
+        shapes[f"{prefix}{name}.lora_A.weight"] = (rank, module.in_features)
+        shapes[f"{prefix}{name}.lora_B.weight"] = (module.out_features, rank)
+    tensors = read_tensors(path)
+    require_exactly(shapes, tensors, str(path))
+    exact = torch.promote_types(llama.dtype, torch.float32)
+    with torch.no_grad():
+        for name, module in targets.items():
+            a, b = (tensors[f"{prefix}{name}.lora_{part}.weight"].to(exact) for part in "AB")
+            module.weight.copy_(module.weight.to(exact) + settings["lora_alpha"] / rank * (b @ a))
+
+
+def _vision_tower(transformers: Any, vision: str | PathLike[str], dtype: torch.dtype) -> Any:
+    with _saying(_no_tower(vision)):
+        tower, info = transformers.CLIPVisionModel.from_pretrained(vision, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise SpatialTokensError(f"{_no_tower(vision)}: missing: {', '.join(sorted(info['missing_keys'])[:20])}")
+    return tower
+
+
+def _load_tower(tower: Any, source: Path) -> None:
+    """Gives the tower the weights that the released files have of it."""
+    own = {name.removeprefix("vision_model."): each for name, each in tower.named_parameters()}
+    tensors = read_tensors(source, lambda name: bool(_TOWER.match(name)))
+    found = {_TOWER.sub("", name, count=1): each for name, each in tensors.items()}
+    found.pop("embeddings.position_ids", None)  # a buffer of older versions
+    require_exactly({name: each.shape for name, each in own.items()}, found, f"the vision tower in {source}")
+    with torch.no_grad():
+        for name, each in own.items():
+            each.copy_(found[name])
+
+
+def _llava(transformers: Any, llama: Any, tower: Any, projector: SPProjector, layer: int) -> Any:
+    """The LLaVA of these parts, which are not copied; the projector's patch head goes over to it."""
+    config = transformers.LlavaConfig(
+        text_config=llama.config, vision_config=tower.config, image_seq_length=projector.config.num_patches,
+        vision_feature_layer=layer, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    head = projector.patch_head
+    assert isinstance(head, MLPHead)
+    projector.patch_head = None
+    linears = {"linear_1": head.fc1, "linear_2": head.fc2}
+    tensors = {f"{name}.{kind}": each for name, linear in linears.items() for kind, each in linear.state_dict().items()}
+    model.model.multi_modal_projector.load_state_dict(tensors, assign=True)
+    model.model.language_model, model.lm_head, model.model.vision_tower = llama.model, llama.lm_head, tower
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=llama.generation_config.bos_token_id, eos_token_id=llama.generation_config.eos_token_id
+    )
+    return model
+
+
+def _tokenizer(transformers: Any, model: Any, base: str | PathLike[str]) -> Any:
+    """The base's tokenizer with a token for images, and one for padding if it has none; the model gains rows for them."""
+    with _saying(f"cannot load the tokenizer of {base}"):
+        if os.path.isdir(base) and not any(os.path.isfile(os.path.join(base, name)) for name in TOKENIZERS):
+            raise FileNotFoundError(f"the folder has no {' or '.join(TOKENIZERS)}")  # transformers 5.0 would make one of no words
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
+    tokenizer.add_tokens([transformers.AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if len(tokenizer) > rows:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        head = model.lm_head.weight
+        if head is not model.get_input_embeddings().weight:
+            with torch.no_grad():  # a logit that is the mean of all is never the largest
+                head[rows:] = head[:rows].mean(0, dtype=torch.float32)
+    return tokenizer
+
+
+def _image_processor(transformers: Any, vision: str | PathLike[str], *, pad: bool) -> Any:
+    """CLIP's own; where the released model pads pictures to squares of the mean colour first, LLaVA's with CLIP's values."""
+    with _saying(f"cannot load the image processor of {vision}"):
+        if pad:
+            return transformers.LlavaImageProcessor.from_pretrained(vision, do_pad=True)
+        return transformers.CLIPImageProcessor.from_pretrained(vision)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SpatialTokensError(f"{path} is not valid JSON: {reason(error)}") from error
+    if not isinstance(values, dict):
+        raise SpatialTokensError(f"{path} must hold an object, got {shown(values)}")
+    return values
+
+
+def _require_values(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], path: Path) -> None:
+    """Raises SpatialTokensError if a field is none of its allowed values; None among them: it may be left out."""
+    for name, choices in allowed.items():
+        if values.get(name) not in choices:
+            known = " or ".join(shown(choice) for choice in choices if choice is not None)
+            raise SpatialTokensError(f"{name} in {path} must be {known}, got {shown(values.get(name))}")
+
+
+def _no_tower(vision: str | PathLike[str]) -> str:
+    return f"cannot load the vision tower {vision} (vision= or --vision gives another)"
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Makes another library's error one of ours."""
+    try:
+        yield
+    except SpatialTokensError:
+        raise
+    except Exception as error:  # what transformers raises depends on what is wrong with the files, and on its version
+        raise SpatialTokensError(f"{what}: {reason(error)}") from error
+
+
+@contextmanager
+def _transformers() -> Iterator[Any]:
+    """Gives transformers, without its warnings and progress bars while the block runs: what they tell of is checked here."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error
+    logging: Any = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
+    """Gives a temporary directory beside `target`, which takes its place when the block ends well, and is removed if not.
+
+    Raises:
+        SpatialTokensError: If it cannot be written, or `target` holds anything but an earlier conversion.
+    """
+    if target.exists() and not _is_replaceable(target):
+        raise SpatialTokensError(f"{target} is there and is no earlier conversion; remove it, or choose another folder")
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
+    try:
+        with _saying(f"cannot write {target}"):
+            temporary.mkdir()
+        yield temporary
+        with _saying(f"cannot write {target}"):
+            if target.exists():
+                os.replace(target, old)
+            os.replace(temporary, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether a folder is empty, or holds what a conversion writes: no checkpoints of a training that went on in it, say."""
+    if not target.is_dir():
+        return False
+    folders = [path.name for path in target.iterdir() if path.is_dir()]
+    return not any(target.iterdir()) or (folders == [NAME] and (target / CONFIG_NAME).is_file())
