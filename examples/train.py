@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface import attach, load_adapter
+from spatial_tokens.adapters.huggingface import attach, llava_from_parts, load_adapter
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
 from spatial_tokens.storage.files import read_text
 from spatial_tokens.training import STAGES, LoRA
@@ -35,6 +35,7 @@ class Run:
 
     Args:
         model: A vision-language model of the hub or a folder; "tiny": a LLaVA of random weights.
+        vision: A CLIP, where `model` is a language model alone: their LLaVA starts with a new MLP, as in the paper.
         stage: "alignment" or "instruction_tuning".
         data: The training samples, a file in LLaVA's format.
         images: The folder that their images' paths start from.
@@ -52,6 +53,7 @@ class Run:
     stage: str
     data: str
     images: str
+    vision: str | None = None
     start_from: str | None = None
     preset: str = "llava-sp-cropping"
     projector: dict = field(default_factory=dict)
@@ -148,7 +150,10 @@ def stage_of(name, changes):
 
 def build(run):
     """The model and its processor, with the spatial tokens of the earlier stage or with new ones."""
-    model, processor = tiny_llava() if run.model == "tiny" else from_hub(run.model)
+    if run.vision is not None:
+        model, processor = llava_from_parts(run.model, run.vision)
+    else:
+        model, processor = tiny_llava() if run.model == "tiny" else from_hub(run.model)
     if run.start_from is not None:
         return load_adapter(model, Path(run.start_from) / "spatial_tokens", processor)
     return attach(model, processor, run.preset, **run.projector)

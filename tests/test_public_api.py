@@ -94,6 +94,7 @@ def test_public_names():
                 "detach",
                 "from_released",
                 "insert_slots",
+                "llava_from_parts",
                 "load_adapter",
                 "push_to_hub",
                 "replace_projector",

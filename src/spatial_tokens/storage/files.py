@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,46 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError, ValueError):
             temporary.unlink()
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str], replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """Gives a temporary directory beside `path`, which takes its place when the block ends well, and is removed if not.
+
+    Args:
+        path: Where it is to be.
+        replaceable: Whether what is there may be replaced.
+
+    Raises:
+        SpatialTokensError: If it cannot be written, or something else is there; what was there is still there.
+    """
+    target = Path(path)
+    if target.exists() and not replaceable(target):
+        raise SpatialTokensError(
+            f"{target} is there already, and is not what would be written; remove it, or choose another folder"
+        )
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
+    try:
+        with _writing(target):
+            temporary.mkdir()
+        yield temporary
+        with _writing(target):
+            if target.exists():
+                os.replace(target, old)
+            os.replace(temporary, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:

@@ -17,11 +17,11 @@ import peft
 import transformers
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
-from spatial_tokens.adapters.huggingface import from_released, load_adapter
+from spatial_tokens.adapters.huggingface import attach, from_released, llava_from_parts, load_adapter
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
 from spatial_tokens.adapters.huggingface.released import convert_released
 from spatial_tokens.cli import main
-from spatial_tokens.training import INSTRUCTION_TUNING
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 from spatial_tokens.training.conversations import parse, render
 from spatial_tokens.training.prepare import prepare
 from tests.adapters.huggingface.models import pictures
@@ -450,7 +450,9 @@ def test_other_folders_are_not_replaced(parts, folder, tmp_path):
     (trained / "checkpoint-12").mkdir()
     for out in (folder, tmp_path, trained, folder / "config.json"):
         before = sorted(out.rglob("*"))
-        with pytest.raises(SpatialTokensError, match="is there and is no earlier conversion; remove it, or choose another folder"):
+        with pytest.raises(
+            SpatialTokensError, match="is there already, and is not what would be written; remove it, or choose another folder"
+        ):
             convert_released(folder, parts / "base", out)
         assert sorted(out.rglob("*")) == before
     with pytest.raises(SpatialTokensError, match=r"cannot write .*: No such file or directory"):
@@ -683,7 +685,7 @@ def test_the_commands_options(capsys, parts, tmp_path):
     assert "is already there" in command(capsys, folder, out, "--base", parts / "base", code=2)
     options = ("--base", parts / "base", "--vision", parts / "clip", "--overwrite")
     command(capsys, folder, out, *options)
-    assert "is there and is no earlier conversion" in command(capsys, folder, folder, *options, code=2)
+    assert "is there already, and is not what would be written" in command(capsys, folder, folder, *options, code=2)
     assert "--vision goes with --base" in command(capsys, folder, tmp_path / "other", "--vision", parts / "clip", code=2)
     wrong = command(capsys, folder, tmp_path / "other", *options, "--config", "llava-sp-pooling", code=2)
     assert "missing: conv_4.1.weight" in wrong
@@ -718,3 +720,52 @@ def test_without_transformers(capsys, parts, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'spatial-tokens[hf]'" in command(capsys, folder, tmp_path / "out", "--base", parts / "base", code=2)
     assert not (tmp_path / "out").exists()
+
+
+# A LLaVA of its parts, before any training
+
+
+def test_a_new_llava_is_its_parts(parts):
+    torch.manual_seed(0)
+    model, _ = llava_from_parts(parts / "base", parts / "clip")
+    llama = transformers.LlamaForCausalLM.from_pretrained(parts / "base")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        assert_close(logits[..., : llama.config.vocab_size], llama(ids).logits)
+        clip = transformers.CLIPVisionModel.from_pretrained(parts / "clip")
+        pixels = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+        patches = clip.double()(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        mlp = model.model.multi_modal_projector
+        expected = mlp.linear_2(torch.nn.functional.gelu(mlp.linear_1(patches)))
+        found = model.get_image_features(pixels)
+        assert_close(torch.stack(list(getattr(found, "pooler_output", found))), expected)
+    torch.manual_seed(0)
+    again, _ = llava_from_parts(parts / "base", parts / "clip")
+    assert all(torch.equal(each, again.state_dict()[name]) for name, each in model.state_dict().items())
+
+
+def test_a_new_llava_takes_spatial_tokens_and_trains(parts):
+    model, processor = llava_from_parts(parts / "base", parts / "clip")
+    model, processor = attach(model.float(), processor, kernel_sizes=KERNELS, detail_kernel_size=4, spatial_hidden_size=S)
+    inputs = processor(images=pictures(1), text="USER: <image>\nWhat? ASSISTANT: that", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    model = prepare(model.train(), ALIGNMENT)
+    optimizer = torch.optim.AdamW((each for each in model.parameters() if each.requires_grad), lr=1e-3)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_a_new_llava_needs_both_parts(parts, tmp_path):
+    with pytest.raises(SpatialTokensError, match="must be a Llama"):
+        llava_from_parts(parts / "clip", parts / "clip")
+    with pytest.raises(SpatialTokensError, match="must be a CLIP"):
+        llava_from_parts(parts / "base", parts / "base")
+    with pytest.raises(SpatialTokensError, match="got no model"):
+        llava_from_parts(tmp_path, parts / "clip")

@@ -1,5 +1,6 @@
 """Spatial tokens in any Hugging Face vision-language model: `attach` them, use and train the model as ever, save them beside it."""
 
+from spatial_tokens.adapters.huggingface.assembly import llava_from_parts
 from spatial_tokens.adapters.huggingface.attach import attach, detach, insert_slots
 from spatial_tokens.adapters.huggingface.drop_in import replace_projector
 from spatial_tokens.adapters.huggingface.released import from_released
@@ -11,6 +12,7 @@ __all__ = [
     "detach",
     "from_released",
     "insert_slots",
+    "llava_from_parts",
     "load_adapter",
     "push_to_hub",
     "replace_projector",

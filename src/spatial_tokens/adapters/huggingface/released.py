@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from spatial_tokens.adapters.huggingface.assembly import (
+    assembled,
+    language_model,
+    quiet_transformers,
+    saying,
+    text_config,
+    vision_config,
+    vision_tower,
+)
 from spatial_tokens.adapters.huggingface.attach import attach
 from spatial_tokens.adapters.huggingface.attachment import NAME
 from spatial_tokens.adapters.huggingface.saving import save_adapter
 from spatial_tokens.checkpoint import from_llava_sp
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
+from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import MLPHead, SPProjector
-from spatial_tokens.storage.files import read_tensors, read_text
+from spatial_tokens.storage.files import new_directory, read_tensors, read_text
 from spatial_tokens.storage.pretrained import require_exactly
 
 CONFIG_NAME = "config.json"
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TRAINED = "non_lora_trainables.bin"
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 
 # What a LlavaForConditionalGeneration computes, of the settings in a released config.json.
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -55,27 +60,6 @@ FREE_IN_LORA = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core", "peft_version",
     "qalora_group_size", "r", "revision", "target_modules", "task_type",
 }  # fmt: skip
-
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' %}
-{{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite \
-answers to the user's questions. " }}
-{%- endif %}
-{%- for message in messages %}
-{%- set content = message['content'] %}
-{%- if content is string %}{% set content = [{'type': 'text', 'text': content}] %}{% endif %}
-{%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}
-{%- if message['role'] == 'assistant' %}
-{{- 'ASSISTANT: ' + text + eos_token }}
-{%- elif message['role'] == 'user' %}
-{{- 'USER: ' }}
-{%- for part in content | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}
-{{- text + ' ' }}
-{%- else %}
-{{- text + ' ' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"""
 
 _LANGUAGE = re.compile(r"(base_model\.model\.)?(model\.)?(layers|embed_tokens|norm|lm_head)\.")
 _TOWER = re.compile(r"(base_model\.model\.)?(model\.)?(vision_tower\.)+(vision_model\.)?")
@@ -113,7 +97,7 @@ def from_released(
         text = "USER: <image> What is to the left of the dog? ASSISTANT:"
         model.generate(**processor(images=image, text=text, return_tensors="pt"))
     """
-    with _transformers() as transformers:
+    with quiet_transformers() as transformers:
         return _with_tokens(*_assembled(transformers, Path(folder), base, vision, config))
 
 
@@ -135,9 +119,9 @@ def convert_released(
     Raises:
         SpatialTokensError: As `from_released`; and if `out` cannot be written, or holds something else.
     """
-    with _new_directory(Path(os.path.realpath(out))) as directory, _transformers() as transformers:
+    with new_directory(os.path.realpath(out), _is_replaceable) as directory, quiet_transformers() as transformers:
         model, processor, projector = _assembled(transformers, Path(folder), base, vision, config)
-        with _saying(f"cannot write {out}"):
+        with saying(f"cannot write {out}"):
             processor.save_pretrained(directory)
             model, _ = _with_tokens(model, processor, projector)
             model.save_pretrained(directory)
@@ -161,24 +145,21 @@ def _assembled(
             + ("only a LoRA can be merged into a base" if lora else f"it is a whole model, so give {folder} as its base too")
         )
     projector = from_llava_sp(source, config=config, dtype=torch.float32)
-    text_config = _text_config(transformers, base, settings, whole)
-    vision_config = _vision_config(transformers, vision)
-    _require_fit(projector.config, text_config, vision_config, settings, {"base": base, "vision": vision, "folder": folder})
+    llama_config = _own_text_config(transformers, settings) if whole else text_config(transformers, base)
+    clip_config = vision_config(transformers, vision)
+    _require_fit(projector.config, llama_config, clip_config, settings, {"base": base, "vision": vision, "folder": folder})
 
-    llama = _language_model(transformers, base, text_config, whole)
+    llama = language_model(transformers, base, llama_config, lambda name: not whole or bool(_LANGUAGE.match(name)))
     if lora is not None:
         _merge(llama, *lora)
-    tower = _vision_tower(transformers, vision, llama.dtype)
+    tower = vision_tower(transformers, vision, llama.dtype)
     if any(_TOWER.match(name) for name in names):
         _load_tower(tower, source)
     projector = projector.to(dtype=llama.dtype)
-    model = _llava(transformers, llama, tower, projector, settings["mm_vision_select_layer"])
-    tokenizer = _tokenizer(transformers, model, base)
-    image_processor = _image_processor(transformers, vision, pad=settings.get("image_aspect_ratio") == "pad")
-    processor = transformers.LlavaProcessor(
-        image_processor, tokenizer, patch_size=vision_config.patch_size, vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
-    )  # fmt: skip
+    mlp, projector.patch_head = projector.patch_head, None
+    assert isinstance(mlp, MLPHead)
+    layer, pad = settings["mm_vision_select_layer"], settings.get("image_aspect_ratio") == "pad"
+    model, processor = assembled(transformers, llama, tower, mlp, base=base, vision=vision, layer=layer, pad=pad)
     return model, processor, projector
 
 
@@ -241,29 +222,13 @@ def _names(path: Path) -> list[str]:
     return names
 
 
-def _text_config(transformers: Any, base: str | PathLike[str], settings: Mapping[str, Any], whole: bool) -> Any:
-    """The language model's config; out of the folder's own settings if it is a whole model."""
-    if whole:
-        known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "torch_dtype"}
-        known -= {"architectures", "model_type", "transformers_version"}
-        fields = {name: value for name, value in settings.items() if name in known and value is not None}
-        with _saying(f"cannot make a Llama's config of {base}"):
-            return transformers.LlamaConfig(**fields)
-    if os.path.isfile(os.path.join(base, LORA_CONFIG)):
-        raise SpatialTokensError(f"{base} is itself an adapter; give the language model that it was trained on")
-    with _saying(f"cannot load the language model {base}"):
-        kind = transformers.PreTrainedConfig.get_config_dict(base)[0].get("model_type")
-        if kind == "llama":
-            return transformers.LlamaConfig.from_pretrained(base)
-    raise SpatialTokensError(f"{base} must be a Llama, such as Vicuna, got a {kind}; give the language model alone")
-
-
-def _vision_config(transformers: Any, vision: str | PathLike[str]) -> Any:
-    with _saying(_no_tower(vision)):
-        kind = transformers.PreTrainedConfig.get_config_dict(vision)[0].get("model_type")
-        if kind in ("clip", "clip_vision_model"):
-            return transformers.CLIPVisionConfig.from_pretrained(vision)
-    raise SpatialTokensError(f"{_no_tower(vision)}: it must be a CLIP, got a {kind}")
+def _own_text_config(transformers: Any, settings: Mapping[str, Any]) -> Any:
+    """The language model's config, out of a whole model's settings."""
+    known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "torch_dtype"}
+    known -= {"architectures", "model_type", "transformers_version"}
+    fields = {name: value for name, value in settings.items() if name in known and value is not None}
+    with saying("cannot make a Llama's config of the folder's settings"):
+        return transformers.LlamaConfig(**fields)
 
 
 def _require_fit(
@@ -281,18 +246,6 @@ def _require_fit(
         raise SpatialTokensError(f"{names['vision']} is not the vision tower of {names['folder']}: it has {'; '.join(wrong)}")
     if not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
         raise SpatialTokensError(f"mm_vision_select_layer is {layer}, but {names['vision']} has {vision.num_hidden_layers} layers")
-
-
-def _language_model(transformers: Any, base: str | PathLike[str], config: Any, whole: bool) -> Any:
-    with _saying(f"cannot load the language model {base}"):
-        model, info = transformers.LlamaForCausalLM.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
-    faults = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(name for name in info["unexpected_keys"] if not whole or _LANGUAGE.match(name)),
-    }
-    if found := [f"{kind}: {', '.join(names[:20])}" for kind, names in faults.items() if names]:
-        raise SpatialTokensError(f"the tensors of {base} are not a Llama's: {'; '.join(found)}")
-    return model
 
 
 def _merge(llama: Any, settings: Mapping[str, Any], path: Path) -> None:
@@ -318,14 +271,6 @@ def _merge(llama: Any, settings: Mapping[str, Any], path: Path) -> None:
             module.weight.copy_(module.weight.to(exact) + settings["lora_alpha"] / rank * (b @ a))
 
 
-def _vision_tower(transformers: Any, vision: str | PathLike[str], dtype: torch.dtype) -> Any:
-    with _saying(_no_tower(vision)):
-        tower, info = transformers.CLIPVisionModel.from_pretrained(vision, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise SpatialTokensError(f"{_no_tower(vision)}: missing: {', '.join(sorted(info['missing_keys'])[:20])}")
-    return tower
-
-
 def _load_tower(tower: Any, source: Path) -> None:
     """Gives the tower the weights that the released files have of it."""
     own = {name.removeprefix("vision_model."): each for name, each in tower.named_parameters()}
@@ -336,58 +281,6 @@ def _load_tower(tower: Any, source: Path) -> None:
     with torch.no_grad():
         for name, each in own.items():
             each.copy_(found[name])
-
-
-def _llava(transformers: Any, llama: Any, tower: Any, projector: SPProjector, layer: int) -> Any:
-    """The LLaVA of these parts, which are not copied; the projector's patch head goes over to it."""
-    config = transformers.LlavaConfig(
-        text_config=llama.config, vision_config=tower.config, image_seq_length=projector.config.num_patches,
-        vision_feature_layer=layer, vision_feature_select_strategy="default",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.LlavaForConditionalGeneration(config)
-    head = projector.patch_head
-    assert isinstance(head, MLPHead)
-    projector.patch_head = None
-    linears = {"linear_1": head.fc1, "linear_2": head.fc2}
-    tensors = {f"{name}.{kind}": each for name, linear in linears.items() for kind, each in linear.state_dict().items()}
-    model.model.multi_modal_projector.load_state_dict(tensors, assign=True)
-    model.model.language_model, model.lm_head, model.model.vision_tower = llama.model, llama.lm_head, tower
-    model.generation_config = transformers.GenerationConfig(
-        bos_token_id=llama.generation_config.bos_token_id, eos_token_id=llama.generation_config.eos_token_id
-    )
-    return model
-
-
-def _tokenizer(transformers: Any, model: Any, base: str | PathLike[str]) -> Any:
-    """The base's tokenizer with a token for images, and one for padding if it has none; the model gains rows for them."""
-    with _saying(f"cannot load the tokenizer of {base}"):
-        if os.path.isdir(base) and not any(os.path.isfile(os.path.join(base, name)) for name in TOKENIZERS):
-            raise FileNotFoundError(f"the folder has no {' or '.join(TOKENIZERS)}")  # transformers 5.0 would make one of no words
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
-    tokenizer.add_tokens([transformers.AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    model.config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    if len(tokenizer) > rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        head = model.lm_head.weight
-        if head is not model.get_input_embeddings().weight:
-            with torch.no_grad():  # a logit that is the mean of all is never the largest
-                head[rows:] = head[:rows].mean(0, dtype=torch.float32)
-    return tokenizer
-
-
-def _image_processor(transformers: Any, vision: str | PathLike[str], *, pad: bool) -> Any:
-    """CLIP's own; where the released model pads pictures to squares of the mean colour first, LLaVA's with CLIP's values."""
-    with _saying(f"cannot load the image processor of {vision}"):
-        if pad:
-            return transformers.LlavaImageProcessor.from_pretrained(vision, do_pad=True)
-        return transformers.CLIPImageProcessor.from_pretrained(vision)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -406,65 +299,6 @@ def _require_values(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, 
         if values.get(name) not in choices:
             known = " or ".join(shown(choice) for choice in choices if choice is not None)
             raise SpatialTokensError(f"{name} in {path} must be {known}, got {shown(values.get(name))}")
-
-
-def _no_tower(vision: str | PathLike[str]) -> str:
-    return f"cannot load the vision tower {vision} (vision= or --vision gives another)"
-
-
-@contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Makes another library's error one of ours."""
-    try:
-        yield
-    except SpatialTokensError:
-        raise
-    except Exception as error:  # what transformers raises depends on what is wrong with the files, and on its version
-        raise SpatialTokensError(f"{what}: {reason(error)}") from error
-
-
-@contextmanager
-def _transformers() -> Iterator[Any]:
-    """Gives transformers, without its warnings and progress bars while the block runs: what they tell of is checked here."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
-    logging: Any = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _new_directory(target: Path) -> Iterator[Path]:
-    """Gives a temporary directory beside `target`, which takes its place when the block ends well, and is removed if not.
-
-    Raises:
-        SpatialTokensError: If it cannot be written, or `target` holds anything but an earlier conversion.
-    """
-    if target.exists() and not _is_replaceable(target):
-        raise SpatialTokensError(f"{target} is there and is no earlier conversion; remove it, or choose another folder")
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        with _saying(f"cannot write {target}"):
-            temporary.mkdir()
-        yield temporary
-        with _saying(f"cannot write {target}"):
-            if target.exists():
-                os.replace(target, old)
-            os.replace(temporary, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_replaceable(target: Path) -> bool:
