@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -245,6 +246,27 @@ def test_a_process_that_dies_ends_the_run_and_leaves_whole_checkpoints(folder, u
     done = run(folder, *TWO, SCRIPT, *options)
     assert "went on from dies/checkpoint-2" in done.stdout
     assert losses(folder / "dies") == pytest.approx(uninterrupted, rel=1e-4)
+
+
+def test_the_best_checkpoint_is_loaded_and_kept(there, monkeypatch):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": "true", "save_total_limit": 1}
+    train = example("train")
+    measured = iter([3.0, 1.0, 2.0, 2.0])
+    evaluate = SpatialTokensTrainer.evaluation_loop
+
+    def as_measured(self, *arguments, **named):
+        output = evaluate(self, *arguments, **named)
+        output.metrics["eval_loss"] = next(measured)
+        return output
+
+    monkeypatch.setattr(SpatialTokensTrainer, "evaluation_loop", as_measured)
+    trainer = train.main(small("best", **options))
+    assert [path.name for path in checkpoints_in("best")] == ["checkpoint-4"]
+    best, written = (
+        load_file(there / "best" / name / "spatial_tokens" / "adapter_model.safetensors") for name in ("checkpoint-4", ".")
+    )
+    assert all(torch.equal(each, written[name]) for name, each in best.items())
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
 
 
 @needs_transformers(5, 23)

@@ -60,6 +60,9 @@ class SpatialTokensTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self._bare(), resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        load_trained(self._bare(), str(self.state.best_model_checkpoint))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial=trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
