@@ -264,7 +264,7 @@ def run(rank, world, port, folder):
         except Exception as error:
             raise RuntimeError(f"{name}, process {rank} of {world}") from error
         torch.save(found, folder / f"{name}.{rank}")
-    dist.destroy_process_group()
+    dist.barrier()  # and no destroy_process_group(), in which torch 2.6 hangs now and then
 
 
 def start(world, folder):

@@ -111,7 +111,7 @@ def _kernel(shard: Sharding, output_layouts: Placement, *, use_local_output: boo
 
 
 def _require_enough(projector: SPProjector, shard: Sharding, processes: int) -> None:
-    """Raises SpatialTokensError unless every process gets a part of every sharded layer; the parts need not be equal."""
+    """Raises SpatialTokensError if a sharded layer is narrower than the mesh: torch would not compute with parts of it."""
     kernels = [module for name, module in projector.named_modules() if "kernel" in name and isinstance(module, nn.Linear)]
     counts = {
         f"{shard} channels of a kernel": min(each.out_features if shard == "output" else each.in_features for each in kernels)

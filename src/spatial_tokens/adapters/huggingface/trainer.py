@@ -26,7 +26,8 @@ def trainer_callback() -> Any:
 
     class SaveSpatialTokens(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-            if state.is_world_process_zero:
+            sharded = any(hasattr(each, "full_tensor") for each in model.parameters())  # then all of them gather, one writes
+            if state.is_world_process_zero or sharded:
                 save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
 
     return SaveSpatialTokens()
