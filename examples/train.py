@@ -8,6 +8,7 @@ on from the last whole checkpoint in output_dir. docs/training.md says more.
 """
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -15,18 +16,22 @@ from pathlib import Path
 
 import torch
 import yaml
-from peft import PeftModel
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach, llava_from_parts, load_adapter
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
+from spatial_tokens.errors import reason
 from spatial_tokens.storage.files import read_text
 from spatial_tokens.training import STAGES, LoRA
 from spatial_tokens.training.checkpoints import last_complete
 from spatial_tokens.training.dataset import Collator, ConversationDataset
 from spatial_tokens.training.prepare import load_trained, prepare
 from spatial_tokens.training.trainer import SpatialTokensTrainer
+
+OF_THE_STAGE = (
+    "learning_rate", "weight_decay", "warmup_steps", "warmup_ratio", "lr_scheduler_type", "gradient_accumulation_steps",
+)  # fmt: skip
 
 
 @dataclass
@@ -64,21 +69,28 @@ class Run:
     on_bad_sample: str = "stop"
 
 
+KINDS = {str: str, dict: dict, int: int, str | None: (str, type(None))}
+
+
 def main(arguments):
     """Runs a stage, and gives its Trainer."""
     run, stage, training = read_config(arguments)
     set_seed(training.seed)
     model, processor = build(run)
+    model = prepare(model.to(torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32), stage)
+    if run.start_from is not None:  # once more, for what was rounded to the model's dtype; and its LoRA, if it has one
+        load_trained(model, run.start_from, lora=(Path(run.start_from) / "lora").is_dir())
     checkpoint = last_complete(training.output_dir) if Path(training.output_dir).is_dir() else None
-    model = prepare(model, stage)
-    if run.start_from is not None and isinstance(model, PeftModel) and (Path(run.start_from) / "lora").is_dir():
-        load_trained(model, run.start_from)
+    bad_samples_file = Path(training.output_dir) / "bad_samples.jsonl"
+    with training.main_process_first():
+        if checkpoint is None and training.process_index == 0:
+            bad_samples_file.unlink(missing_ok=True)  # of an earlier run
 
     options = {
         "template": run.template or ("plain" if stage.lora is None else "vicuna"),
         "max_length": run.max_length,
         "on_bad_sample": run.on_bad_sample,
-        "bad_samples_file": Path(training.output_dir) / "bad_samples.jsonl",
+        "bad_samples_file": bad_samples_file,
     }
     data = ConversationDataset(run.data, run.images, processor, **options)
     evaluation = None if run.eval_data is None else ConversationDataset(run.eval_data, run.images, processor, **options)
@@ -91,30 +103,38 @@ def main(arguments):
     results = {} if evaluation is None else trainer.evaluate()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))
-        report(trainer, data, checkpoint, results)
+        report(trainer, checkpoint, results)
     return trainer
 
 
 def read_config(arguments):
     """The run, its stage, and the TrainingArguments that follow from both."""
     path, *changes = arguments
-    values = yaml.safe_load(read_text(path))
+    values = parsed(read_text(path), path)
     if not isinstance(values, dict):
         raise SpatialTokensError(f"{path} must hold names and values")
     if len(changes) % 2 or not all(name.startswith("--") for name in changes[::2]):
         raise SpatialTokensError(f"after the config come --name value pairs, got {' '.join(changes)}")
-    values |= {name[2:]: yaml.safe_load(value) for name, value in zip(changes[::2], changes[1::2], strict=True)}
+    values |= {name[2:]: parsed(value, name) for name, value in zip(changes[::2], changes[1::2], strict=True)}
     known = [each.name for kind in (Run, TrainingArguments) for each in fields(kind) if each.init]
     for name in values:
         if name not in known:
             close = get_close_matches(name, known, 1)
             raise SpatialTokensError(f"{path}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if name in OF_THE_STAGE:
+            raise SpatialTokensError(f"{path}: {name} follows from the stage; change its numbers under recipe:")
     lacking = [name for name in ("model", "stage", "data", "images", "output_dir") if name not in values]
     if lacking:
         raise SpatialTokensError(f"{path} lacks {', '.join(lacking)}")
+    for each in fields(Run):
+        if each.name in values and not isinstance(values[each.name], KINDS[each.type]):
+            raise SpatialTokensError(f"{path}: {each.name} must be {each.type}, got {values[each.name]!r}")
     stage = stage_of(values["stage"], dict(values.get("recipe", {})))
 
-    per_step = values.setdefault("per_device_train_batch_size", 16) * num_processes()
+    at_once = values.setdefault("per_device_train_batch_size", 16)
+    if type(at_once) is not int or at_once < 1:
+        raise SpatialTokensError(f"{path}: per_device_train_batch_size must be a positive integer, got {at_once!r}")
+    per_step = at_once * num_processes()
     if stage.global_batch_size % per_step:
         raise SpatialTokensError(
             f"the stage's global_batch_size {stage.global_batch_size} is no multiple of the {per_step} samples that "
@@ -126,8 +146,36 @@ def read_config(arguments):
         "report_to": "none", "remove_unused_columns": False, "label_names": ["labels"],
     }  # fmt: skip
     values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}  # YAML's no
-    run, training = HfArgumentParser((Run, TrainingArguments)).parse_dict({**defaults, **values})
+    if values.get("eval_strategy", "no") != "no" and values.get("eval_data") is None:
+        raise SpatialTokensError(f"{path}: eval_strategy needs eval_data")
+    try:
+        run, training = HfArgumentParser((Run, TrainingArguments)).parse_dict({**defaults, **values})
+    except (TypeError, ValueError) as error:
+        raise SpatialTokensError(f"{path}: {reason(error)}") from error
+    wrong = [
+        f"{name} must be a number, got {getattr(training, name)!r}" for name in ("max_steps", "save_steps", "logging_steps", "seed")
+        if not isinstance(getattr(training, name), (int, float))
+    ]  # fmt: skip
+    if wrong or training.dataloader_persistent_workers:
+        raise SpatialTokensError(
+            f"{path}: {'; '.join(wrong) or 'a run with dataloader_persistent_workers cannot be resumed exactly'}"
+        )
     return run, stage, training
+
+
+class Loader(yaml.SafeLoader):
+    """YAML that reads 2e-5 as the number that it is."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parsed(text, where):
+    """The value of a YAML text."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise SpatialTokensError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def num_processes():
@@ -144,7 +192,7 @@ def stage_of(name, changes):
         if isinstance(changes.get("lora"), dict):
             changes["lora"] = replace(stage.lora or LoRA(), **changes["lora"])
         return replace(stage, **changes)
-    except TypeError as error:
+    except (TypeError, SpatialTokensError) as error:
         raise SpatialTokensError(f"recipe: {error}") from error
 
 
@@ -159,21 +207,25 @@ def build(run):
     return attach(model, processor, run.preset, **run.projector)
 
 
-def report(trainer, data, checkpoint, results):
+def report(trainer, checkpoint, results):
     """Says what came of it."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if checkpoint is not None:
         print(f"went on from {checkpoint}")
-    print(f"{trainer.state.global_step} steps, loss {losses[0]:.4f} to {losses[-1]:.4f}; wrote {trainer.args.output_dir}")
+    told = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "no loss logged"
+    print(f"{trainer.state.global_step} steps, {told}; wrote {trainer.args.output_dir}")
     if results:
         print(f"evaluation loss {results['eval_loss']:.4f}")
-    if bad := data.bad_samples:
-        print(f"{len(bad)} bad samples were left out; {data.bad_samples_file} says which and why", file=sys.stderr)
+    for data in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+        if bad := data.bad_samples:
+            print(
+                f"{len(bad)} bad samples of {data.path} were left out; {data.bad_samples_file} says which and why", file=sys.stderr
+            )
 
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) < 2:
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
             raise SpatialTokensError("give a config: python examples/train.py CONFIG.yaml [--name value ...]")
         main(sys.argv[1:])
     except SpatialTokensError as error:

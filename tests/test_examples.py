@@ -103,4 +103,5 @@ def test_finetune_trainer_lora(llava, tmp_path):
 def test_every_example_is_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "attach_llava", "attach_qwen_vl", "finetune_trainer_lora", "pipeline",
+        "tiny_data", "train",  # tests/training/test_train.py
     }  # fmt: skip

@@ -61,8 +61,10 @@ def test_the_error_crosses_processes():
 
 def test_files(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([GOOD, GOOD]))
-    (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n")
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\r\n")
     assert read_records(tmp_path / "a.json") == read_records(tmp_path / "a.jsonl") == [GOOD, GOOD]
+    (tmp_path / "u.jsonl").write_text("\ufeff" + json.dumps({"id": "a\u2028b\x85"}, ensure_ascii=False), encoding="utf-8")
+    assert read_records(tmp_path / "u.jsonl") == [{"id": "a\u2028b\x85"}]
     for name, text, said in [("b.json", "[{]", "not valid JSON"), ("c.json", "{}", "a list of samples"), ("d.json", "[]", "a list"),
                              ("e.jsonl", "{}\n{", "not valid JSON")]:  # fmt: skip
         (tmp_path / name).write_text(text)

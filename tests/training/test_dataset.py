@@ -141,16 +141,39 @@ def test_a_bad_sample_stops_the_run_and_is_named(make, bad, said):
 def test_a_bad_sample_is_left_out_and_counted(make, bad, said):
     data = make([GOOD[0], bad, GOOD[1]], on_bad_sample="skip")
     assert all(torch.equal(data[i]["input_ids"], make(GOOD)[0 if i == 0 else 1]["input_ids"]) for i in range(len(data)))
-    ((name, why),) = data.bad_samples.items()
-    assert name == bad["id"]
-    assert said in why
+    ((index, error),) = data.bad_samples.items()
+    assert (index, error.sample_id) == (1, bad["id"])
+    assert said in error.why
 
 
 def test_workers_tell_what_they_left_out(make):
     data = make([GOOD[0], *(bad for bad, _ in BAD), GOOD[1]], on_bad_sample="skip")
     loader = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2, collate_fn=Collator(0))
     assert sum(1 for _ in loader) == len(data) == 6
-    assert data.bad_samples.keys() == {bad["id"] for bad, _ in BAD}
+    assert {error.sample_id for error in data.bad_samples.values()} == {bad["id"] for bad, _ in BAD}
+
+
+def test_equal_ids_are_told_apart(make):
+    bad = {**BAD[0][0], "id": "same"}
+    data = make([bad, GOOD[0], {**BAD[2][0], "id": "same"}, bad], on_bad_sample="skip")
+    assert data[1] is not None
+    assert sorted(data.bad_samples) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["<|spatial|> hi", "\ud83d"])
+def test_text_that_no_processor_takes_is_a_bad_sample(make, text):
+    with pytest.raises(BadSampleError, match="sample 'odd'"):
+        make([sample("odd", None, text, "x")])[0]
+    with pytest.raises(BadSampleError, match="sample 'odd'"):
+        make([sample("odd", "1.png", f"<image>{text}", "x")])[0]
+
+
+def test_16_bits_are_not_cut_off(make, processor, tmp_path):
+    ramp = torch.arange(256, dtype=torch.int32).mul(257).repeat(256, 1)
+    Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "16.png")
+    Image.fromarray((ramp // 257).numpy().astype("uint8")).save(tmp_path / "8.png")
+    pixels = [make([sample("x", name, "<image>", "y")])[0]["pixel_values"] for name in ("16.png", "8.png")]
+    torch.testing.assert_close(pixels[0], pixels[1], atol=0.03, rtol=0)
 
 
 def test_all_bad(make):

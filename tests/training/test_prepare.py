@@ -66,6 +66,17 @@ def test_a_bfloat16_model_learns_in_float32(stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_text_alone_gives_every_trained_parameter_a_gradient(stage):
+    """Of zeros: the other processes wait for it."""
+    model, processor = made(stage)
+    batch = processor(text="only words", return_tensors="pt")
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    for name, each in trained(model).items():
+        assert each.grad is not None, name
+        assert "lora_" in name or not each.grad.any(), name
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_save_and_load_in_place(stage, tmp_path):
     model, _ = made(stage)
     with torch.no_grad():

@@ -298,17 +298,30 @@ def test_bad_samples_are_counted_at_the_end(there, capsys):
         train.main(small("bad", data="bad.json"))
     train.main(small("bad", data="bad.json", on_bad_sample="skip", max_steps=8, save_strategy="no"))
     shown = capsys.readouterr()
-    assert "3 bad samples were left out; bad/bad_samples.jsonl says which and why" in shown.err
+    assert "3 bad samples of bad.json were left out; bad/bad_samples.jsonl says which and why" in shown.err
     assert "8 steps, loss" in shown.out
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lerning_rate": 1}, "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        ({"max_step": 1}, "unknown key 'max_step'; did you mean 'max_steps'"),
         ({"stage": "both"}, "stage must be one of alignment, instruction_tuning"),
         ({"recipe": "{batch: 3}"}, "recipe: .*batch"),
         ({"recipe": "{lora: {r: 3}}"}, "recipe: .*'r'"),
+        ({"recipe": "{lora: {rank: 0}}"}, "recipe: rank must be a positive integer"),
+        ({"recipe": "{global_batch_size: 8.0}"}, "recipe: global_batch_size must be a positive integer"),
+        ({"recipe": "[1]"}, "recipe must be .*dict"),
+        ({"projector": "[1]"}, "projector must be .*dict"),
+        ({"max_length": "abc"}, "max_length must be .*int"),
+        ({"max_steps": "abc"}, "max_steps"),
+        ({"seed": "abc"}, "seed must be a number"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a positive integer"),
+        ({"learning_rate": 1}, "learning_rate follows from the stage"),
+        ({"eval_strategy": "steps", "eval_data": "null"}, "eval_strategy needs eval_data"),
+        ({"dataloader_persistent_workers": "true", "dataloader_num_workers": 1}, "cannot be resumed exactly"),
+        ({"save_only_model": "true"}, "save_only_model"),
+        ({"data": "{a"}, "--data is not valid YAML"),
         ({"per_device_train_batch_size": 3}, "global_batch_size 4 is no multiple of the 3 samples"),
         ({"model": "tiny-data"}, "cannot load the model"),
         ({"data": "nothing.json"}, "cannot read nothing.json"),
@@ -322,10 +335,57 @@ def test_a_config_that_cannot_be_run(there, changes, said):
 
 
 def test_the_command_says_so_in_one_line(folder):
-    done = run(folder, SCRIPT, *small("never", lerning_rate=1), ok=False)
+    done = run(folder, SCRIPT, *small("never", max_step=1), ok=False)
     assert done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
     assert "Traceback" not in done.stderr
     assert "give a config" in run(folder, SCRIPT, ok=False).stderr
+
+
+def test_yaml_reads_numbers():
+    train = example("train")
+    assert train.parsed("{a: 2e-5, b: 1e3, c: -1.5E+2, d: 3, e: no, f: 1e, g: e5}", "here") == {
+        "a": 2e-5, "b": 1000.0, "c": -150.0, "d": 3, "e": False, "f": "1e", "g": "e5",
+    }  # fmt: skip
+
+
+def test_a_given_up_run_does_not_outlive_the_new_one(there):
+    train = example("train")
+    train.main(small("given", max_steps=6, save_total_limit=1))
+    damaged = there / "given" / "checkpoint-6" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    with pytest.warns(UserWarning, match="passed over"):
+        trainer = train.main(small("given", max_steps=4, save_total_limit=1))
+    assert trainer.state.global_step == 4
+    assert [path.name for path in checkpoints_in("given")] == ["checkpoint-4"]
+
+
+def test_a_bad_sample_in_a_worker_is_one_line(there, folder):
+    samples = json.loads((folder / "tiny-data" / "alignment.json").read_text())
+    (folder / "tiny-data" / "images" / "damaged.png").write_bytes(b"damaged")
+    samples[5]["image"] = "damaged.png"
+    (folder / "worker.json").write_text(json.dumps(samples))
+    done = run(folder, SCRIPT, *small("worker", data="worker.json", dataloader_num_workers=2), ok=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: error: sample '5': the image damaged.png does not open")
+
+
+@pytest.mark.parametrize(("stored", "flags"), [(torch.float16, {"bf16": "true"}), (torch.bfloat16, {}), (torch.float16, {})])
+def test_a_base_in_half_precision(there, stored, flags):
+    model, processor = tiny_llava()
+    model.to(stored).save_pretrained("half")
+    processor.save_pretrained("half")
+    trainer = example("train").main(small("half-out", model="half", max_steps=2, save_strategy="no", eval_data="null", **flags))
+    kinds = {each.dtype for each in trainer.model.parameters() if each.requires_grad}
+    assert kinds == {torch.float32}
+    assert all(loss > 0 for loss in losses(there / "half-out"))
+
+
+def test_evaluation_does_not_disturb_training(there, stages):
+    options = {"stage": "instruction_tuning", "start_from": "tiny-run/alignment", "data": "tiny-data/instructions.json",
+               "recipe": "{global_batch_size: 4, projector_learning_rate: 0.01, lora: {rank: 4, dropout: 0.5}}"}  # fmt: skip
+    train = example("train")
+    train.main(small("quiet", max_steps=4, save_strategy="no", **options))
+    train.main(small("disturbed", max_steps=4, save_strategy="no", eval_strategy="steps", eval_steps=1, **options))
+    assert losses(there / "disturbed") == losses(there / "quiet")
 
 
 def test_the_papers_configs_are_the_recipe(monkeypatch):

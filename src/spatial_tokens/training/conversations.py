@@ -34,11 +34,14 @@ class BadSampleError(SpatialTokensError):
         why: What is wrong with it.
     """
 
-    def __init__(self, sample_id: str, why: str) -> None:
-        super().__init__(f"sample {sample_id!r}: {why}")
+    def __init__(self, sample_id: str, why: str | None = None) -> None:
+        if why is None:  # a data loader makes it anew out of its worker's traceback
+            super().__init__(sample_id.strip().splitlines()[-1].partition(f"{type(self).__name__}: ")[2] or sample_id)
+        else:
+            super().__init__(f"sample {sample_id!r}: {why}")
         self.sample_id, self.why = sample_id, why
 
-    def __reduce__(self) -> Any:  # it crosses from a data loader's process
+    def __reduce__(self) -> Any:
         return type(self), (self.sample_id, self.why)
 
 
@@ -76,9 +79,9 @@ def read_records(path: str | PathLike[str]) -> list[Any]:
     Raises:
         SpatialTokensError: If the file cannot be read, or is neither.
     """
-    text = read_text(path)
+    text = read_text(path).removeprefix("\ufeff")
     try:
-        records = [json.loads(line) for line in text.splitlines() if line.strip()] if _is_lines(path) else json.loads(text)
+        records = [json.loads(line) for line in text.split("\n") if line.strip()] if _is_lines(path) else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SpatialTokensError(f"{path} is not valid JSON: {reason(error)}") from error
     if not isinstance(records, list) or not records:

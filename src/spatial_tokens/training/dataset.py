@@ -63,24 +63,27 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         self.image_folder, self.processor, self.template = Path(image_folder), processor, template
         self.max_length, self.on_bad_sample = max_length, on_bad_sample
         self.bad_samples_file = None if bad_samples_file is None else Path(bad_samples_file)
+        self.path = str(path)
         self.samples: list[Sample] = []
-        self._noted: set[str] = set()
-        bad: list[BadSampleError] = []
+        self.indices: list[int] = []  # their places in the file
+        self._noted: set[int] = set()
+        bad: list[tuple[int, BadSampleError]] = []
         for index, record in enumerate(read_records(path)):
             try:
                 sample = parse(record, index)
                 self._require_files(sample)
                 self.samples.append(sample)
+                self.indices.append(index)
             except BadSampleError as error:
-                bad.append(error)
+                bad.append((index, error))
         if bad and on_bad_sample == "stop":
-            listed = "; ".join(str(error) for error in bad[:SHOWN])
+            listed = "; ".join(str(error) for _, error in bad[:SHOWN])
             more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
             raise SpatialTokensError(f"{path} has {len(bad)} bad samples (on_bad_sample='skip' leaves them out): {listed}{more}")
         if not self.samples:
-            raise SpatialTokensError(f"{path} has no good sample: {bad[0]}")
-        for each in bad:
-            self._note(each)
+            raise SpatialTokensError(f"{path} has no good sample: {bad[0][1]}")
+        for index, each in bad:
+            self._note(index, each)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -89,12 +92,13 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         for step in range(len(self)):
+            place = (index + step) % len(self)
             try:
-                return self.tensors(self.samples[(index + step) % len(self)])
+                return self.tensors(self.samples[place])
             except BadSampleError as error:
                 if self.on_bad_sample == "stop":
                     raise
-                self._note(error)
+                self._note(self.indices[place], error)
         raise SpatialTokensError("no sample is good; the bad samples' file says why")
 
     @property
@@ -104,12 +108,12 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         return [num_words(sample) + image * len(sample.images) for sample in self.samples]
 
     @property
-    def bad_samples(self) -> dict[str, str]:
-        """What was left out so far, and why, by sample id."""
+    def bad_samples(self) -> dict[int, BadSampleError]:
+        """What was left out so far, and why, by its place in the file."""
         if self.bad_samples_file is None or not self.bad_samples_file.is_file():
             return {}
-        lines = map(json.loads, read_text(self.bad_samples_file).splitlines())
-        return {line["id"]: line["why"] for line in lines}
+        lines = (json.loads(line) for line in read_text(self.bad_samples_file).split("\n") if line.endswith("}"))
+        return {line["index"]: BadSampleError(line["id"], line["why"]) for line in lines if line["data"] == self.path}
 
     def tensors(self, sample: Sample) -> dict[str, torch.Tensor]:
         """What the model takes, `(L,)` each, with `labels`; and the images' tensors as the processor gives them.
@@ -118,11 +122,16 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             BadSampleError: If an image does not open, or no answer is left within `max_length`.
         """
         images = [self._open(sample, path) for path in sample.images]
-        rendered = render(sample, self.template, self.processor)
-        encoded = self.processor(text=[rendered.text], images=images or None, return_tensors="pt")
-        ids = encoded["input_ids"][0]
+        try:
+            rendered = render(sample, self.template, self.processor)
+            encoded = self.processor(text=[rendered.text], images=images or None, return_tensors="pt")
+            ids = encoded["input_ids"][0]
+            where, last_image = self._answers(rendered, ids.tolist())
+        except BadSampleError:
+            raise
+        except Exception as error:  # processors and tokenizers raise what they like
+            raise BadSampleError(sample.sample_id, reason(error)) from error
         labels = ids.new_full(ids.shape, IGNORED)
-        where, last_image = self._answers(sample, rendered, ids.tolist())
         labels[where] = ids[where]
         if last_image >= self.max_length:
             raise BadSampleError(sample.sample_id, f"its images do not fit in max_length={self.max_length} tokens")
@@ -132,7 +141,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         others = {name: each for name, each in encoded.items() if name not in ALIGNED and isinstance(each, torch.Tensor)}
         return {**aligned, **others, "labels": labels[: self.max_length]}
 
-    def _answers(self, sample: Sample, rendered: Rendered, ids: Sequence[int]) -> tuple[list[int], int]:
+    def _answers(self, rendered: Rendered, ids: Sequence[int]) -> tuple[list[int], int]:
         """Where the answers' tokens are among the ids, and the end of the last image; -1 without one.
 
         The text alone is tokenized for its words, whose characters are known; between two images they are found in the ids, from
@@ -157,8 +166,8 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             start = next((each for each in starts if each >= at and ids[each : each + len(words)] == words), None)
             if start is None or (last and start + len(words) != len(ids)):
                 raise SpatialTokensError(
-                    f"sample {sample.sample_id!r}: {type(self.processor).__name__} changes the words around images, so the answers "
-                    "cannot be told from the prompt; give Trainer a data set of your own"
+                    f"{type(self.processor).__name__} changes the words around images, so the answers cannot be told from the "
+                    "prompt; does the text hold tokens of the model's own?"
                 )
             where += [places[start + i] for i, (_, is_learned) in enumerate(run) if is_learned]
             end_of_image, at = start, start + len(words)
@@ -171,8 +180,10 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             raise MissingExtraError("pillow", "train") from error
         try:
             with Image.open(self.image_folder / path) as image:
+                if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                    return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
                 return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a decoder may raise anything on a damaged file
             raise BadSampleError(sample.sample_id, f"the image {path} does not open: {reason(error)}") from error
 
     def _require_files(self, sample: Sample) -> None:
@@ -180,13 +191,14 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             if not os.path.isfile(self.image_folder / path):
                 raise BadSampleError(sample.sample_id, f"the image {path} is not in {self.image_folder}")
 
-    def _note(self, error: BadSampleError) -> None:
-        if error.sample_id in self._noted or self.bad_samples_file is None:
+    def _note(self, index: int, error: BadSampleError) -> None:
+        if index in self._noted or self.bad_samples_file is None:
             return
-        self._noted.add(error.sample_id)
+        self._noted.add(index)
         self.bad_samples_file.parent.mkdir(parents=True, exist_ok=True)
         with self.bad_samples_file.open("a", encoding="utf-8") as file:  # one short write, whole beside other processes' writes
-            file.write(json.dumps({"id": error.sample_id, "why": error.why}) + "\n")
+            line = {"data": self.path, "index": index, "id": error.sample_id, "why": error.why}
+            file.write(json.dumps(line) + "\n")
 
 
 class Collator:

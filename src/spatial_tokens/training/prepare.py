@@ -75,14 +75,19 @@ def save_trained(model: Any, directory: str | PathLike[str]) -> None:
         model.peft_config[model.active_adapter].save_pretrained(str(folder / LORA))
 
 
-def load_trained(model: Any, directory: str | PathLike[str]) -> None:
+def load_trained(model: Any, directory: str | PathLike[str], *, lora: bool = True) -> None:
     """Gives a model of the same stage, sharded or not, the weights that `save_trained` wrote.
+
+    Args:
+        model: The model.
+        directory: Where they are.
+        lora: Whether a PEFT model's adapters are to be loaded too.
 
     Raises:
         SpatialTokensError: If a file is missing or damaged, or holds other tensors than the model.
     """
     folder = Path(directory)
-    parts = {SPATIAL: trained_tensors(model)} | ({LORA: _lora_tensors(model)} if _is_peft(model) else {})
+    parts = {SPATIAL: trained_tensors(model)} | ({LORA: _lora_tensors(model)} if lora and _is_peft(model) else {})
     for name, tensors in parts.items():
         path = folder / name / WEIGHTS_NAME
         saved = {key: each for key, each in read_tensors(path).items() if key in tensors or not key.startswith("reserved_token.")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, cos, pi
+from math import ceil, cos, inf, pi
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.grid import is_positive_int
+
+
+def _require_integers(**values: Any) -> None:
+    for name, value in values.items():
+        if not is_positive_int(value):
+            raise SpatialTokensError(f"{name} must be a positive integer, got {shown(value)}")
+
+
+def _require_ranges(**ranges: tuple[Any, float, float]) -> None:
+    for name, (value, least, most) in ranges.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise SpatialTokensError(f"{name} must be a number from {least} to {most}, got {shown(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +43,10 @@ class LoRA:
     alpha: int = 256
     dropout: float = 0.05
     learning_rate: float = 2e-4
+
+    def __post_init__(self) -> None:
+        _require_integers(rank=self.rank)
+        _require_ranges(alpha=(self.alpha, 0, inf), dropout=(self.dropout, 0, 1), learning_rate=(self.learning_rate, 0, inf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +75,15 @@ class Stage:
     num_epochs: float = 1
 
     def __post_init__(self) -> None:
-        ranges = {
-            "global_batch_size": (self.global_batch_size, 1, float("inf")),
-            "projector_learning_rate": (self.projector_learning_rate, 0, float("inf")),
-            "warmup_ratio": (self.warmup_ratio, 0, 1),
-            "weight_decay": (self.weight_decay, 0, float("inf")),
-            "num_epochs": (self.num_epochs, 0, float("inf")),
-        }
-        for name, (value, least, most) in ranges.items():
-            if not isinstance(value, (int, float)) or not least <= value <= most:
-                raise SpatialTokensError(f"{name} must be a number from {least} to {most}, got {shown(value)}")
+        _require_integers(global_batch_size=self.global_batch_size)
+        _require_ranges(
+            projector_learning_rate=(self.projector_learning_rate, 0, inf),
+            warmup_ratio=(self.warmup_ratio, 0, 1),
+            weight_decay=(self.weight_decay, 0, inf),
+            num_epochs=(self.num_epochs, 0, inf),
+        )
+        if self.lora is not None and not isinstance(self.lora, LoRA):
+            raise SpatialTokensError(f"lora must be a LoRA or None, got {shown(self.lora)}")
 
 
 ALIGNMENT = Stage(name="alignment", global_batch_size=256, projector_learning_rate=1e-3)

@@ -35,11 +35,23 @@ class SpatialTokensTrainer(Trainer):
     Args:
         stage: The recipe.
         **options: As Trainer takes them.
+
+    Raises:
+        SpatialTokensError: If the arguments ask for checkpoints that cannot be resumed, or for one process on several GPUs; in
+            training, if a checkpoint cannot be written.
     """
 
     def __init__(self, *, stage: Stage, **options: Any) -> None:
         self.stage = stage
         super().__init__(**options)
+        if self.args.save_only_model:
+            raise SpatialTokensError(
+                "save_only_model leaves out what a resumed run needs; only spatial_tokens/ and lora/ are large"
+            )
+        if self.args.n_gpu > 1:
+            raise SpatialTokensError(
+                f"one process for {self.args.n_gpu} GPUs is not supported; launch one for each: accelerate launch"
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -52,6 +64,11 @@ class SpatialTokensTrainer(Trainer):
             self.lr_scheduler = schedule(optimizer or self.create_optimizer(), self.stage, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):  # its data loader draws a number, and training must not notice
+            return super().evaluate(*arguments, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save or self.is_fsdp_enabled:
@@ -72,7 +89,7 @@ class SpatialTokensTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)
-                self._remove_old(output_dir, limit)
+                self._remove_old(output_dir, folder, limit)
         except (OSError, RuntimeError, SafetensorError, SpatialTokensError) as error:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -82,9 +99,13 @@ class SpatialTokensTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
 
-    def _remove_old(self, output_dir: Path, limit: int | None) -> None:
-        best = self.state.best_model_checkpoint
-        for folder in checkpoints_in(output_dir)[: -limit if limit else 0]:
+    def _remove_old(self, output_dir: Path, newest: Path, limit: int | None) -> None:
+        """Leaves as many as the limit says; what has more steps than the newest is of a run that was given up."""
+        if not limit:
+            return
+        best, found = self.state.best_model_checkpoint, checkpoints_in(output_dir)
+        older, given_up = found[: found.index(newest)], found[found.index(newest) + 1 :]
+        for folder in given_up + older[: len(older) - (limit - 1)]:
             if best is None or folder != Path(best):
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -265,7 +265,9 @@ class Attachment:
 
     def _no_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
         blank = embeddings.new_zeros(*self.config.grid_size, self.config.vision_hidden_size)
-        return self.tokens([blank])[:, :0].sum().to(embeddings)
+        own = [each for path in self.modules_to_save for each in self.anatomy.model.get_submodule(path).parameters()]
+        nothing = self.tokens([blank])[:, :0].sum().to(embeddings)
+        return nothing + sum(0 * each.sum() for each in own if each.requires_grad)
 
 
 def _nothing() -> None:
