@@ -248,6 +248,26 @@ def test_a_process_that_dies_ends_the_run_and_leaves_whole_checkpoints(folder, u
     assert losses(folder / "dies") == pytest.approx(uninterrupted, rel=1e-4)
 
 
+@needs_transformers(5, 23)
+def test_text_alone_on_one_process_does_not_mix_up_the_gradients_of_zero2(there, stages):
+    """DeepSpeed joins gradients in the order in which they come; it must be the same with images and without."""
+    pytest.importorskip("deepspeed")
+    options = {"stage": "instruction_tuning", "start_from": "tiny-run/alignment", "data": "tiny-data/instructions.json",
+               "max_steps": 2, "save_strategy": "no", "eval_data": "null",
+               "recipe": "{global_batch_size: 8, projector_learning_rate: 0.01, lora: {rank: 4, dropout: 0.0}}"}  # fmt: skip
+    example("train").main(small("zero-none", per_device_train_batch_size=4, **options))
+    config = ROOT / "examples" / "engines" / "zero2.yaml"
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, "--num_processes=2",
+              "--mixed_precision=no", "--main_process_port=0", "-m", "tests.training.on_cpu")  # fmt: skip
+    words = small("zero-two", per_device_train_batch_size=1, use_cpu=False, **options)
+    run(there, *launch, SCRIPT, *words, environment=on_cpu.environment("zero2"))
+    one, two = (
+        [entry["grad_norm"] for entry in state(there / name)["log_history"] if "grad_norm" in entry]
+        for name in ("zero-none", "zero-two")
+    )
+    assert two == pytest.approx(one, rel=1e-3)
+
+
 def test_the_best_checkpoint_is_loaded_and_kept(there, monkeypatch):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": "true", "save_total_limit": 1}
     train = example("train")

@@ -265,9 +265,19 @@ class Attachment:
 
     def _no_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
         blank = embeddings.new_zeros(*self.config.grid_size, self.config.vision_hidden_size)
-        own = [each for path in self.modules_to_save for each in self.anatomy.model.get_submodule(path).parameters()]
-        nothing = self.tokens([blank])[:, :0].sum().to(embeddings)
-        return nothing + sum(0 * each.sum() for each in own if each.requires_grad)
+        own = self._own_without_images(embeddings)  # first, as in a batch with images: engines reduce gradients as they come
+        return own + self.tokens([blank])[:, :0].sum().to(embeddings)
+
+    def _own_without_images(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Zero, of what trains in the base's own projector."""
+        if not self.modules_to_save:
+            return embeddings.new_zeros(())
+        tap: Any = self.anatomy.tap
+        if isinstance(getattr(tap, "linear_1", None), nn.Linear):  # LLaVA's
+            blank = torch.zeros(1, 1, tap.linear_1.in_features).to(tap.linear_1.weight)
+            return tap(blank)[..., :0].sum().to(embeddings)  # type: ignore[no-any-return]
+        trained = [each for each in tap.parameters() if each.requires_grad]
+        return torch.stack([0 * each.sum() for each in trained]).sum() if trained else embeddings.new_zeros(())
 
 
 def _nothing() -> None:
