@@ -7,6 +7,7 @@ A config holds the fields of `Run` and of transformers' TrainingArguments; `--na
 on from the last whole checkpoint in output_dir. docs/training.md says more.
 """
 
+import gc
 import os
 import re
 import sys
@@ -232,4 +233,5 @@ if __name__ == "__main__":
         sys.exit(f"train.py: error: {error}")
     finally:
         if torch.distributed.is_initialized():
+            gc.collect()  # the Trainer's hold on the processes' group: its threads must end before Python does
             torch.distributed.destroy_process_group()

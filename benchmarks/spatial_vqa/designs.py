@@ -1,0 +1,113 @@
+"""The designs that are compared: what is added to LLaVA's MLP, or put in its place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.spatial_vqa.encoder import GRID
+from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
+from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
+from spatial_tokens import SPProjector, SPProjectorConfig
+from spatial_tokens.adapters.huggingface import attach
+from spatial_tokens.modules import LinearHead, MLPHead
+from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
+
+SPATIAL = VISION // 2  # the paper's ratio: 512 of 1024
+KERNELS = (2, 4, 6, 8, 10, 12)  # half the paper's 4, 8, ..., 24, on half its grid
+DETAIL_KERNELS = (2, 4, 6, 8)  # half the paper's; with stride 1 they give its maps of 11 x 11, 9 x 9, 7 x 7 and 5 x 5
+
+
+class LearnedTokens(nn.Module):
+    """In an extractor's place: tokens that are learned, the same for every picture."""
+
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(count, size))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patch features `(B, N, C)` to `(B, count, size)`, without a look at them."""
+        return self.tokens.expand(len(patches), -1, -1)
+
+
+@dataclass(frozen=True)
+class Design:
+    """A row of the comparison.
+
+    Args:
+        name: Its name.
+        compares: What it is there for; the paper's table.
+        fields: Of an SPProjectorConfig, in place of cropping without a DetailFeatureIntegrator; None: no spatial tokens.
+        extractor: Makes what takes the place of the SpatialFeatureExtractor.
+        head: Makes the spatial head that goes with it.
+        mlp_width: Channels between the layers of the patches' MLP.
+        blind: Whether every picture is blanked.
+    """
+
+    name: str
+    compares: str
+    fields: dict[str, Any] | None = None
+    extractor: Callable[[], nn.Module] | None = None
+    head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
+    mlp_width: int = TEXT
+    blind: bool = False
+
+
+def _transformers(variant: str) -> Callable[[], nn.Module]:
+    return lambda: TransformerExtractor(VISION, grid_size=GRID, kernel_sizes=KERNELS, variant=variant, feedforward_size=VISION)
+
+
+def _transformer_head() -> nn.Module:
+    return LinearHead(VISION, TEXT, bias=False)
+
+
+def _sliding_windows() -> nn.Module:
+    return SlidingWindowExtractor(VISION, SPATIAL, grid_size=GRID, kernel_size=(GRID // 2, GRID // 3))
+
+
+CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
+POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
+MLP = Design("MLP", "the baseline, LLaVA-1.5's")
+WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=11_700)
+LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
+MAIN = (MLP, WIDE, LEARNED, CROPPING, POOLING)
+DETAIL = tuple(
+    Design(f"SFE {variant} + DFI {13 - kernel} x {13 - kernel}", "table 6", {"variant": variant, "detail_kernel_size": kernel})
+    for variant in ("cropping", "pooling")
+    for kernel in reversed(DETAIL_KERNELS)
+)
+OTHERS = (
+    Design("transformer blocks, cropping", "table 3 (T)", {}, _transformers("cropping"), _transformer_head),
+    Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
+    Design("1 token", "table 4", {"kernel_sizes": (12,)}),
+    Design("3 tokens, cropping", "table 4", {"kernel_sizes": (4, 8, 12)}),
+    Design("3 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": (4, 8, 12)}),
+    Design("12 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": tuple(range(1, 13))}),
+    Design("sliding window, 6 tokens", "table 5", {}, _sliding_windows),
+)
+BLIND = Design("MLP, blind", "what can be told without a look", blind=True)
+DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *OTHERS)}
+
+
+def install(design: Design, model: Any) -> list[nn.Module]:
+    """Gives a LLaVA a design's parts.
+
+    Returns:
+        The modules that train as its projector.
+    """
+    mlp = model.model.multi_modal_projector
+    if design.mlp_width != TEXT:
+        mlp.linear_1, mlp.linear_2 = nn.Linear(VISION, design.mlp_width), nn.Linear(design.mlp_width, TEXT)
+    if design.fields is None:
+        return [mlp]
+    fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **design.fields}
+    stride = {"detail_stride": 1} if fields["detail_kernel_size"] else {}
+    config = SPProjectorConfig(
+        vision_hidden_size=VISION, text_hidden_size=TEXT, grid_size=(GRID, GRID), spatial_hidden_size=SPATIAL, **fields, **stride
+    )
+    attach(model, None, config)
+    if design.extractor is not None:  # as many tokens as the config says, made in another way
+        model.spatial_tokens = SPProjector(design.extractor(), None, design.head(), None)
+    return [mlp, model.spatial_tokens]

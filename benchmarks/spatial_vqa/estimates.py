@@ -1,0 +1,63 @@
+"""Means over seeds with their 95 % intervals, and what chance gives."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
+
+ALL = "all"
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the 97.5 % points of t for 1 to 9 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `count` seeds, and half the width of its 95 % interval (Student's t)."""
+
+    mean: float
+    half: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.half:.1f}" if self.count > 1 else f"{self.mean:.1f} (one seed)"
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.count > 1 and abs(self.mean) > self.half
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of one value a seed."""
+    if len(values) < 2:
+        return Estimate(values[0], float("inf"), 1)
+    return Estimate(mean(values), STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5, len(values))
+
+
+def accuracy(counts: dict[str, list[int]], category: str = ALL) -> float:
+    """Right answers in percent; of all, the mean over categories."""
+    if category == ALL:
+        return mean(accuracy(counts, each) for each in CATEGORIES)
+    right, asked = counts[category]
+    return 100 * right / asked
+
+
+def chance(category: str = ALL) -> float:
+    """What guessing among a question's answers gives, in percent."""
+    if category == ALL:
+        return mean(chance(each) for each in CATEGORIES)
+    return mean(100 / len(choices) for kind, (of, choices) in KINDS.items() if of == category)
+
+
+def of_design(runs: Iterable[dict[str, Any]], design: str) -> dict[int, dict[str, Any]]:
+    """A design's runs by seed."""
+    return {run["seed"]: run for run in runs if run["design"] == design}
+
+
+def difference(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]], split: str, category: str = ALL) -> Estimate | None:
+    """Of accuracies, seed by seed: the same seed gave both the same scenes in the same order."""
+    both = sorted(runs.keys() & others.keys())
+    if not both:
+        return None
+    return estimate([accuracy(runs[seed][split], category) - accuracy(others[seed][split], category) for seed in both])

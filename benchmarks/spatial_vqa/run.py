@@ -1,0 +1,145 @@
+"""Do spatial tokens help? The whole comparison in one command, which can be stopped and started again.
+
+python benchmarks/spatial_vqa/run.py --quick     the main designs; about 20 minutes on 2 cores
+python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on less data; a night
+
+What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json` there
+holds all runs so far, whenever the command ends. The committed results and docs/evidence.md are made of it by report.py.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+sys.path[0] = str(Path(__file__).parents[2])  # in place of this folder
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.spatial_vqa import tasks
+from benchmarks.spatial_vqa.plans import PLANS, Plan
+from benchmarks.spatial_vqa.scenes import VERSION
+from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.bench.machine import describe
+from spatial_tokens.storage.files import make_directory, read_text, write_text
+
+Task = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def main(arguments: list[str]) -> None:
+    """Runs a plan, or goes on with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group(required=True)
+    for name, plan in PLANS.items():
+        size.add_argument(f"--{name}", dest="plan", action="store_const", const=plan, help=f"{len(plan.jobs)} runs")
+    parser.add_argument("--work", type=Path, default=Path("spatial-vqa-work"), help="the work folder [spatial-vqa-work]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later than that")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        raise SpatialTokensError(f"--workers must be at least 1, got {options.workers}")
+    work = make_directory(options.work / options.plan.name)
+    claim(work, options.plan)
+    try:
+        carry_out(options.plan, work, options.workers, time.monotonic() + 60 * options.minutes)
+    finally:
+        if (work / tasks.LANGUAGE_MODEL).exists():
+            write_text(work / "results.json", json.dumps(collect(options.plan, work), indent=1))
+    print(f"{len(runs_in(work))} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
+
+
+def claim(work: Path, plan: Plan) -> None:
+    """Makes the folder this plan's.
+
+    Raises:
+        SpatialTokensError: If it holds what another plan, or another version of the benchmark, has left.
+    """
+    path, text = work / "plan.json", json.dumps({"version": VERSION, **asdict(plan)})
+    if path.exists() and read_text(path) != text:
+        raise SpatialTokensError(f"{work} holds runs of another plan; give another --work, or delete it")
+    write_text(path, text)
+
+
+def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
+    """Does what is not done yet, in the plan's order."""
+    make_directory(work / "runs")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, Progress(*columns) as progress:
+        queue = manager.Queue()
+        with ProcessPoolExecutor(workers, context, initializer=tasks.begin, initargs=(queue,)) as pool:
+            todo = [job for job in plan.jobs if job.name not in runs_in(work)]
+            overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
+            steps: list[list[Task]] = [
+                [(tasks.make_encoder, (plan, work)), (tasks.make_language_model, (plan, work))],
+                [(tasks.make_features, (plan, work))],
+                [(tasks.carry_out, (job, work)) for job in todo],
+            ]
+            for step in steps:
+                follow(pool, workers, step, queue, progress, until)
+                progress.update(overall, completed=len(runs_in(work)))
+
+
+def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any, progress: Progress, until: float) -> None:
+    """Runs tasks, as many at once as there are workers, and shows how far they are."""
+    left, running, bars = iter(todo), set[Future[None]](), dict[str, Any]()
+    while True:
+        while len(running) < workers and time.monotonic() < until and (task := next(left, None)) is not None:
+            running.add(pool.submit(task[0], *task[1]))
+        if not running:
+            return
+        done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+        for name, steps, total in told(queue):
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=steps, visible=steps < total)
+        for each in done:
+            each.result()
+            progress.advance(progress.task_ids[0], todo[0][0] is tasks.carry_out)
+
+
+def told(queue: Any) -> Iterable[tuple[str, int, int]]:
+    """What the tasks have reported since."""
+    while True:
+        try:
+            yield queue.get_nowait()
+        except Empty:
+            return
+
+
+def runs_in(work: Path) -> dict[str, Path]:
+    """The runs that are done, by name."""
+    return {path.stem: path for path in sorted((work / "runs").glob("*.json"))}
+
+
+def collect(plan: Plan, work: Path) -> dict[str, Any]:
+    """All results so far."""
+    pretrained = {Path(name).stem: json.loads(read_text((work / name).with_suffix(".json"))) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)}
+    found = runs_in(work)
+    return {
+        "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
+        "machine": describe(torch.device("cpu")),
+        "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
+        "pretrained": {**pretrained, "from_words": tasks.read_words(work)},
+        "planned": len(plan.jobs),
+        "runs": [json.loads(read_text(found[job.name])) for job in plan.jobs if job.name in found],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except SpatialTokensError as error:
+        sys.exit(f"run.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("run.py: stopped; the same command goes on")

@@ -1,0 +1,163 @@
+"""Scenes of coloured shapes among clutter: what is in one, drawn from a seed, and the picture of it.
+
+Python's `random.Random` decides what is in a scene and numpy's frozen `RandomState` the noise, so that a seed means the same scene
+on every machine. Coordinates are pixels, x to the right and y down.
+"""
+
+from dataclasses import dataclass
+from math import hypot
+from random import Random
+
+import numpy as np
+
+VERSION = 1  # of scenes and questions: another one gives other pictures, and results that cannot be compared
+
+SIDE = 96  # pixels, each way
+COLORS = {
+    "red": (214, 48, 49),
+    "green": (46, 160, 67),
+    "blue": (45, 98, 214),
+    "yellow": (240, 200, 40),
+    "purple": (142, 68, 190),
+    "orange": (240, 130, 36),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
+UNSEEN = list(zip(COLORS, SHAPES, strict=True))  # in the hard split alone; each color and each shape is in one of them
+RADII = {"small": (5, 6), "medium": (8, 9), "large": (11, 13)}
+GAP = 2  # pixels at least between two objects, and between one and the border
+OVERSAMPLING = 3
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: `radius` is half its height and width."""
+
+    color: str
+    shape: str
+    size: str
+    radius: int
+    x: int
+    y: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.color}-{self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things of different names, and the seed of the background and its clutter."""
+
+    things: tuple[Thing, ...]
+    clutter: int
+    noise: int
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How many things and lines of clutter a scene has (least and most), and whether it has an unseen pair."""
+
+    things: tuple[int, int]
+    clutter: tuple[int, int]
+    unseen: bool
+
+
+STANDARD = Difficulty(things=(4, 6), clutter=(4, 8), unseen=False)
+HARD = Difficulty(things=(7, 9), clutter=(10, 16), unseen=True)
+
+
+def sample_scene(random: Random, difficulty: Difficulty, count: int) -> Scene:
+    """A scene in which some color or some shape, either as likely, is there exactly `count` times.
+
+    All colors and all shapes are exchangeable, and so are left and right, top and bottom: no question's words tell its answer.
+    """
+    by_color = random.random() < 0.5
+    while True:
+        pairs = _sample_pairs(random, difficulty)
+        kinds = [pair[0 if by_color else 1] for pair in pairs]
+        if count not in map(kinds.count, kinds):
+            continue
+        things = _place(random, pairs)
+        if things is not None:
+            return Scene(things, random.randint(*difficulty.clutter), random.getrandbits(31))
+
+
+def _sample_pairs(random: Random, difficulty: Difficulty) -> list[tuple[str, str]]:
+    """Different pairs of few colors and few shapes, so that things share one or the other."""
+    colors = random.sample(list(COLORS), random.randint(2, 4))
+    shapes = random.sample(SHAPES, random.randint(2, 4))
+    seen = [(color, shape) for color in colors for shape in shapes if (color, shape) not in UNSEEN]
+    unseen = [(color, shape) for color in colors for shape in shapes if (color, shape) in UNSEEN] if difficulty.unseen else []
+    wanted = random.randint(*difficulty.things)
+    if len(seen) + len(unseen) < wanted or (difficulty.unseen and not unseen):
+        return []
+    first = random.sample(unseen, min(len(unseen), 2))
+    pairs = first + random.sample(seen, min(len(seen), wanted - len(first)))
+    random.shuffle(pairs)
+    return pairs if len(pairs) == wanted else []
+
+
+def _place(random: Random, pairs: list[tuple[str, str]]) -> tuple[Thing, ...] | None:
+    """The pairs with sizes and places where none touches another; None if no place was found."""
+    things: list[Thing] = []
+    for color, shape in pairs:
+        size = random.choice(list(RADII))
+        radius = random.randint(*RADII[size])
+        for _ in range(40):
+            x, y = (random.randint(radius + GAP, SIDE - 1 - radius - GAP) for _ in range(2))
+            if all(max(abs(x - each.x), abs(y - each.y)) > radius + each.radius + GAP for each in things):
+                things.append(Thing(color, shape, size, radius, x, y))
+                break
+        else:
+            return None
+    return tuple(things)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The picture, `(SIDE, SIDE, 3)` in uint8."""
+    noise = np.random.RandomState(scene.noise)
+    shade = noise.randint(150, 211)
+    canvas = np.full((SIDE * OVERSAMPLING, SIDE * OVERSAMPLING, 3), shade, dtype=np.float64)
+    for _ in range(scene.clutter):
+        _draw_clutter(canvas, noise, shade)
+    y, x = (np.indices(canvas.shape[:2]) + 0.5) / OVERSAMPLING
+    for each in scene.things:
+        reach = [slice((c - each.radius - 1) * OVERSAMPLING, (c + each.radius + 2) * OVERSAMPLING) for c in (each.y, each.x)]
+        inside = covers(each.shape, (x[*reach] - each.x - 0.5) / each.radius, (y[*reach] - each.y - 0.5) / each.radius)
+        canvas[*reach][inside] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
+    small = canvas.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING, 3).mean(axis=(1, 3))
+    return (small + noise.normal(0, 6, small.shape)).clip(0, 255).round().astype(np.uint8)
+
+
+def covers(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Where a shape of radius 1 around the origin is."""
+    if shape == "circle":
+        return x**2 + y**2 <= 1
+    if shape == "ring":
+        return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.3)
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.88
+    if shape == "diamond":
+        return abs(x) + abs(y) <= 1
+    if shape == "cross":
+        return (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1)
+    assert shape == "triangle"
+    return (y <= 0.85) & (2 * abs(x) <= y + 1)
+
+
+def _draw_clutter(canvas: np.ndarray, noise: np.random.RandomState, shade: int) -> None:
+    """A grey stroke or dot, lighter or darker than the background."""
+    grey = shade + noise.choice([-1, 1]) * noise.randint(20, 45)
+    x, y = noise.randint(0, SIDE, 2)
+    length, angle = (noise.randint(6, 22), noise.uniform(0, 2 * np.pi)) if noise.rand() < 0.7 else (1, 0.0)
+    radius = noise.uniform(0.5, 1.5) * OVERSAMPLING
+    for step in np.linspace(0, 1, length * OVERSAMPLING):
+        row, column = ((c + step * length * t) * OVERSAMPLING for c, t in ((y, np.sin(angle)), (x, np.cos(angle))))
+        top, left = (max(0, int(c - radius)) for c in (row, column))
+        canvas[top : max(0, int(row + radius) + 1), left : max(0, int(column + radius) + 1)] = grey
+
+
+def distance(one: Thing, other: Thing) -> float:
+    """Pixels from centre to centre."""
+    return hypot(one.x - other.x, one.y - other.y)

@@ -1,0 +1,113 @@
+"""The pieces of work, each in a process of its own: what one writes is whole or not there, and is not made twice."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.spatial_vqa import attention, encoder, language_model, training
+from benchmarks.spatial_vqa.designs import DESIGNS
+from benchmarks.spatial_vqa.model import build_llava
+from benchmarks.spatial_vqa.plans import Job, Plan
+from benchmarks.spatial_vqa.splits import examples, pictures
+from benchmarks.spatial_vqa.training import Material
+from spatial_tokens.storage.files import read_tensors, write_tensors, write_text
+
+PRETRAINING_SEED = 1  # the encoder and the language model learn from scenes that are in no split of the comparison, whose seed is 0
+ENCODER, LANGUAGE_MODEL, FEATURES = "encoder.safetensors", "language_model.safetensors", "features.safetensors"
+
+Report = Callable[[str, int, int], None]  # of a task: its name, the steps done, and of how many
+_report: Report = lambda name, done, total: None  # noqa: E731
+
+
+def begin(queue: Any) -> None:
+    """Makes a process ready: small products are fastest on one thread each, side by side."""
+    global _report
+    torch.set_num_threads(1)
+    _report = lambda *told: queue.put(told)  # noqa: E731
+
+
+def make_encoder(plan: Plan, work: Path) -> None:
+    """Trains the encoder."""
+    _pretrain(work / ENCODER, "encoder", encoder.train_encoder, plan.vision)
+
+
+def make_language_model(plan: Plan, work: Path) -> None:
+    """Trains the language model."""
+    _pretrain(work / LANGUAGE_MODEL, "language model", language_model.train_language_model, plan.language)
+
+
+def _pretrain(path: Path, name: str, train: Callable[..., torch.nn.Module], plan: encoder.Pretraining) -> None:
+    if path.exists():
+        return
+    right: list[float] = []
+    started = time.perf_counter()
+
+    def progress(share: float) -> None:
+        right.append(share)
+        _report(name, len(right), plan.steps)
+
+    trained = train(examples("train", plan.examples, PRETRAINING_SEED), plan, 0, progress)
+    told = {"seconds": time.perf_counter() - started, "right": sum(right[-20:]) / 20}
+    write_text(path.with_suffix(".json"), json.dumps(told))
+    write_tensors(path, {key: each.contiguous() for key, each in trained.state_dict().items()}, {})
+
+
+def make_features(plan: Plan, work: Path) -> None:
+    """What the frozen encoder sees in every picture of the comparison."""
+    path = work / FEATURES
+    if path.exists():
+        return
+    vit = load_encoder(work)
+    total, done, tensors = sum(plan.scenes.values()), 0, {}
+    for split, count in plan.scenes.items():
+        found, pieces = examples(split, count), []
+        for start in range(0, count, 100):
+            pixels = encoder.as_pixels(torch.from_numpy(pictures(found[start : start + 100])))
+            pieces.append(encoder.features_of(vit, pixels).bfloat16())
+            done += len(pixels)
+            _report("features", done, total)
+        tensors[split] = torch.cat(pieces)
+    write_tensors(path, tensors, {})
+
+
+def load_encoder(work: Path) -> Any:
+    """The trained encoder."""
+    vit = encoder.build_encoder()
+    vit.load_state_dict(read_tensors(work / ENCODER))
+    return vit.eval().requires_grad_(False)
+
+
+@cache
+def load_material(work: Path) -> dict[str, Material]:
+    """Every split's."""
+    return {split: Material.of(features, examples(split, len(features))) for split, features in read_tensors(work / FEATURES).items()}
+
+
+def make_llava(work: Path) -> Any:
+    """A LLaVA whose MLP is new."""
+    return build_llava(load_encoder(work), dict(read_tensors(work / LANGUAGE_MODEL)))
+
+
+def carry_out(job: Job, work: Path) -> None:
+    """A run; its results are written at its end."""
+    design, material = DESIGNS[job.design], load_material(work)
+    total = sum(job.schedule.steps)
+    found, model = training.run(
+        design, job.seed, partial(make_llava, work), material, job.schedule, scale=job.scale,
+        progress=lambda step, _: _report(job.name, step, total),
+    )  # fmt: skip
+    if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:
+        found["attention"] = attention.look(model, material["test"].features)
+    write_text(work / "runs" / f"{job.name}.json", json.dumps({**asdict(job), **found}))
+
+
+def read_words(work: Path) -> dict[str, dict[str, list[int]]]:
+    """What the language model answers rightly from descriptions, without a picture: what there is to reach."""
+    model = language_model.load(read_tensors(work / LANGUAGE_MODEL))
+    return {split: language_model.ask(model, examples(split, 300)) for split in ("test", "hard")}

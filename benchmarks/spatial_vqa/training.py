@@ -1,0 +1,167 @@
+"""One run: a design is trained in the paper's two stages on the same pictures in the same order, and asked on pictures it never saw."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from benchmarks.spatial_vqa.designs import Design, install
+from benchmarks.spatial_vqa.encoder import GRID
+from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
+from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.splits import Example
+from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, pack, questions_of, records_of
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
+
+BATCH = 32
+STAGES = (
+    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=2e-3),
+    replace(
+        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1e-3,
+        lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=1e-3),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Material:
+    """Scenes as they are trained on: the frozen encoder's features `(scenes, 1 + N, C)`, captions and questions."""
+
+    features: torch.Tensor
+    captions: list[list[Segment]]
+    questions: list[list[Segment]]
+
+    @classmethod
+    def of(cls, features: torch.Tensor, examples: Sequence[Example]) -> "Material":
+        """The material of some examples."""
+        return cls(features, [records_of(each) for each in examples], [questions_of(each) for each in examples])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the two stages last, in steps, on how many of the training scenes; and when validation is asked."""
+
+    scenes: int
+    steps: tuple[int, int]
+    curve: int = 6
+
+
+def run(
+    design: Design,
+    seed: int,
+    llava: Callable[[], Any],
+    material: dict[str, Material],
+    plan: Schedule,
+    *,
+    scale: float = 1.0,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> tuple[dict[str, Any], Any]:
+    """Trains a design and asks it.
+
+    Args:
+        design: The design.
+        seed: Of the weights that are new and of the order of the scenes; the same order for every design.
+        llava: Makes the untrained model.
+        material: Of each split.
+        plan: How long.
+        scale: Of both stages' learning rates.
+        progress: Told each step and its loss.
+
+    Returns:
+        What was found, and the model.
+    """
+    torch.manual_seed(seed)
+    model = llava()
+    parts = Parts(projector=install(design, model))
+    prefix = prefix_of(model)
+    found: dict[str, Any] = {"projector_parameters": sum(each.numel() for part in parts.projector for each in part.parameters())}
+    curve, started, seconds = [], time.perf_counter(), 0.0
+    order = torch.Generator().manual_seed(seed)
+    done = 0
+    for stage, steps in zip(STAGES, plan.steps, strict=True):
+        stage = scaled(stage, scale)
+        if stage.lora is not None:
+            parts = replace(parts, lora=add_lora(model, stage.lora))
+        freeze(model, parts)
+        optimizer = torch.optim.AdamW(parameter_groups(parts, stage))
+        rates = schedule(optimizer, stage, steps)
+        told = material["train"].questions if stage.lora is not None else material["train"].captions
+        asked_at = {round(steps * (i + 1) / plan.curve) for i in range(plan.curve)} if stage.lora is not None else set()
+        model.train()
+        for step in range(1, steps + 1):
+            chosen = torch.randint(plan.scenes, (stage.global_batch_size,), generator=order).tolist()
+            loss = loss_of(model, design, prefix, material["train"], told, chosen)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+            done += 1
+            progress(done, loss.item())
+            if step in asked_at:
+                seconds += time.perf_counter() - started
+                curve.append({"step": step, "loss": loss.item(), "validation": ask(model, design, prefix, material["validation"])})
+                model.train()
+                started = time.perf_counter()
+    found["seconds"], found["steps"], found["curve"] = seconds, list(plan.steps), curve
+    for split in ("test", "hard"):
+        found[split] = ask(model, design, prefix, material[split])
+    return found, model
+
+
+def scaled(stage: Stage, scale: float) -> Stage:
+    """The stage with other learning rates."""
+    lora = None if stage.lora is None else replace(stage.lora, learning_rate=scale * stage.lora.learning_rate)
+    return replace(stage, projector_learning_rate=scale * stage.projector_learning_rate, lora=lora)
+
+
+def prefix_of(model: Any) -> list[int]:
+    """A picture's places in the text: those of its spatial tokens, if it has any, and of its patches."""
+    attachment = getattr(model, "_spatial_attachment", None)
+    spatial = [] if attachment is None else [attachment.token_id] * attachment.config.num_spatial_tokens
+    return [IDS[START], *spatial, *[IDS[IMAGE]] * (GRID * GRID)]
+
+
+def add_lora(model: Any, lora: LoRA) -> list[nn.Module]:
+    """Adapters of all linear layers of the language model; what trains in them."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+    inject_adapter_in_model(config, model.model.language_model)
+    layers = [each for each in model.model.language_model.modules() if isinstance(each, LoraLayer)]
+    return [part for layer in layers for part in (layer.lora_A, layer.lora_B)]
+
+
+def logits_of(
+    model: Any, design: Design, prefix: list[int], features: torch.Tensor, told: Sequence[list[Segment]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(B, L, V)` and labels `(B, L)`."""
+    rows = pack([prefix] * len(told), told)
+    pixels = features.float() * (not design.blind)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**inputs_of(rows), pixel_values=pixels).logits.float()
+    return logits, rows.labels
+
+
+def loss_of(
+    model: Any, design: Design, prefix: list[int], material: Material, told: Sequence[list[Segment]], chosen: list[int]
+) -> torch.Tensor:
+    """The loss of some scenes."""
+    return foretold(*logits_of(model, design, prefix, material.features[chosen], [told[i] for i in chosen]))
+
+
+@torch.inference_mode()
+def ask(model: Any, design: Design, prefix: list[int], material: Material, batch_size: int = 64) -> dict[str, list[int]]:
+    """How many questions of each category the model answers rightly, of how many."""
+    model.eval()
+    counts = {category: [0, 0] for category in CATEGORIES}
+    for start in range(0, len(material.questions), batch_size):
+        told = material.questions[start : start + batch_size]
+        logits, labels = logits_of(model, design, prefix, material.features[start : start + batch_size], told)
+        for category, (right, asked) in tally(logits, labels, told).items():
+            counts[category][0] += right
+            counts[category][1] += asked
+    return counts
