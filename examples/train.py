@@ -7,7 +7,7 @@ A config holds the fields of `Run` and of transformers' TrainingArguments; `--na
 on from the last whole checkpoint in output_dir. docs/training.md says more.
 """
 
-import gc
+import atexit
 import os
 import re
 import sys
@@ -224,6 +224,14 @@ def report(trainer, checkpoint, results):
             )
 
 
+def leave():
+    """Ends a process of several: DDP keeps threads of the destroyed group, which abort now and then when Python is taken down."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     try:
         if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
@@ -233,5 +241,6 @@ if __name__ == "__main__":
         sys.exit(f"train.py: error: {error}")
     finally:
         if torch.distributed.is_initialized():
-            gc.collect()  # the Trainer's hold on the processes' group: its threads must end before Python does
             torch.distributed.destroy_process_group()
+    if num_processes() > 1:
+        leave()

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from benchmarks.spatial_vqa import encoder
 from benchmarks.spatial_vqa.scenes import SIDE
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-
 from benchmarks.spatial_vqa.encoder import GRID
 from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
+from torch import nn
+
 from spatial_tokens import SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.modules import LinearHead, MLPHead
@@ -51,7 +51,7 @@ class Design:
     fields: dict[str, Any] | None = None
     extractor: Callable[[], nn.Module] | None = None
     head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
-    mlp_width: int = TEXT
+    mlp_width: int = 4 * VISION
     blind: bool = False
 
 
@@ -98,8 +98,7 @@ def install(design: Design, model: Any) -> list[nn.Module]:
         The modules that train as its projector.
     """
     mlp = model.model.multi_modal_projector
-    if design.mlp_width != TEXT:
-        mlp.linear_1, mlp.linear_2 = nn.Linear(VISION, design.mlp_width), nn.Linear(design.mlp_width, TEXT)
+    mlp.linear_1, mlp.linear_2 = nn.Linear(VISION, design.mlp_width), nn.Linear(design.mlp_width, TEXT)
     if design.fields is None:
         return [mlp]
     fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **design.fields}

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 import torch
+from benchmarks.spatial_vqa.layout import cover
+from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
+from benchmarks.spatial_vqa.questions import CELL, phrase
+from benchmarks.spatial_vqa.scenes import SIDE, Thing
+from benchmarks.spatial_vqa.splits import Example, pictures
+from benchmarks.spatial_vqa.words import IDS, PAD, WORDS, encode
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
-
-from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
-from benchmarks.spatial_vqa.questions import CELL
-from benchmarks.spatial_vqa.scenes import PAIRS, RADII, SIDE
-from benchmarks.spatial_vqa.splits import Example, pictures
-from benchmarks.spatial_vqa.words import IDS, PAD, WORDS, encode
 
 PATCH = CELL
 GRID = SIDE // PATCH  # 12 x 12: half the paper's 24 x 24, each way
@@ -28,7 +28,9 @@ LAYER = -2
 
 def build_encoder() -> VisionTransformer:
     """A ViT with a class token, of random weights."""
-    encoder = VisionTransformer(img_size=SIDE, patch_size=PATCH, embed_dim=HIDDEN_SIZE, depth=4, num_heads=4, mlp_ratio=3, num_classes=0)
+    encoder = VisionTransformer(
+        img_size=SIDE, patch_size=PATCH, embed_dim=HIDDEN_SIZE, depth=4, num_heads=4, mlp_ratio=3, num_classes=0
+    )
     places = build_sincos2d_pos_embed([GRID, GRID], HIDDEN_SIZE)
     with torch.no_grad():
         encoder.pos_embed[:, 1:].copy_(0.5 * places)
@@ -38,7 +40,7 @@ def build_encoder() -> VisionTransformer:
 
 
 class TextEncoder(nn.Module):
-    """Captions to a vector a word: a small transformer."""
+    """Texts to vectors: a small transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,8 +50,10 @@ class TextEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids `(B, L)` to `(B, L, SHARED_SIZE)`."""
-        return self.layers(self.embed(ids) + self.position[: ids.shape[1]], src_key_padding_mask=ids == IDS[PAD])
+        """Ids `(B, L)` to their words' sum, `(B, SHARED_SIZE)`."""
+        padding = ids == IDS[PAD]
+        words = self.layers(self.embed(ids) + self.position[: ids.shape[1]], src_key_padding_mask=padding)
+        return words.masked_fill(padding[..., None], 0).sum(1)
 
 
 def as_pixels(found: torch.Tensor) -> torch.Tensor:
@@ -66,28 +70,31 @@ class Pair(nn.Module):
         self.project = nn.Linear(HIDDEN_SIZE, SHARED_SIZE, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.5))
 
-    def forward(self, pixels: torch.Tensor, captions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels `(B, 3, H, W)` and captions `(T, L)` to how well they go together, twice `(B, T)`.
+    def forward(
+        self, pixels: torch.Tensor, regions: torch.Tensor, captions: torch.Tensor, phrases: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How well pictures and texts go together.
 
-        Once as in CLIP, the class token and the mean of the words; once as in FILIP, each word and the patch that is nearest to it.
+        Args:
+            pixels: `(B, 3, H, W)`.
+            regions: Each thing's share in the patches, `(R, B, N)`: zero in the other pictures.
+            captions: Ids `(B, L)`.
+            phrases: Ids `(T, L)` of single things.
+
+        Returns:
+            Pictures and captions, `(B, B)`, by the class token; regions and phrases, `(R, T)`, by the mean of a region's patches.
         """
-        kept = (captions != IDS[PAD]).float()
         with torch.autocast("cpu", torch.bfloat16):
-            seen, read = self.project(self.vision.forward_features(pixels)), self.text(captions)
-        mean = (read.float() * kept[..., None]).sum(1)
-        whole = functional.normalize(seen[:, 0].float(), dim=-1) @ functional.normalize(mean, dim=-1).T
-        seen, read = functional.normalize(seen[:, 1:].float(), dim=-1), functional.normalize(read.float(), dim=-1)
-        with torch.autocast("cpu", torch.bfloat16):
-            nearest = torch.einsum("bpc, twc -> btwp", seen, read).amax(-1)
-        words = (nearest.float() * kept).sum(-1) / kept.sum(-1)
-        return self.scale.exp() * whole, self.scale.exp() * words
+            seen = self.project(self.vision.forward_features(pixels)).float()
+            whole, single = (functional.normalize(self.text(each).float(), dim=-1) for each in (captions, phrases))
+        inside = functional.normalize(torch.einsum("rbn, bnc -> rc", regions, seen[:, 1:]), dim=-1)
+        return self.scale.exp() * functional.normalize(seen[:, 0], dim=-1) @ whole.T, self.scale.exp() * inside @ single.T
 
 
-def train_encoder(examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None]) -> VisionTransformer:
-    """The encoder, trained to tell which caption goes with which picture.
-
-    Beside the batch's captions stand as many in which one thing is another (as in NegCLIP): else colors alone would tell them apart.
-    """
+def train_encoder(
+    examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None]
+) -> VisionTransformer:
+    """The encoder, trained to tell which caption goes with which picture and, as in RegionCLIP, which phrase with which thing."""
     torch.manual_seed(seed)
     random = Random(seed)
     pair = Pair()
@@ -95,28 +102,32 @@ def train_encoder(examples: Sequence[Example], plan: Pretraining, seed: int, pro
     shown = torch.from_numpy(pictures(examples))
     for _ in range(plan.steps):
         chosen = torch.randperm(len(examples))[: plan.batch_size].tolist()
-        told = [examples[i].caption for i in chosen]
-        texts = [torch.tensor(encode(each)) for each in (*told, *(altered(each, random) for each in told))]
-        target = torch.arange(len(chosen))
-        scores = pair(as_pixels(shown[chosen]), nn.utils.rnn.pad_sequence(texts, batch_first=True))
-        losses = [functional.cross_entropy(each, target) + functional.cross_entropy(each[:, : len(chosen)].T, target) for each in scores]
-        optimization.step(torch.stack(losses).sum())
-        progress((scores[1].argmax(1) == target).float().mean().item())
+        things = [(i, thing) for i, k in enumerate(chosen) for thing in examples[k].scene.things]
+        phrases = sorted({phrase(thing) for _, thing in things})
+        regions = torch.zeros(len(things), len(chosen), GRID * GRID)
+        for number, (i, thing) in enumerate(things):
+            column, row = random.choice(cover(thing))
+            regions[number, i, row * GRID + column] = 1
+        whole, single = pair(as_pixels(shown[chosen]), regions, as_ids([examples[k].caption for k in chosen]), as_ids(phrases))
+        target, which = torch.arange(len(chosen)), torch.tensor([phrases.index(phrase(thing)) for _, thing in things])
+        loss = functional.cross_entropy(single, which)
+        loss = loss + 0.5 * (functional.cross_entropy(whole, target) + functional.cross_entropy(whole.T, target))
+        optimization.step(loss)
+        progress((single.argmax(1) == which).float().mean().item())
     return pair.vision.eval().requires_grad_(False)
 
 
-def altered(caption: str, random: Random) -> str:
-    """The caption with one thing of another color, shape or size."""
-    words = caption.split()
-    at = random.randrange(0, len(words), 3)  # size, name, full stop
-    color, shape = words[at + 1].split("-")
-    there = {word for word in words if "-" in word}
-    names = [f"{c}-{s}" for c, s in PAIRS if (c == color) != (s == shape) and f"{c}-{s}" not in there]
-    if random.random() < 0.25:
-        words[at] = random.choice([size for size in RADII if size != words[at]])
-    else:
-        words[at + 1] = random.choice(names)
-    return " ".join(words)
+def as_ids(texts: Sequence[str]) -> torch.Tensor:
+    """Ids `(T, L)`, padded."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(encode(each)) for each in texts], batch_first=True)
+
+
+def region(thing: Thing) -> torch.Tensor:
+    """Which patches a thing is in, `(N,)`."""
+    inside = torch.zeros(GRID, GRID)
+    for column, row in cover(thing):
+        inside[row, column] = 1
+    return inside.flatten()
 
 
 @torch.inference_mode()

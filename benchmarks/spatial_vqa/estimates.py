@@ -55,7 +55,9 @@ def of_design(runs: Iterable[dict[str, Any]], design: str) -> dict[int, dict[str
     return {run["seed"]: run for run in runs if run["design"] == design}
 
 
-def difference(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]], split: str, category: str = ALL) -> Estimate | None:
+def difference(
+    runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]], split: str, category: str = ALL
+) -> Estimate | None:
     """Of accuracies, seed by seed: the same seed gave both the same scenes in the same order."""
     both = sorted(runs.keys() & others.keys())
     if not both:

@@ -1,28 +1,27 @@
 """The language model: a small Llama, trained on the benchmark's text without a picture, so that it exists before it sees.
 
-It reads descriptions, and answers the questions from them: what "left of" and "how many" mean it knows before the first picture.
+It reads texts that are laid out, and answers the questions from them: what "left of" means it knows before the first picture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from random import Random
 
 import torch
+from benchmarks.spatial_vqa.layout import NOTHING, Place, lay_out
+from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
+from benchmarks.spatial_vqa.questions import CATEGORIES, counts
+from benchmarks.spatial_vqa.scenes import PAIRS
+from benchmarks.spatial_vqa.splits import Example
+from benchmarks.spatial_vqa.words import IGNORED, WORDS, Rows, Segment, list_of, pack, questions_of, records_of
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
-from benchmarks.spatial_vqa.questions import CATEGORIES, describe
-from benchmarks.spatial_vqa.scenes import PAIRS
-from benchmarks.spatial_vqa.splits import Example
-from benchmarks.spatial_vqa.words import IDS, IGNORED, START, WORDS, Rows, Segment, encode, pack, questions_of, records_of
-
 HIDDEN_SIZE = 128
-WORDS_SHARE = 0.3  # of the loss: a description's words, beside what is asked
+FEW = 0.4  # of the texts are of one to three things: to look a thing up is learned from these first
 
 NAMES = set(map("-".join, PAIRS))
 
-Read = tuple[list[int], list[Segment]]
+Text = tuple[list[Place], list[Segment]]
 
 
 def llama_config() -> LlamaConfig:
@@ -35,19 +34,22 @@ def llama_config() -> LlamaConfig:
     return config
 
 
-def text_of(example: Example) -> Read:
-    """A description, the questions about it, and each thing's record once more."""
-    return [IDS[START], *encode(example.description)], [*questions_of(example), *records_of(example)]
+def text_of(example: Example, random: Random) -> Text:
+    """The scene laid out; what there is in reading order, the questions, and each thing's record."""
+    return lay_out(example.scene.things, random), [
+        list_of(example),
+        *questions_of(example.questions),
+        *records_of(example.scene.things),
+    ]
 
 
-def short_text_of(example: Example, random: Random) -> Read:
-    """The same of one to three of the things, and the questions that are about no other: to look up is learned from these first."""
+def short_text_of(example: Example, random: Random) -> Text:
+    """The same of one to three of the things, with the questions that are about no other."""
     kept = random.sample(example.scene.things, random.randint(1, 3))
     names = {each.name for each in kept}
     about = ("relation", "position", "size")
     questions = [q for q in example.questions if q.category in about and not (set(q.text.split()) & NAMES) - names]
-    scene = replace(example.scene, things=tuple(kept))
-    return text_of(replace(example, scene=scene, questions=tuple(questions), description=describe(scene)))
+    return lay_out(kept, random), [*questions_of(questions), *records_of(kept)]
 
 
 def inputs_of(rows: Rows) -> dict[str, torch.Tensor]:
@@ -63,20 +65,28 @@ def train_language_model(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama_config())
     random = Random(seed)
-    texts = [short_text_of(each, random) if random.random() < 0.5 else text_of(each) for each in examples]
+    texts = [short_text_of(each, random) if random.random() < FEW else text_of(each, random) for each in examples]
     optimization = Optimization(model.model.layers, model, plan)
     for _ in range(plan.steps):
-        chosen = [texts[i] for i in torch.randint(len(texts), (plan.batch_size,))]
-        prefixes, segments = zip(*chosen, strict=True)
-        rows = pack(prefixes, segments, learn_prefix=True)
-        answers = pack(prefixes, segments).labels
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**inputs_of(rows)).logits.float()
-        others = rows.labels.masked_fill(answers != IGNORED, IGNORED)
-        loss = foretold(logits, answers) + WORDS_SHARE * foretold(logits, others)
-        optimization.step(loss)
-        progress((logits.argmax(-1) == answers)[answers != IGNORED].float().mean().item())
+            logits, labels = read(model, [texts[i] for i in torch.randint(len(texts), (plan.batch_size,))])
+        optimization.step(foretold(logits, labels))
+        progress((logits.argmax(-1) == labels)[labels != IGNORED].float().mean().item())
     return model.eval().requires_grad_(False)
+
+
+def read(model: LlamaForCausalLM, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(B, L, V)` and labels `(B, L)`. At a place of a text, its words' embeddings are added."""
+    laid, segments = zip(*texts, strict=True)
+    rows = pack([[place[0] for place in each] for each in laid], segments)
+    beside = torch.full((*rows.ids.shape, 3), NOTHING)
+    for row, places in enumerate(laid):
+        beside[row, : len(places)] = torch.tensor(places)[:, 1:]
+    embed = model.get_input_embeddings()
+    inputs = inputs_of(rows)
+    words = embed(inputs.pop("input_ids"))
+    added = embed(beside.clamp(min=0)) * (beside != NOTHING)[..., None]
+    return model(inputs_embeds=words + added.sum(2), **inputs).logits.float(), rows.labels
 
 
 def foretold(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -87,15 +97,17 @@ def foretold(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def load(tensors: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
     """The language model with the weights that training left."""
     model = LlamaForCausalLM(llama_config())
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
     return model.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def ask(model: LlamaForCausalLM, examples: Sequence[Example]) -> dict[str, list[int]]:
-    """How many questions of each category it answers rightly from the descriptions, of how many."""
-    rows = pack([text_of(each)[0] for each in examples], [questions_of(each) for each in examples])
-    return tally(model(**inputs_of(rows)).logits, rows.labels, [questions_of(each) for each in examples])
+    """How many questions of each category it answers rightly from laid-out texts, of how many."""
+    random = Random(0)
+    asked = [questions_of(each.questions) for each in examples]
+    texts = [lay_out(each.scene.things, random) for each in examples]
+    return tally(*read(model, list(zip(texts, asked, strict=True))), asked)
 
 
 def tally(logits: torch.Tensor, labels: torch.Tensor, asked: Sequence[Sequence[Segment]]) -> dict[str, list[int]]:

@@ -1,15 +1,14 @@
 """The vision-language model: LLaVA, of the frozen encoder, a new MLP and the language model."""
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-
 from benchmarks.spatial_vqa import encoder
 from benchmarks.spatial_vqa.language_model import llama_config
 from benchmarks.spatial_vqa.scenes import SIDE
 from benchmarks.spatial_vqa.words import IDS, IMAGE
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class Tower(nn.Module):
@@ -37,6 +36,8 @@ def build_llava(vit: VisionTransformer, words: dict[str, torch.Tensor]) -> Llava
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = Tower(vit)
-    model.model.language_model.load_state_dict({name.removeprefix("model."): each for name, each in words.items() if name.startswith("model.")})
+    model.model.language_model.load_state_dict(
+        {name.removeprefix("model."): each for name, each in words.items() if name.startswith("model.")}
+    )
     model.tie_weights()
     return model

@@ -1,4 +1,4 @@
-"""Questions about a scene, by the paper's kinds of spatial understanding (table 8), and its description in words.
+"""Questions about a scene, by the paper's kinds of spatial understanding (table 8), and captions.
 
 Answers are drawn first, each as likely, and scenes are drawn until one has a question to each. So the words of a question do not
 tell its answer: who does not look is right as often as by chance.
@@ -17,7 +17,7 @@ THIRDS = ("left", "middle", "right")
 YES_NO = ("yes", "no")
 MARGIN = 8  # pixels that decide a comparison, at least
 Things = tuple[Thing, ...]
-CELL = 8  # pixels of a description's columns and rows: the encoder's patch
+CELL = 8  # pixels of the columns and rows that a thing's place is told by: the encoder's patch
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,16 @@ def _color(things: Things, random: Random, _: str) -> Question | None:
 
 
 def _how_many(things: Things, random: Random, answer: str) -> Question | None:
-    kinds = [[each.color for each in things], [each.shape for each in things]]
-    found = [kind for each in kinds for kind in sorted(set(each)) if each.count(kind) == int(answer)]
-    kind = random.choice(found)
-    what = f"{kind} things" if kind in COLORS else f"{kind}s" if kind != "cross" else "crosses"
-    return Question("counting", f"how many {what} are there ?", answer, COUNTS)
+    return random.choice([each for each in counts(things) if each.answer == answer])
+
+
+def counts(things: Things) -> list[Question]:
+    """How often each color and each shape is there, of those that are."""
+    found = []
+    for kind, plural in [(color, f"{color} things") for color in COLORS] + list(zip(SHAPES, plurals(), strict=True)):
+        if count := sum(kind in (each.color, each.shape) for each in things):
+            found.append(Question("counting", f"how many {plural} are there ?", str(count), COUNTS))
+    return found
 
 
 KINDS = {
@@ -137,14 +142,19 @@ def record(thing: Thing) -> str:
     return f"{thing.size} column-{thing.x // CELL} row-{thing.y // CELL}"
 
 
-def describe(scene: Scene) -> str:
-    """All that can be asked about a scene, in reading order: "large column-3 row-7 red-circle . ..."."""
-    return " ".join(f"{record(each)} {each.name} ." for each in sorted(scene.things, key=lambda each: (each.y // CELL, each.x // CELL)))
+def reading(scene: Scene) -> str:
+    """What is there, in reading order: "red-circle . blue-ring . ..."."""
+    return " ".join(f"{each.name} ." for each in sorted(scene.things, key=lambda each: (each.y // CELL, each.x // CELL)))
 
 
 def caption(scene: Scene, random: Random) -> str:
-    """What is there, and not where, as captions on the web mostly are: in any order, "large red-circle . small ..."."""
-    return " ".join(f"{each.size} {each.name} ." for each in random.sample(scene.things, len(scene.things)))
+    """What is there, and not where, as captions on the web mostly are: in any order, "large red circle small ..."."""
+    return " ".join(map(phrase, random.sample(scene.things, len(scene.things))))
+
+
+def phrase(thing: Thing) -> str:
+    """A thing in words, "large red circle"."""
+    return f"{thing.size} {thing.color} {thing.shape}"
 
 
 def plurals() -> list[str]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MAIN, MLP, OTHERS
+from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MLP
 from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, chance, difference, estimate, of_design
 from benchmarks.spatial_vqa.questions import CATEGORIES
 
@@ -118,7 +118,9 @@ def details(results: Results) -> str:
             continue
         without = design.name.split(" + ")[0]
         looks = [[str(ratio(run["attention"][kind]["max_over_min"] for run in runs)) for kind in ("scenes", "noise")]]
-        rows.append([design.name, *(told_gain(results.gain(design.name, split, over=without)) for split in ("test", "hard")), *looks[0]])
+        rows.append(
+            [design.name, *(told_gain(results.gain(design.name, split, over=without)) for split in ("test", "hard")), *looks[0]]
+        )
     return table(["", "over the same without, test", "hard", "max / min attention, scenes", "noise"], rows)
 
 

@@ -23,12 +23,12 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[2])  # in place of this folder
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from benchmarks.spatial_vqa import tasks
 from benchmarks.spatial_vqa.plans import PLANS, Plan
 from benchmarks.spatial_vqa.scenes import VERSION
 from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.bench.machine import describe
 from spatial_tokens.storage.files import make_directory, read_text, write_text
@@ -124,7 +124,9 @@ def runs_in(work: Path) -> dict[str, Path]:
 
 def collect(plan: Plan, work: Path) -> dict[str, Any]:
     """All results so far."""
-    pretrained = {Path(name).stem: json.loads(read_text((work / name).with_suffix(".json"))) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)}
+    pretrained = {
+        Path(name).stem: json.loads(read_text((work / name).with_suffix(".json"))) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)
+    }
     found = runs_in(work)
     return {
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},

@@ -24,7 +24,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 UNSEEN = list(zip(COLORS, SHAPES, strict=True))  # in the hard split alone; each color and each shape is in one of them
-RADII = {"small": (5, 6), "medium": (8, 9), "large": (11, 13)}
+RADII = {"small": (6, 7), "medium": (9, 10), "large": (12, 13)}
 GAP = 2  # pixels at least between two objects, and between one and the border
 OVERSAMPLING = 3
 
@@ -42,6 +42,7 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """One word, "red-circle"."""
         return f"{self.color}-{self.shape}"
 
 
@@ -124,8 +125,10 @@ def render(scene: Scene) -> np.ndarray:
     y, x = (np.indices(canvas.shape[:2]) + 0.5) / OVERSAMPLING
     for each in scene.things:
         reach = [slice((c - each.radius - 1) * OVERSAMPLING, (c + each.radius + 2) * OVERSAMPLING) for c in (each.y, each.x)]
-        inside = covers(each.shape, (x[*reach] - each.x - 0.5) / each.radius, (y[*reach] - each.y - 0.5) / each.radius)
-        canvas[*reach][inside] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
+        inside = covers(
+            each.shape, (x[reach[0], reach[1]] - each.x - 0.5) / each.radius, (y[reach[0], reach[1]] - each.y - 0.5) / each.radius
+        )
+        canvas[reach[0], reach[1]][inside] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
     small = canvas.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING, 3).mean(axis=(1, 3))
     return (small + noise.normal(0, 6, small.shape)).clip(0, 255).round().astype(np.uint8)
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
-
-from benchmarks.spatial_vqa.questions import Question, caption, describe, sample
+from benchmarks.spatial_vqa.questions import Question, caption, reading, sample
 from benchmarks.spatial_vqa.scenes import HARD, STANDARD, VERSION, Scene, render
 
 SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": HARD}
@@ -14,11 +13,11 @@ SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": H
 
 @dataclass(frozen=True)
 class Example:
-    """A scene, one question of each kind, its description, and a caption that does not say where things are."""
+    """A scene, one question of each kind, and captions: of what is there in reading order, and in any order with sizes."""
 
     scene: Scene
     questions: tuple[Question, ...]
-    description: str
+    reading: str
     caption: str
 
 
@@ -31,7 +30,7 @@ def example(split: str, index: int, seed: int = 0) -> Example:
     """One example, whatever the others are."""
     random = Random(f"spatial-vqa {VERSION} {split} {seed} {index}")
     scene, questions = sample(random, SPLITS[split])
-    return Example(scene, tuple(questions), describe(scene), caption(scene, random))
+    return Example(scene, tuple(questions), reading(scene), caption(scene, random))
 
 
 def pictures(found: list[Example]) -> np.ndarray:
@@ -42,5 +41,5 @@ def pictures(found: list[Example]) -> np.ndarray:
 def digest(found: list[Example]) -> str:
     """What tells two lists of examples apart: pictures, questions and answers."""
     told = hashlib.sha256(pictures(found).tobytes())
-    told.update(repr([(each.questions, each.description, each.caption) for each in found]).encode())
+    told.update(repr([(each.questions, each.reading, each.caption) for each in found]).encode())
     return told.hexdigest()

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.spatial_vqa import attention, encoder, language_model, training
 from benchmarks.spatial_vqa.designs import DESIGNS
 from benchmarks.spatial_vqa.model import build_llava
 from benchmarks.spatial_vqa.plans import Job, Plan
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import Material
+
 from spatial_tokens.storage.files import read_tensors, write_tensors, write_text
 
 PRETRAINING_SEED = 1  # the encoder and the language model learn from scenes that are in no split of the comparison, whose seed is 0
@@ -55,7 +55,7 @@ def _pretrain(path: Path, name: str, train: Callable[..., torch.nn.Module], plan
     trained = train(examples("train", plan.examples, PRETRAINING_SEED), plan, 0, progress)
     told = {"seconds": time.perf_counter() - started, "right": sum(right[-20:]) / 20}
     write_text(path.with_suffix(".json"), json.dumps(told))
-    write_tensors(path, {key: each.contiguous() for key, each in trained.state_dict().items()}, {})
+    write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})
 
 
 def make_features(plan: Plan, work: Path) -> None:
@@ -86,7 +86,9 @@ def load_encoder(work: Path) -> Any:
 @cache
 def load_material(work: Path) -> dict[str, Material]:
     """Every split's."""
-    return {split: Material.of(features, examples(split, len(features))) for split, features in read_tensors(work / FEATURES).items()}
+    return {
+        split: Material.of(features, examples(split, len(features))) for split, features in read_tensors(work / FEATURES).items()
+    }
 
 
 def make_llava(work: Path) -> Any:
@@ -99,7 +101,7 @@ def carry_out(job: Job, work: Path) -> None:
     design, material = DESIGNS[job.design], load_material(work)
     total = sum(job.schedule.steps)
     found, model = training.run(
-        design, job.seed, partial(make_llava, work), material, job.schedule, scale=job.scale,
+        design, job.seed, partial(make_llava, work), material, job.schedule,
         progress=lambda step, _: _report(job.name, step, total),
     )  # fmt: skip
     if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:

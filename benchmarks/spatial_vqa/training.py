@@ -6,24 +6,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
-
 from benchmarks.spatial_vqa.designs import Design, install
 from benchmarks.spatial_vqa.encoder import GRID
 from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
 from benchmarks.spatial_vqa.questions import CATEGORIES
 from benchmarks.spatial_vqa.splits import Example
-from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, pack, questions_of, records_of
+from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of, records_of
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
 
 BATCH = 32
 STAGES = (
-    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=2e-3),
+    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=4e-3),
     replace(
-        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1e-3,
-        lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=1e-3),
+        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=2e-3,
+        lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3),
     ),
 )  # fmt: skip
 
@@ -39,7 +39,8 @@ class Material:
     @classmethod
     def of(cls, features: torch.Tensor, examples: Sequence[Example]) -> "Material":
         """The material of some examples."""
-        return cls(features, [records_of(each) for each in examples], [questions_of(each) for each in examples])
+        captions = [[list_of(each), *records_of(each.scene.things)] for each in examples]
+        return cls(features, captions, [questions_of(each.questions) for each in examples])
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ def run(
     material: dict[str, Material],
     plan: Schedule,
     *,
-    scale: float = 1.0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[dict[str, Any], Any]:
     """Trains a design and asks it.
@@ -69,7 +69,6 @@ def run(
         llava: Makes the untrained model.
         material: Of each split.
         plan: How long.
-        scale: Of both stages' learning rates.
         progress: Told each step and its loss.
 
     Returns:
@@ -84,7 +83,6 @@ def run(
     order = torch.Generator().manual_seed(seed)
     done = 0
     for stage, steps in zip(STAGES, plan.steps, strict=True):
-        stage = scaled(stage, scale)
         if stage.lora is not None:
             parts = replace(parts, lora=add_lora(model, stage.lora))
         freeze(model, parts)
@@ -111,12 +109,6 @@ def run(
     for split in ("test", "hard"):
         found[split] = ask(model, design, prefix, material[split])
     return found, model
-
-
-def scaled(stage: Stage, scale: float) -> Stage:
-    """The stage with other learning rates."""
-    lora = None if stage.lora is None else replace(stage.lora, learning_rate=scale * stage.lora.learning_rate)
-    return replace(stage, projector_learning_rate=scale * stage.projector_learning_rate, lora=lora)
 
 
 def prefix_of(model: Any) -> list[int]:

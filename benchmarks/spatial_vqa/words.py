@@ -1,6 +1,6 @@
 """Text as tokens, one a word; and a picture's questions as one sequence, in which none sees another.
 
-A row is a prefix (a picture's tokens, or a description in words) and, after it, segments: a question with its answer each. A segment
+A row is a prefix (a picture's tokens, or a text that is laid out) and, after it, segments: a question with its answer each. A segment
 attends to the prefix and to itself and counts its positions from the prefix's end, so each question is read as if it stood alone, at
 the price of one prefix for all.
 """
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-from benchmarks.spatial_vqa.questions import CATEGORIES, CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, plurals, record
-from benchmarks.spatial_vqa.scenes import COLORS, PAIRS, RADII, SHAPES, SIDE
+from benchmarks.spatial_vqa.questions import CATEGORIES, CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, Question, plurals, record
+from benchmarks.spatial_vqa.scenes import COLORS, PAIRS, RADII, SHAPES, SIDE, Thing
 from benchmarks.spatial_vqa.splits import Example
 
 PAD, START, END, IMAGE = "<pad>", "<s>", "</s>", "<image>"
@@ -42,22 +41,22 @@ class Segment:
     chance: float = 0.0
 
 
-def questions_of(example: Example) -> list[Segment]:
+def questions_of(questions: Sequence[Question]) -> list[Segment]:
     """Each question with its one-word answer."""
     return [
         Segment(encode(f"{each.text} {each.answer}"), 1, CATEGORIES.index(each.category), 1 / len(each.choices))
-        for each in example.questions
+        for each in questions
     ]
 
 
-def records_of(example: Example) -> list[Segment]:
+def records_of(things: Sequence[Thing]) -> list[Segment]:
     """Each thing's name, after which its size, column and row are to be said."""
-    return [Segment(encode(f"{each.name} {record(each)}"), 3) for each in example.scene.things]
+    return [Segment(encode(f"{each.name} {record(each)}"), 3) for each in things]
 
 
-def description_of(example: Example) -> Segment:
-    """The description as what is to be said of a picture: the alignment's caption."""
-    ids = encode(f"{example.description} {END}")
+def list_of(example: Example) -> Segment:
+    """What there is, in reading order: a caption."""
+    ids = encode(f"{example.reading} {END}")
     return Segment(ids, len(ids))
 
 
@@ -74,7 +73,7 @@ class Rows:
     mask: torch.Tensor
 
 
-def pack(prefixes: Sequence[list[int]], segments: Sequence[Sequence[Segment]], *, learn_prefix: bool = False) -> Rows:
+def pack(prefixes: Sequence[Sequence[int]], segments: Sequence[Sequence[Segment]]) -> Rows:
     """Rows of a prefix each and its segments, padded on the right."""
     length = max(len(p) + sum(len(each.ids) for each in s) for p, s in zip(prefixes, segments, strict=True))
     shape = (len(prefixes), length)
@@ -83,8 +82,6 @@ def pack(prefixes: Sequence[list[int]], segments: Sequence[Sequence[Segment]], *
     for row, (prefix, following) in enumerate(zip(prefixes, segments, strict=True)):
         at = len(prefix)
         ids[row, :at], positions[row, :at], part[row, :at] = torch.tensor(prefix), torch.arange(at), 0
-        if learn_prefix:
-            labels[row, : at - 1] = ids[row, 1:at]
         for number, each in enumerate(following, 1):
             here = slice(at, at + len(each.ids))
             ids[row, here], part[row, here] = torch.tensor(each.ids), number
