@@ -138,3 +138,16 @@ def features_of(encoder: VisionTransformer, pixels: torch.Tensor) -> torch.Tenso
         pixels, indices=[depth + LAYER], output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
     )
     return torch.cat([prefix, patches], dim=1)
+
+
+def rolled_features_of(encoder: VisionTransformer, pixels: torch.Tensor, random: Random) -> torch.Tensor:
+    """The same of an encoder that does not know where it looks: what a patch's feature says of its place is said of another.
+
+    Each picture is rolled by so many patches down and to the right, as on a torus, and its features are rolled back.
+    """
+    moves = [(random.randrange(GRID), random.randrange(GRID)) for _ in pixels]
+    moved = [each.roll((PATCH * down, PATCH * right), (1, 2)) for each, (down, right) in zip(pixels, moves, strict=True)]
+    features = features_of(encoder, torch.stack(moved))
+    maps = features[:, 1:].unflatten(1, (GRID, GRID))
+    back = [each.roll((-down, -right), (0, 1)) for each, (down, right) in zip(maps, moves, strict=True)]
+    return torch.cat([features[:, :1], torch.stack(back).flatten(1, 2)], dim=1)

@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HIDDEN_SIZE = 128
-FEW = 0.4  # of the texts are of one to three things: to look a thing up is learned from these first
+SPREAD = 0.4  # of the texts have things at many places, as patches have
+FEW = 0.3  # of the texts are of one to three things: to look a thing up is learned from these first
 
 NAMES = set(map("-".join, PAIRS))
 
@@ -36,11 +37,11 @@ def llama_config() -> LlamaConfig:
 
 def text_of(example: Example, random: Random) -> Text:
     """The scene laid out; what there is in reading order, the questions, and each thing's record."""
-    return lay_out(example.scene.things, random), [
-        list_of(example),
-        *questions_of(example.questions),
-        *records_of(example.scene.things),
-    ]
+    things, spread = example.scene.things, random.random() < SPREAD
+    questions = [each for each in example.questions if each.category != "counting" or not spread]
+    if not spread:  # to count is learned last, and from things that stand at one place each
+        questions += random.sample(counts(things), 4)
+    return lay_out(things, random, spread), [list_of(example), *questions_of(questions), *records_of(things)]
 
 
 def short_text_of(example: Example, random: Random) -> Text:
@@ -49,7 +50,7 @@ def short_text_of(example: Example, random: Random) -> Text:
     names = {each.name for each in kept}
     about = ("relation", "position", "size")
     questions = [q for q in example.questions if q.category in about and not (set(q.text.split()) & NAMES) - names]
-    return lay_out(kept, random), [*questions_of(questions), *records_of(kept)]
+    return lay_out(kept, random, random.random() < SPREAD), [*questions_of(questions), *records_of(kept)]
 
 
 def inputs_of(rows: Rows) -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ def ask(model: LlamaForCausalLM, examples: Sequence[Example]) -> dict[str, list[
     """How many questions of each category it answers rightly from laid-out texts, of how many."""
     random = Random(0)
     asked = [questions_of(each.questions) for each in examples]
-    texts = [lay_out(each.scene.things, random) for each in examples]
+    texts = [lay_out(each.scene.things, random, spread=False) for each in examples]
     return tally(*read(model, list(zip(texts, asked, strict=True))), asked)
 
 

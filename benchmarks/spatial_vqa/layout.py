@@ -18,9 +18,8 @@ MOST_EMPTY = 24  # empty places of a text, at most
 Place = tuple[int, int, int, int]  # ids: a name, or a full stop where nothing is; size, column and row, or NOTHING
 
 
-def lay_out(things: Sequence[Thing], random: Random) -> list[Place]:
-    """A text of some things: each at its centre, or at some of the places that it covers; and of empty places."""
-    spread = random.random() < 0.5
+def lay_out(things: Sequence[Thing], random: Random, spread: bool) -> list[Place]:
+    """A text of some things, each at its centre or, `spread`, at some of the places that it covers; and of empty places."""
     places, taken = [], set()
     for each in things:
         covered = cover(each) if spread else [(each.x // CELL, each.y // CELL)]

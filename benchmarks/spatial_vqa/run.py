@@ -82,7 +82,7 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
             overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
             steps: list[list[Task]] = [
                 [(tasks.make_encoder, (plan, work)), (tasks.make_language_model, (plan, work))],
-                [(tasks.make_features, (plan, work))],
+                [(tasks.make_features, (plan, work, rolled)) for rolled in sorted({job.rolled for job in plan.jobs})],
                 [(tasks.carry_out, (job, work)) for job in todo],
             ]
             for step in steps:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from benchmarks.spatial_vqa.training import Material
 from spatial_tokens.storage.files import read_tensors, write_tensors, write_text
 
 PRETRAINING_SEED = 1  # the encoder and the language model learn from scenes that are in no split of the comparison, whose seed is 0
-ENCODER, LANGUAGE_MODEL, FEATURES = "encoder.safetensors", "language_model.safetensors", "features.safetensors"
+ENCODER, LANGUAGE_MODEL = "encoder.safetensors", "language_model.safetensors"
 
 Report = Callable[[str, int, int], None]  # of a task: its name, the steps done, and of how many
 _report: Report = lambda name, done, total: None  # noqa: E731
@@ -58,22 +59,29 @@ def _pretrain(path: Path, name: str, train: Callable[..., torch.nn.Module], plan
     write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})
 
 
-def make_features(plan: Plan, work: Path) -> None:
+def make_features(plan: Plan, work: Path, rolled: bool) -> None:
     """What the frozen encoder sees in every picture of the comparison."""
-    path = work / FEATURES
+    path = features_file(work, rolled)
     if path.exists():
         return
     vit = load_encoder(work)
+    random = Random(PRETRAINING_SEED)
     total, done, tensors = sum(plan.scenes.values()), 0, {}
     for split, count in plan.scenes.items():
         found, pieces = examples(split, count), []
         for start in range(0, count, 100):
             pixels = encoder.as_pixels(torch.from_numpy(pictures(found[start : start + 100])))
-            pieces.append(encoder.features_of(vit, pixels).bfloat16())
+            seen = encoder.rolled_features_of(vit, pixels, random) if rolled else encoder.features_of(vit, pixels)
+            pieces.append(seen.bfloat16())
             done += len(pixels)
-            _report("features", done, total)
+            _report(path.stem.replace("_", " "), done, total)
         tensors[split] = torch.cat(pieces)
     write_tensors(path, tensors, {})
+
+
+def features_file(work: Path, rolled: bool) -> Path:
+    """Where they are kept."""
+    return work / ("rolled_features.safetensors" if rolled else "features.safetensors")
 
 
 def load_encoder(work: Path) -> Any:
@@ -84,11 +92,10 @@ def load_encoder(work: Path) -> Any:
 
 
 @cache
-def load_material(work: Path) -> dict[str, Material]:
+def load_material(work: Path, rolled: bool) -> dict[str, Material]:
     """Every split's."""
-    return {
-        split: Material.of(features, examples(split, len(features))) for split, features in read_tensors(work / FEATURES).items()
-    }
+    tensors = read_tensors(features_file(work, rolled))
+    return {split: Material.of(features, examples(split, len(features))) for split, features in tensors.items()}
 
 
 def make_llava(work: Path) -> Any:
@@ -98,7 +105,7 @@ def make_llava(work: Path) -> Any:
 
 def carry_out(job: Job, work: Path) -> None:
     """A run; its results are written at its end."""
-    design, material = DESIGNS[job.design], load_material(work)
+    design, material = DESIGNS[job.design], load_material(work, job.rolled)
     total = sum(job.schedule.steps)
     found, model = training.run(
         design, job.seed, partial(make_llava, work), material, job.schedule,

@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, freeze, parameter_groups, schedule
 
 BATCH = 32
 STAGES = (
@@ -49,7 +49,7 @@ class Schedule:
 
     scenes: int
     steps: tuple[int, int]
-    curve: int = 6
+    curve: int = 4
 
 
 def run(
