@@ -10,6 +10,10 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path[0] = str(ROOT)  # in place of this folder
+
+from benchmarks.spatial_vqa import report
+
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
 AUTHORS = "Conv2d (authors)"
@@ -203,6 +207,7 @@ PAGES = {
     ROOT / "README.md": figures,
     ROOT / "docs" / "benchmarks.md": projectors,
     ROOT / "docs" / "scale-out.md": scale_out,
+    ROOT / "docs" / "evidence.md": report.page,
     OPERATORS / "window_linear" / "README.md": partial(operators, "tokens, cropping", "detail map"),
     OPERATORS / "integrate" / "README.md": partial(operators, "integrator"),
     OPERATORS / "pyramid" / "README.md": partial(operators, "tokens, pooling"),
@@ -219,6 +224,8 @@ def main() -> int:
         stale |= written != text
         if sys.argv[1:] != ["--check"]:
             page.write_text(written)
+    if sys.argv[1:] != ["--check"]:
+        report.draw()
     return int(stale) if sys.argv[1:] == ["--check"] else 0
 
 

@@ -43,6 +43,7 @@ class Design:
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
         head: Makes the spatial head that goes with it.
         mlp_width: Channels between the layers of the patches' MLP.
+        scale: Of the projector's learning rates, as trials on validation chose it.
         blind: Whether every picture is blanked.
     """
 
@@ -52,6 +53,7 @@ class Design:
     extractor: Callable[[], nn.Module] | None = None
     head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
     mlp_width: int = 4 * VISION
+    scale: float = 1.0
     blind: bool = False
 
 
@@ -79,13 +81,13 @@ DETAIL = tuple(
     for kernel in reversed(DETAIL_KERNELS)
 )
 OTHERS = (
-    Design("transformer blocks, cropping", "table 3 (T)", {}, _transformers("cropping"), _transformer_head),
-    Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
     Design("1 token", "table 4", {"kernel_sizes": (12,)}),
     Design("3 tokens, cropping", "table 4", {"kernel_sizes": (4, 8, 12)}),
     Design("3 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": (4, 8, 12)}),
     Design("12 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": tuple(range(1, 13))}),
     Design("sliding window, 6 tokens", "table 5", {}, _sliding_windows),
+    Design("transformer blocks, cropping", "table 3 (T)", {}, _transformers("cropping"), _transformer_head),
+    Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
 )
 BLIND = Design("MLP, blind", "what can be told without a look", blind=True)
 DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *OTHERS)}

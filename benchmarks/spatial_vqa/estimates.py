@@ -47,7 +47,7 @@ def chance(category: str = ALL) -> float:
     """What guessing among a question's answers gives, in percent."""
     if category == ALL:
         return mean(chance(each) for each in CATEGORIES)
-    return mean(100 / len(choices) for kind, (of, choices) in KINDS.items() if of == category)
+    return mean(100 * share for of, _, share in KINDS.values() if of == category)
 
 
 def of_design(runs: Iterable[dict[str, Any]], design: str) -> dict[int, dict[str, Any]]:

@@ -28,8 +28,8 @@ Text = tuple[list[Place], list[Segment]]
 def llama_config() -> LlamaConfig:
     """Three layers, 0.65 M parameters."""
     config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=HIDDEN_SIZE, intermediate_size=3 * HIDDEN_SIZE, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,
+        vocab_size=len(WORDS), hidden_size=HIDDEN_SIZE, intermediate_size=3 * HIDDEN_SIZE, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,
     )  # fmt: skip
     config._attn_implementation = "eager"  # on a CPU, in bfloat16, plain products train twice as fast as torch's attention
     return config

@@ -1,7 +1,7 @@
 """Texts that are laid out: names, each with its size, its column and its row beside it, as LayoutLM's words carry their places.
 
-So the language model learns from words alone what left, nearer and larger mean, and reads one token a place, as it will read patches.
-It never learns the patches' order: a text's places stand in any order.
+So the language model learns from words alone what left, nearer and larger mean, and reads one token a place, as it will read
+patches. It never learns the patches' order: a text's places stand in any order.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How the encoder and the language model are trained from nothing: Muon for matrices, which needs fewer steps, AdamW for the rest."""
+"""How the encoder and the language model are trained from nothing: Muon for matrices, as it needs fewer steps, else AdamW."""
 
 from dataclasses import dataclass
 

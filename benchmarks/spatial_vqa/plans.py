@@ -7,21 +7,32 @@ from benchmarks.spatial_vqa.designs import Design
 from benchmarks.spatial_vqa.encoder import Pretraining
 from benchmarks.spatial_vqa.training import Schedule
 
+SCALES = (1.0, 0.25)  # of the projector's learning rates: each main design tries both on seed 0, and validation chooses
+
 
 @dataclass(frozen=True)
 class Job:
-    """A run: a design, from a seed, on so many scenes, for so long; `rolled`: with features that do not know their places."""
+    """A run.
+
+    Args:
+        design: A design's name.
+        seed: Of new weights and of the order of scenes.
+        schedule: For how long, on how many scenes.
+        scale: Of the projector's learning rates.
+        rolled: With features that do not know their places.
+    """
 
     design: str
     seed: int
     schedule: Schedule
+    scale: float = 1.0
     rolled: bool = False
 
     @property
     def name(self) -> str:
         """A file's name."""
         words = "".join(each if each.isalnum() else "-" for each in self.design)
-        return f"{words}_{self.schedule.scenes}{'_rolled' * self.rolled}_{self.seed}"
+        return f"{words}_{self.schedule.scenes}_{self.scale:g}{'_rolled' * self.rolled}_{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -40,16 +51,16 @@ class Plan:
         return {"train": max(job.schedule.scenes for job in self.jobs), **self.held_out}
 
 
-def _jobs(chosen: tuple[Design, ...], seeds: range, schedule: Schedule, rolled: bool = False) -> tuple[Job, ...]:
-    return tuple(Job(design.name, seed, schedule, rolled) for seed in seeds for design in chosen)
+def _jobs(chosen: tuple[Design, ...], seeds: range, schedule: Schedule, **options: bool) -> tuple[Job, ...]:
+    return tuple(Job(each.name, seed, schedule, each.scale, **options) for seed in seeds for each in chosen)
 
 
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, SHORT, FEW = Schedule(5000, (250, 250)), Schedule(4000, (200, 200)), Schedule(1000, (250, 250))
-FOUR = tuple(each for each in designs.MAIN if each is not designs.WIDE)
+TRIALS = tuple(Job(each.name, 0, LONG, scale) for scale in SCALES for each in designs.MAIN)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
-REST = (*designs.OTHERS[2:], *designs.DETAIL, *designs.OTHERS[:2])
+REST = (designs.BLIND, *designs.DETAIL, *designs.OTHERS)
 
 PLANS = {
     "quick": Plan(
@@ -59,10 +70,11 @@ PLANS = {
     "full": Plan(
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
-            *_jobs(designs.MAIN, range(3), LONG),
-            *_jobs(FOUR, range(1), LONG, rolled=True),
-            *_jobs((designs.BLIND, *REST), range(1), LONG),
-            *_jobs(FOUR, range(1, 3), LONG, rolled=True),
+            *TRIALS,
+            *_jobs(designs.MAIN, range(1, 3), LONG),
+            *_jobs(THREE, range(1), LONG, rolled=True),
+            *_jobs(REST, range(1), LONG),
+            *_jobs(THREE, range(1, 3), LONG, rolled=True),
             *_jobs(THREE, range(3), FEW),
             *_jobs(REST, range(1, 3), LONG),
             *_jobs(designs.MAIN, range(3, 5), LONG),

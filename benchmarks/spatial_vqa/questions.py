@@ -32,7 +32,7 @@ class Question:
 
 def sample(random: Random, difficulty: Difficulty) -> tuple[Scene, list[Question]]:
     """A scene, and one question of each kind about it."""
-    wanted = {kind: random.choice(choices) for kind, (_, choices) in KINDS.items()}
+    wanted = {kind: random.choice(choices) for kind, (_, choices, _) in KINDS.items()}
     while True:
         scene = sample_scene(random, difficulty, int(wanted[_how_many]))
         questions = [kind(scene.things, random, answer) for kind, answer in wanted.items()]
@@ -125,15 +125,15 @@ def counts(things: Things) -> list[Question]:
     return found
 
 
-KINDS = {
-    _side: ("relation", YES_NO),
-    _nearer: ("relation", YES_NO),
-    _quadrant: ("position", QUADRANTS),
-    _third: ("position", THIRDS),
-    _how_many: ("counting", COUNTS),
-    _size: ("size", YES_NO),
-    _exists: ("attribute", YES_NO),
-    _color: ("attribute", tuple(COLORS)),
+KINDS = {  # category, answers, and how often who does not look can be right: no thing has the one color that its shape never has
+    _side: ("relation", YES_NO, 1 / 2),
+    _nearer: ("relation", YES_NO, 1 / 2),
+    _quadrant: ("position", QUADRANTS, 1 / 4),
+    _third: ("position", THIRDS, 1 / 3),
+    _how_many: ("counting", COUNTS, 1 / 4),
+    _size: ("size", YES_NO, 1 / 2),
+    _exists: ("attribute", YES_NO, 1 / 2),
+    _color: ("attribute", tuple(COLORS), 1 / (len(COLORS) - 1)),
 }
 
 

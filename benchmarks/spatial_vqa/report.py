@@ -2,26 +2,28 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MLP
-from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, chance, difference, estimate, of_design
+from benchmarks.spatial_vqa.designs import BLIND, DESIGNS, DETAIL, MAIN, MLP
+from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, chance, difference, estimate
 from benchmarks.spatial_vqa.questions import CATEGORIES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "spatial_vqa"
 IMAGES = ROOT / "docs" / "images"
+SPLITS = ("test", "hard")
 
-# LLaVA-SP with CLIP-ViT-L and Vicuna-7B: the average of 11 benchmarks, LLaVA-1.5's taken off (tables 3, 4 and 6), and of table 5's
-# six spatial tasks.
-PAPER = {
-    "SFE cropping": "+1.2; spatial +2.4",
-    "SFE pooling": "+1.5; spatial +2.3",
-    "transformer blocks, cropping": "+1.1",
-    "transformer blocks, pooling": "+1.0",
-    "1 token": "0.0",
-    "3 tokens, cropping": "+0.7",
-    "sliding window, 6 tokens": "spatial +0.6",
+PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
+    "SFE cropping": ("+1.2", "+2.4", "3, 5"),
+    "SFE pooling": ("+1.5", "", "3"),
+    "transformer blocks, cropping": ("+1.1", "", "3"),
+    "transformer blocks, pooling": ("+1.0", "", "3"),
+    "1 token": ("0.0", "", "4"),
+    "3 tokens, cropping": ("+0.7", "", "4"),
+    "sliding window, 6 tokens": ("", "+0.6", "5"),
+    "SFE cropping + DFI 5 x 5": ("+1.4", "", "6"),
+    "SFE pooling + DFI 5 x 5": ("+1.7", "", "6"),
 }
 
 
@@ -34,37 +36,38 @@ class Results:
 
     def __init__(self, name: str) -> None:
         self.told: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        most = max(run["schedule"]["scenes"] for run in self.told["runs"])
-        self.main = [run for run in self.told["runs"] if run["schedule"]["scenes"] == most]
-        self.less = [run for run in self.told["runs"] if run["schedule"]["scenes"] != most]
+        self.most = max(run["schedule"]["scenes"] for run in self.told["runs"])
 
-    def estimate(self, design: str, split: str, category: str = ALL) -> Estimate | None:
-        """A design's accuracy."""
-        runs = of_design(self.main, design).values()
-        return estimate([accuracy(run[split], category) for run in runs]) if runs else None
+    def runs(self, design: str, *, rolled: bool = False, scenes: int | None = None) -> dict[int, dict[str, Any]]:
+        """A design's runs by seed, at the learning rates that it was given."""
+        wanted = (design, rolled, scenes or self.most, DESIGNS[design].scale)
+        found = ((run["design"], run["rolled"], run["schedule"]["scenes"], run["scale"]) for run in self.told["runs"])
+        return {run["seed"]: run for run, key in zip(self.told["runs"], found, strict=True) if key == wanted}
 
-    def gain(self, design: str, split: str, category: str = ALL, over: str = MLP.name) -> Estimate | None:
-        """A design's accuracy less another's."""
-        return difference(of_design(self.main, design), of_design(self.main, over), split, category)
-
-    @property
-    def designs(self) -> list[str]:
+    def designs(self, **setting: Any) -> list[str]:
         """Those that have runs, in the order of the comparison."""
-        return [name for name in DESIGNS if of_design(self.main, name)]
+        return [name for name in DESIGNS if self.runs(name, **setting)]
+
+    def estimate(self, design: str, split: str, category: str = ALL, **setting: Any) -> Estimate:
+        """A design's accuracy."""
+        return estimate([accuracy(run[split], category) for run in self.runs(design, **setting).values()])
+
+    def gain(self, design: str, split: str, category: str = ALL, over: str = MLP.name, **setting: Any) -> Estimate | None:
+        """A design's accuracy less another's."""
+        return difference(self.runs(design, **setting), self.runs(over, **setting), split, category)
 
 
 def setting(results: Results) -> str:
     """On what, and how much."""
-    told, machine = results.told, results.told["machine"]
-    steps, seeds = results.main[0]["schedule"]["steps"], sorted({run["seed"] for run in results.main})
+    told, machine, plan = results.told, results.told["machine"], results.told["plan"]
+    schedule = next(iter(results.runs(MLP.name).values()))["schedule"]
     vision, words = told["pretrained"]["encoder"], told["pretrained"]["language_model"]
     hours = sum(run["seconds"] for run in told["runs"]) / 3600
     return (
-        f"{len(told['runs'])} of {told['planned']} runs of the plan `{told['plan']['name']}`, seeds {', '.join(map(str, seeds))}: "
-        f"{results.main[0]['schedule']['scenes']} training scenes, {steps[0]} steps of alignment and {steps[1]} of instruction tuning, "
-        f"{told['plan']['held_out']['test']} test and {told['plan']['held_out']['hard']} hard scenes of eight questions. The encoder finds a "
-        f"picture's caption among {told['plan']['vision']['batch_size']} in {vision['right']:.0%} of cases. "
-        f"{machine['device']}, torch {machine['versions']['torch']}, {machine['date']}; {hours:.1f} hours of one core, "
+        f"{len(told['runs'])} of {told['planned']} runs of the plan `{plan['name']}`: {schedule['scenes']} training scenes in "
+        f"batches of 32, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of instruction tuning, "
+        f"{plan['held_out']['test']} test scenes and {plan['held_out']['hard']} hard ones, of eight questions each. "
+        f"{machine['device']}, torch {machine['versions']['torch']}, {machine['date']}; {hours:.1f} hours of one core for the runs "
         f"and {(vision['seconds'] + words['seconds']) / 3600:.1f} for the encoder and the language model.\n"
     )
 
@@ -72,33 +75,39 @@ def setting(results: Results) -> str:
 def comparison(results: Results) -> str:
     """Each design, and what it has over the MLP."""
     rows = []
-    for name in results.designs:
-        runs = list(of_design(results.main, name).values())
-        row = [name, DESIGNS[name].compares, f"{runs[0]['projector_parameters'] / 1e6:.2f} M"]
-        row.append(f"{sum(run['seconds'] for run in runs) / len(runs):.0f}")
-        for split in ("test", "hard"):
+    for name in results.designs():
+        runs = results.runs(name).values()
+        size = f"{next(iter(runs))['projector_parameters'] / 1e6:.2f} M"
+        row = [name, DESIGNS[name].compares, size, f"{mean(run['seconds'] for run in runs):.0f}", str(len(runs))]
+        for split in SPLITS:
             row += [str(results.estimate(name, split)), "" if name == MLP.name else told_gain(results.gain(name, split))]
         rows.append(row)
-    columns = ["design", "what for", "projector", "seconds", "test, %", "over the MLP", "hard, %", "over the MLP"]
+    columns = ["design", "what for", "projector", "seconds", "seeds", "test, %", "over the MLP", "hard, %", "over the MLP"]
     return table(columns, rows)
 
 
-def categories(results: Results, split: str) -> str:
+def categories(results: Results, split: str, **setting: Any) -> str:
     """Accuracies by category, beside chance and what the language model answers from words."""
+    columns = (*CATEGORIES, ALL)
     words = results.told["pretrained"]["from_words"][split]
-    rows = [["chance", *(f"{chance(each):.1f}" for each in (*CATEGORIES, ALL))]]
-    rows += [[name, *(str(results.estimate(name, split, each)) for each in (*CATEGORIES, ALL))] for name in results.designs]
-    rows.append(["the language model, told in words", *(f"{accuracy(words, each):.1f}" for each in (*CATEGORIES, ALL))])
+    rows = [["chance", *(f"{chance(each):.1f}" for each in columns)]]
+    rows += [
+        [name, *(str(results.estimate(name, split, each, **setting)) for each in columns)]
+        for name in results.designs(**setting)
+        if DESIGNS[name] in (*MAIN, BLIND)
+    ]
+    rows.append(["the language model, told in words", *(f"{accuracy(words, each):.1f}" for each in columns)])
     return table([f"{split}, %", *CATEGORIES, "mean"], rows)
 
 
 def beside_the_paper(results: Results) -> str:
     """Gains over the MLP, here and in the paper."""
     rows = [
-        (name, PAPER[name], *(told_gain(results.gain(name, split)) for split in ("test", "hard")))
-        for name in results.designs if name in PAPER
+        (name, *PAPER[name], *(told_gain(results.gain(name, split)) for split in SPLITS))
+        for name in results.designs() if name in PAPER
     ]  # fmt: skip
-    return table(["over the MLP, in points", "the paper (Avg^N)", "here, test", "here, hard"], rows)
+    columns = ["over the MLP, in points", "paper: mean of 11", "paper: spatial tasks", "its table", "here, test", "here, hard"]
+    return table(columns, rows)
 
 
 def told_gain(gain: Estimate | None) -> str:
@@ -113,24 +122,103 @@ def details(results: Results) -> str:
     """Table 6 and figure 5: what the integrator adds, and how unequal its attention is."""
     rows = []
     for design in DETAIL:
-        runs = list(of_design(results.main, design.name).values())
-        if not runs:
-            continue
-        without = design.name.split(" + ")[0]
-        looks = [[str(ratio(run["attention"][kind]["max_over_min"] for run in runs)) for kind in ("scenes", "noise")]]
-        rows.append(
-            [design.name, *(told_gain(results.gain(design.name, split, over=without)) for split in ("test", "hard")), *looks[0]]
-        )
-    return table(["", "over the same without, test", "hard", "max / min attention, scenes", "noise"], rows)
+        runs = results.runs(design.name).values()
+        if runs:
+            gains = (told_gain(results.gain(design.name, split, over=design.name.split(" + ")[0])) for split in SPLITS)
+            ratios = (
+                f"{mean(run['attention'][kind]['max_over_min'] for run in runs):.3g} ({mean(shares(runs, kind)):.2f})"
+                for kind in ("scenes", "noise")
+            )
+            rows.append([design.name, *gains, *ratios])
+    return table(["", "over the same without, test", "hard", "attention in scenes", "in noise"], rows)
 
 
-def ratio(values) -> str:
-    """The seeds' values, least to most."""
-    ordered = sorted(values)
-    return f"{ordered[0]:.3g} to {ordered[-1]:.3g}"
+def shares(runs: Any, kind: str) -> list[float]:
+    """The largest weight times the number of positions: 1 where all are alike."""
+    return [run["attention"][kind]["max"] * run["attention"][kind]["positions"] for run in runs]
 
 
-def table(columns: list[str], rows: list) -> str:
+def trials(results: Results) -> str:
+    """Accuracy on validation at the end of seed 0, by the scale of the projector's learning rates."""
+    found: dict[str, dict[float, float]] = {}
+    for run in results.told["runs"]:
+        if run["seed"] == 0 and not run["rolled"] and run["schedule"]["scenes"] == results.most:
+            found.setdefault(run["design"], {})[run["scale"]] = accuracy(run["curve"][-1]["validation"])
+    scales = sorted({scale for each in found.values() if len(each) > 1 for scale in each}, reverse=True)
+    rows = [
+        [name, *(f"{each[scale]:.1f}" if scale in each else "" for scale in scales), f"x {DESIGNS[name].scale:g}"]
+        for name, each in found.items() if len(each) > 1
+    ]  # fmt: skip
+    return table(["validation, %", *(f"x {scale:g}" for scale in scales), "taken"], rows)
+
+
+def curves(results: Results) -> None:
+    """Accuracy on validation over the steps of instruction tuning: the mean over seeds."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, rolled, title in zip(axes, (False, True), ("features that know their places", "features that do not"), strict=True):
+        for name in (each.name for each in (*MAIN, BLIND)):
+            runs = list(results.runs(name, rolled=rolled).values())
+            if runs:
+                steps = [each["step"] for each in runs[0]["curve"]]
+                heights = [mean(accuracy(run["curve"][i]["validation"]) for run in runs) for i in range(len(steps))]
+                axis.plot(steps, heights, marker="o", markersize=3, label=name)
+        axis.axhline(chance(), color="grey", linewidth=1, linestyle=":")
+        axis.set(title=title, xlabel="steps of instruction tuning", ylim=(30, 100))
+    axes[0].set_ylabel("validation, % (dotted: chance)")
+    axes[0].legend(fontsize=7)
+    _save(figure, "spatial-vqa-curves.png")
+
+
+def attention_maps(results: Results) -> None:
+    """What each spatial token looks up in one scene and in noise, from one run of the smallest detail map of each variant."""
+    from matplotlib import pyplot
+
+    chosen = [
+        (each.name, run) for each in DETAIL for run in list(results.runs(each.name).values())[:1] if each.name.endswith("5 x 5")
+    ]
+    figure, axes = pyplot.subplots(2 * len(chosen), 6, figsize=(9, 3.2 * len(chosen)), squeeze=False)
+    for row, (name, kind, run) in enumerate((name, kind, run) for name, run in chosen for kind in ("scenes", "noise")):
+        maps = run["attention"][kind]["map"]
+        side = round(len(maps[0]) ** 0.5)
+        for number, (axis, flat) in enumerate(zip(axes[row], maps, strict=True), 1):
+            axis.imshow([flat[at : at + side] for at in range(0, len(flat), side)], vmin=0, vmax=max(map(max, maps)))
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(f"token {number}", fontsize=8)
+        axes[row][0].set_ylabel(f"{name.split(' + ')[0]}\n{kind}", fontsize=8)
+    _save(figure, "spatial-vqa-attention.png")
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(IMAGES / name, dpi=110, metadata={"Software": None})
+
+
+def table(columns: list[str], rows: list[Any]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
     return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """All of the page's figures."""
+    results = Results("full")
+    parts = [
+        setting(results),
+        "### Each design\n", comparison(results),
+        "### By category\n", categories(results, "test"), categories(results, "hard"),
+        "### Beside the paper\n", beside_the_paper(results),
+        "### Where features do not know their places\n", categories(results, "test", rolled=True),
+        "### Learning rates\n", trials(results),
+        "### Detail, and its attention\n", details(results),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def draw() -> None:
+    """All of the page's pictures."""
+    results = Results("full")
+    curves(results)
+    attention_maps(results)

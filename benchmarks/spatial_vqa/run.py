@@ -3,8 +3,8 @@
 python benchmarks/spatial_vqa/run.py --quick     the main designs; about 20 minutes on 2 cores
 python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on less data; a night
 
-What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json` there
-holds all runs so far, whenever the command ends. The committed results and docs/evidence.md are made of it by report.py.
+What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json`
+there holds all runs so far, whenever the command ends. docs/evidence.md is made of committed ones by benchmarks/figures.py.
 """
 
 import argparse
@@ -59,14 +59,15 @@ def main(arguments: list[str]) -> None:
 
 
 def claim(work: Path, plan: Plan) -> None:
-    """Makes the folder this plan's.
+    """Makes the folder this plan's: another may go on in it that differs in its runs alone.
 
     Raises:
-        SpatialTokensError: If it holds what another plan, or another version of the benchmark, has left.
+        SpatialTokensError: If it holds what came of other scenes, or of another encoder or language model.
     """
-    path, text = work / "plan.json", json.dumps({"version": VERSION, **asdict(plan)})
+    path = work / "made_from.json"
+    text = json.dumps({"version": VERSION, "scenes": plan.scenes, "vision": asdict(plan.vision), "language": asdict(plan.language)})
     if path.exists() and read_text(path) != text:
-        raise SpatialTokensError(f"{work} holds runs of another plan; give another --work, or delete it")
+        raise SpatialTokensError(f"{work} holds what another plan has left; give another --work, or delete it")
     write_text(path, text)
 
 

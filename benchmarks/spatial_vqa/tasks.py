@@ -108,7 +108,7 @@ def carry_out(job: Job, work: Path) -> None:
     design, material = DESIGNS[job.design], load_material(work, job.rolled)
     total = sum(job.schedule.steps)
     found, model = training.run(
-        design, job.seed, partial(make_llava, work), material, job.schedule,
+        design, job.seed, partial(make_llava, work), material, job.schedule, scale=job.scale,
         progress=lambda step, _: _report(job.name, step, total),
     )  # fmt: skip
     if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:

@@ -1,4 +1,4 @@
-"""One run: a design is trained in the paper's two stages on the same pictures in the same order, and asked on pictures it never saw."""
+"""One run: a design is trained in the paper's two stages, on the same pictures in the same order, and asked about others."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -59,6 +59,7 @@ def run(
     material: dict[str, Material],
     plan: Schedule,
     *,
+    scale: float = 1.0,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[dict[str, Any], Any]:
     """Trains a design and asks it.
@@ -69,6 +70,7 @@ def run(
         llava: Makes the untrained model.
         material: Of each split.
         plan: How long.
+        scale: Of the projector's learning rates.
         progress: Told each step and its loss.
 
     Returns:
@@ -83,6 +85,7 @@ def run(
     order = torch.Generator().manual_seed(seed)
     done = 0
     for stage, steps in zip(STAGES, plan.steps, strict=True):
+        stage = replace(stage, projector_learning_rate=scale * stage.projector_learning_rate)
         if stage.lora is not None:
             parts = replace(parts, lora=add_lora(model, stage.lora))
         freeze(model, parts)

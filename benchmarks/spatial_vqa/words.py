@@ -1,8 +1,8 @@
 """Text as tokens, one a word; and a picture's questions as one sequence, in which none sees another.
 
-A row is a prefix (a picture's tokens, or a text that is laid out) and, after it, segments: a question with its answer each. A segment
-attends to the prefix and to itself and counts its positions from the prefix's end, so each question is read as if it stood alone, at
-the price of one prefix for all.
+A row is a prefix (a picture's tokens, or a text that is laid out) and, after it, segments: a question with its answer each. A
+segment attends to the prefix and to itself and counts its positions from the prefix's end, so each question is read as if it stood
+alone, at the price of one prefix for all.
 """
 
 from collections.abc import Sequence
@@ -38,15 +38,11 @@ class Segment:
     ids: list[int]
     learned: int
     category: int = -1
-    chance: float = 0.0
 
 
 def questions_of(questions: Sequence[Question]) -> list[Segment]:
     """Each question with its one-word answer."""
-    return [
-        Segment(encode(f"{each.text} {each.answer}"), 1, CATEGORIES.index(each.category), 1 / len(each.choices))
-        for each in questions
-    ]
+    return [Segment(encode(f"{each.text} {each.answer}"), 1, CATEGORIES.index(each.category)) for each in questions]
 
 
 def records_of(things: Sequence[Thing]) -> list[Segment]:

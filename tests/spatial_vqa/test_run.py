@@ -1,0 +1,152 @@
+"""The command: it goes on where it stopped, and its tables say what its runs say."""
+
+import json
+from math import sqrt
+from statistics import mean, stdev
+
+import pytest
+
+pytest.importorskip("torch", minversion="2.9")  # Muon
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("rich")
+
+from benchmarks.spatial_vqa import report, run
+from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP
+from benchmarks.spatial_vqa.estimates import accuracy, chance, difference, estimate
+from benchmarks.spatial_vqa.optimization import Pretraining
+from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
+from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.training import Schedule
+
+from spatial_tokens import SpatialTokensError
+
+SHORT = Schedule(scenes=8, steps=(1, 2), curve=2)
+
+
+def tiny(*jobs, steps=2):
+    return Plan(
+        name="quick", vision=Pretraining(8, steps, 4, 1e-3), language=Pretraining(8, steps, 4, 1e-3),
+        held_out={"validation": 4, "test": 6, "hard": 6}, jobs=jobs,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A work folder after one run of two, and what it held then."""
+    work = tmp_path_factory.mktemp("work")
+    patch = pytest.MonkeyPatch()
+    first, second = Job(MLP.name, 0, SHORT), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True)
+    try:
+        patch.setitem(PLANS, "quick", tiny(first, Job(MLP.name, 1, SHORT, rolled=True)))
+        command = ["--quick", "--work", str(work), "--workers", "1"]
+        run.main([*command])
+        before = {path.name: path.stat().st_mtime_ns for path in (work / "quick").rglob("*.*") if path.name != "results.json"}
+        patch.setitem(PLANS, "quick", tiny(first, second))
+        run.main(command)
+        return work / "quick", before
+    finally:
+        patch.undo()
+
+
+def test_nothing_is_done_twice(work):
+    folder, before = work
+    after = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.name != "results.json"}
+    kept = {name: when for name, when in before.items() if name != "made_from.json"}
+    assert kept.items() <= after.items()
+    assert len(after) == len(before) + 1
+
+
+def test_results_are_the_plans_runs(work):
+    told = json.loads((work[0] / "results.json").read_text())
+    assert [(each["design"], each["seed"], each["scale"], each["rolled"]) for each in told["runs"]] == [
+        ("MLP", 0, 1.0, False), (DETAIL[0].name, 1, 0.25, True),
+    ]  # fmt: skip
+    assert told["planned"] == 2
+    for each in told["runs"]:
+        asked = {category: count for category, (_, count) in each["test"].items()}
+        assert asked == {"relation": 12, "position": 12, "counting": 6, "size": 6, "attribute": 12}
+        assert [point["step"] for point in each["curve"]] == [1, 2]
+        assert each["seconds"] > 0
+    attention = told["runs"][1]["attention"]
+    for kind in ("scenes", "noise"):
+        assert attention[kind]["max_over_min"] >= 1
+        assert len(attention[kind]["map"]) == 6
+        assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in attention[kind]["map"])
+    assert told["pretrained"]["encoder"]["seconds"] > 0
+    assert told["pretrained"]["from_words"]["test"].keys() == set(CATEGORIES)
+
+
+def test_another_encoder_is_refused(work, monkeypatch):
+    monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT), steps=3))
+    with pytest.raises(SpatialTokensError, match="another plan"):
+        run.main(["--quick", "--work", str(work[0].parent)])
+
+
+@pytest.mark.parametrize("words", [[], ["--quick", "--full"], ["--quick", "--workers", "two"]])
+def test_wrong_words_are_refused(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run.main(words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_workers_are_refused(tmp_path):
+    with pytest.raises(SpatialTokensError, match="at least 1, got 0"):
+        run.main(["--quick", "--workers", "0", "--work", str(tmp_path)])
+
+
+def test_plans_are_what_the_comparison_asks_for():
+    full = PLANS["full"].jobs
+    assert len({job.name for job in full}) == len(full)
+    for design in MAIN:
+        assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == design.scale and not job.rolled}
+    assert {job.design for job in full} == set(DESIGNS)
+    for plan in PLANS.values():
+        assert all(job.schedule.scenes <= plan.scenes["train"] for job in plan.jobs)
+        same = {(job.schedule.steps, job.schedule.scenes) for job in plan.jobs if job.schedule.scenes == plan.scenes["train"]}
+        assert len(same) == 1  # equal data and steps
+
+
+def test_intervals_are_students():
+    found = estimate([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.half == pytest.approx(4.303 * stdev([1.0, 2.0, 4.0]) / sqrt(3))
+    assert not found.is_sure
+    assert estimate([1.0, 1.1, 0.9]).is_sure
+    assert not estimate([5.0]).is_sure
+    assert estimate([5.0]).half == float("inf")
+
+
+def counts(right):
+    return {category: [right, 100] for category in CATEGORIES}
+
+
+def test_differences_are_seed_by_seed():
+    ours = {seed: {"test": counts(right)} for seed, right in ((0, 50), (1, 70), (2, 60))}
+    theirs = {seed: {"test": counts(right)} for seed, right in ((0, 48), (1, 67), (3, 0))}
+    found = difference(ours, theirs, "test")
+    assert (found.mean, found.count) == (2.5, 2)
+    assert difference(ours, {7: theirs[0]}, "test") is None
+
+
+def test_accuracy_and_chance():
+    assert accuracy({**counts(50), "size": [100, 100]}) == 60
+    assert accuracy(counts(50), "size") == 50
+    assert chance("position") == pytest.approx(100 * mean([1 / 4, 1 / 3]))
+    assert chance("attribute") == pytest.approx(100 * mean([1 / 2, 1 / 5]))
+
+
+def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, monkeypatch):
+    results = report.Results("full")
+    assert results.told["benchmark"]["digests"] == {split: run.digest(run.examples(split, 20)) for split in run.SPLITS}
+    for name in (MLP.name, CROPPING.name):
+        mine = [accuracy(each["test"]) for each in results.told["runs"]
+                if (each["design"], each["rolled"], each["scale"]) == (name, False, DESIGNS[name].scale)]  # fmt: skip
+        assert f"| {name} |" in report.page()
+        assert f"{mean(mine):.1f}" in report.comparison(results)
+    monkeypatch.setattr(report, "IMAGES", tmp_path)
+    pytest.importorskip("matplotlib")
+    report.draw()
+    assert len(list(tmp_path.glob("*.png"))) == 2
