@@ -72,7 +72,7 @@ def _sliding_windows() -> nn.Module:
 CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
 POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
 MLP = Design("MLP", "the baseline, LLaVA-1.5's")
-WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211)
+WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211, scale=1 / 16)
 LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
 MAIN = (MLP, WIDE, LEARNED, CROPPING, POOLING)
 DETAIL = tuple(

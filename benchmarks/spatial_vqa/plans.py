@@ -59,6 +59,7 @@ VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, SHORT, FEW = Schedule(5000, (250, 250)), Schedule(4000, (200, 200)), Schedule(1000, (250, 250))
 TRIALS = tuple(Job(each.name, 0, LONG, scale) for scale in SCALES for each in designs.MAIN)
+SMALLER = _jobs((designs.WIDE,), range(1), LONG)  # the smaller one was best for it, so that it was given one more
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
 REST = (designs.BLIND, *designs.DETAIL, *designs.OTHERS)
 
@@ -71,6 +72,7 @@ PLANS = {
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
             *TRIALS,
+            *SMALLER,
             *_jobs(designs.MAIN, range(1, 3), LONG),
             *_jobs(THREE, range(1), LONG, rolled=True),
             *_jobs(REST, range(1), LONG),

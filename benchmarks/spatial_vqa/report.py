@@ -138,6 +138,24 @@ def shares(runs: Any, kind: str) -> list[float]:
     return [run["attention"][kind]["max"] * run["attention"][kind]["positions"] for run in runs]
 
 
+def patches(results: Results) -> str:
+    """What linear readers find in a patch."""
+    found = results.told["pretrained"]["from_patches"]
+    rows = [["chance", *(f"{100 * chance:.1f}" for _, chance in found["features"].values())]]
+    told = {"features": "features", "rolled": "rolled features"}
+    rows += [[told[kind], *(f"{100 * right:.1f}" for right, _ in each.values())] for kind, each in found.items()]
+    return table(
+        [
+            "a linear reader of one patch, %",
+            *(f"its {name}" for name in ("column", "row")),
+            "the thing's color",
+            "its shape",
+            "its size",
+        ],
+        rows,
+    )
+
+
 def trials(results: Results) -> str:
     """Accuracy on validation at the end of seed 0, by the scale of the projector's learning rates."""
     found: dict[str, dict[float, float]] = {}
@@ -210,7 +228,7 @@ def page() -> str:
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
-        "### Where features do not know their places\n", categories(results, "test", rolled=True),
+        "### Where features do not know their places\n", patches(results), categories(results, "test", rolled=True),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),
     ]  # fmt: skip

@@ -133,7 +133,7 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
         "machine": describe(torch.device("cpu")),
         "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
-        "pretrained": {**pretrained, "from_words": tasks.read_words(work)},
+        "pretrained": {**pretrained, "from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)},
         "planned": len(plan.jobs),
         "runs": [json.loads(read_text(found[job.name])) for job in plan.jobs if job.name in found],
     }  # fmt: skip

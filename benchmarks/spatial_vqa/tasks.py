@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
-from benchmarks.spatial_vqa import attention, encoder, language_model, training
+from benchmarks.spatial_vqa import attention, encoder, language_model, probes, training
 from benchmarks.spatial_vqa.designs import DESIGNS
 from benchmarks.spatial_vqa.model import build_llava
 from benchmarks.spatial_vqa.plans import Job, Plan
@@ -120,3 +120,16 @@ def read_words(work: Path) -> dict[str, dict[str, list[int]]]:
     """What the language model answers rightly from descriptions, without a picture: what there is to reach."""
     model = language_model.load(read_tensors(work / LANGUAGE_MODEL))
     return {split: language_model.ask(model, examples(split, 300)) for split in ("test", "hard")}
+
+
+def read_patches(work: Path) -> dict[str, dict[str, list[float]]]:
+    """What the encoder's patches tell, of features that know their places and of rolled ones, where there are any."""
+    found = {}
+    for name, rolled in (("features", False), ("rolled", True)):
+        if features_file(work, rolled).exists():
+            tensors = read_tensors(features_file(work, rolled))
+            train, asked = (
+                (tensors[split][:400], examples(split, min(400, len(tensors[split])))) for split in ("train", "validation")
+            )
+            found[name] = probes.read_patches(train, asked)
+    return found

@@ -1,5 +1,6 @@
 """The model: text as it should be read, the encoder as LLaVA's tower, and the designs as they are named."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,11 +11,12 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.spatial_vqa import encoder, language_model, training
+from benchmarks.spatial_vqa import encoder, language_model, probes, training
 from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, LEARNED, MLP, POOLING, WIDE, install
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE, inputs_of, lay_out, read, text_of
 from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
 from benchmarks.spatial_vqa.model import build_llava
+from benchmarks.spatial_vqa.scenes import render
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import BATCH, STAGES, Material, Schedule, logits_of, prefix_of
 from benchmarks.spatial_vqa.words import IDS, IGNORED, WORDS, encode, list_of, pack, questions_of, records_of
@@ -260,3 +262,29 @@ def test_pretraining_learns():
     vision = encoder.train_encoder(examples("train", 16), encoder.Pretraining(16, 3, 8, 3e-3), 0, seen.append)
     assert len(seen) == 3
     assert all(each.isfinite().all() for each in vision.parameters())
+
+
+def test_linear_readers_find_what_is_there_and_no_more():
+    scenes = examples("train", 60)
+    told = probes.labels_of(scenes)
+    features = torch.zeros(60, 1 + GRID * GRID, 64)
+    _, column = told["column"]
+    _, shape = told["shape"]
+    features[:, 1:, :12] = torch.nn.functional.one_hot(column, 12)
+    features[:, 1:, 12:18] = torch.nn.functional.one_hot(shape.clamp(min=0), 6) * (shape != probes.NOTHING)[..., None]
+    features += 0.01 * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    found = probes.read_patches((features[:40], scenes[:40]), (features[40:], scenes[40:]))
+    assert found["column"] == [1.0, pytest.approx(1 / 12)]
+    assert found["shape"][0] == 1.0
+    assert abs(found["row"][0] - 1 / 12) < 0.06
+    assert found["color"][0] < 0.35
+
+
+def test_a_patch_is_in_the_thing_that_is_drawn_there(found):
+    for example in found:
+        _, colors = probes.labels_of([example])["color"]
+        blank = replace(example.scene, things=(), clutter=0)
+        changed = abs(render(replace(example.scene, clutter=0)).astype(float) - render(blank)).max(-1) > 60
+        by_patch = torch.from_numpy(changed).unflatten(0, (GRID, -1)).unflatten(2, (GRID, -1)).sum((1, 3)).flatten()
+        assert (colors[0][by_patch > 8] != probes.NOTHING).all()
+        assert (by_patch[colors[0] == probes.NOTHING] <= 8).all()
