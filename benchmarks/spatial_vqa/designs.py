@@ -43,7 +43,6 @@ class Design:
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
         head: Makes the spatial head that goes with it.
         mlp_width: Channels between the layers of the patches' MLP.
-        scale: Of the projector's learning rates, as trials on validation chose it.
         blind: Whether every picture is blanked.
     """
 
@@ -53,7 +52,6 @@ class Design:
     extractor: Callable[[], nn.Module] | None = None
     head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
     mlp_width: int = 4 * VISION
-    scale: float = 1.0
     blind: bool = False
 
 
@@ -72,7 +70,7 @@ def _sliding_windows() -> nn.Module:
 CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
 POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
 MLP = Design("MLP", "the baseline, LLaVA-1.5's")
-WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211, scale=1 / 16)
+WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211)
 LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
 MAIN = (MLP, WIDE, LEARNED, CROPPING, POOLING)
 DETAIL = tuple(

@@ -39,8 +39,8 @@ class Results:
         self.most = max(run["schedule"]["scenes"] for run in self.told["runs"])
 
     def runs(self, design: str, *, rolled: bool = False, scenes: int | None = None) -> dict[int, dict[str, Any]]:
-        """A design's runs by seed, at the learning rates that it was given."""
-        wanted = (design, rolled, scenes or self.most, DESIGNS[design].scale)
+        """A design's runs by seed; those that tried other learning rates are left out."""
+        wanted = (design, rolled, scenes or self.most, 1.0)
         found = ((run["design"], run["rolled"], run["schedule"]["scenes"], run["scale"]) for run in self.told["runs"])
         return {run["seed"]: run for run, key in zip(self.told["runs"], found, strict=True) if key == wanted}
 
@@ -157,17 +157,15 @@ def patches(results: Results) -> str:
 
 
 def trials(results: Results) -> str:
-    """Accuracy on validation at the end of seed 0, by the scale of the projector's learning rates."""
-    found: dict[str, dict[float, float]] = {}
-    for run in results.told["runs"]:
-        if run["seed"] == 0 and not run["rolled"] and run["schedule"]["scenes"] == results.most:
-            found.setdefault(run["design"], {})[run["scale"]] = accuracy(run["curve"][-1]["validation"])
-    scales = sorted({scale for each in found.values() if len(each) > 1 for scale in each}, reverse=True)
-    rows = [
-        [name, *(f"{each[scale]:.1f}" if scale in each else "" for scale in scales), f"x {DESIGNS[name].scale:g}"]
-        for name, each in found.items() if len(each) > 1
-    ]  # fmt: skip
-    return table(["validation, %", *(f"x {scale:g}" for scale in scales), "taken"], rows)
+    """Accuracy on validation at the end of each seed, by the scale of the projector's learning rates."""
+    found: dict[str, dict[float, list[str]]] = {}
+    for run in sorted(results.told["runs"], key=lambda run: run["seed"]):
+        if not run["rolled"] and run["schedule"]["scenes"] == results.most:
+            share = f"{accuracy(run['curve'][-1]['validation']):.0f}"
+            found.setdefault(run["design"], {}).setdefault(run["scale"], []).append(share)
+    scales = sorted({scale for each in found.values() for scale in each}, reverse=True)
+    rows = [[name, *(", ".join(each.get(scale, [])) for scale in scales)] for name, each in found.items() if len(each) > 1]
+    return table(["validation, %, each seed", *(f"x {scale:g}" for scale in scales)], rows)
 
 
 def curves(results: Results) -> None:

@@ -20,9 +20,9 @@ from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, 
 
 BATCH = 32
 STAGES = (
-    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=4e-3),
+    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=1e-3),
     replace(
-        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=2e-3,
+        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=5e-4,
         lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3),
     ),
 )  # fmt: skip
