@@ -75,8 +75,8 @@ LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: Le
 MAIN = (MLP, WIDE, LEARNED, CROPPING, POOLING)
 DETAIL = tuple(
     Design(f"SFE {variant} + DFI {13 - kernel} x {13 - kernel}", "table 6", {"variant": variant, "detail_kernel_size": kernel})
-    for variant in ("cropping", "pooling")
     for kernel in reversed(DETAIL_KERNELS)
+    for variant in ("cropping", "pooling")
 )
 OTHERS = (
     Design("1 token", "table 4", {"kernel_sizes": (12,)}),

@@ -57,13 +57,10 @@ def _jobs(chosen: tuple[Design, ...], seeds: range, schedule: Schedule, **option
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, SHORT, FEW = Schedule(5000, (250, 250)), Schedule(4000, (200, 200)), Schedule(1000, (250, 250))
-TRIALS = (  # of learning rates
-    *_jobs(designs.MAIN, range(1), LONG, scale=4.0),
-    *_jobs((designs.MLP,), range(1, 2), LONG, scale=4.0),
-    *_jobs((designs.WIDE,), range(2), LONG, scale=0.25),
-)
+TRIALS = _jobs(designs.MAIN, range(1), LONG, scale=0.25)  # of learning rates
+FOUR = (designs.MLP, designs.CROPPING, designs.POOLING, designs.LEARNED)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
-REST = (designs.BLIND, *designs.OTHERS[:-2], *designs.DETAIL, *designs.OTHERS[-2:])
+REST = (*designs.DETAIL[:2], *designs.OTHERS[:-2], *designs.DETAIL[2:], *designs.OTHERS[-2:])
 
 PLANS = {
     "quick": Plan(
@@ -73,13 +70,15 @@ PLANS = {
     "full": Plan(
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
-            *_jobs(designs.MAIN, range(1), LONG),
-            *TRIALS,
-            *_jobs((designs.MLP, designs.CROPPING, designs.POOLING, designs.LEARNED, designs.WIDE), range(1, 3), LONG),
+            *_jobs(FOUR, range(3), LONG),
+            *_jobs((designs.WIDE, designs.BLIND), range(1), LONG),
             *_jobs(THREE, range(1), LONG, rolled=True),
+            *TRIALS,
+            *_jobs((designs.WIDE,), range(1, 3), LONG),
+            *_jobs(THREE, range(1), FEW),
             *_jobs(REST, range(1), LONG),
             *_jobs(THREE, range(1, 3), LONG, rolled=True),
-            *_jobs(THREE, range(3), FEW),
+            *_jobs(THREE, range(1, 3), FEW),
             *_jobs(REST, range(1, 3), LONG),
             *_jobs(designs.MAIN, range(3, 5), LONG),
         ),

@@ -156,6 +156,19 @@ def patches(results: Results) -> str:
     )
 
 
+def fewer(results: Results) -> str:
+    """The same steps on fewer scenes."""
+    counts = sorted({run["schedule"]["scenes"] for run in results.told["runs"]})
+    if len(counts) < 2:
+        return "Not run.\n"
+    rows = [
+        [name, f"{count:,}", *(cell for split in SPLITS for cell in (str(results.estimate(name, split, scenes=count)),
+         "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))))]
+        for count in counts for name in results.designs(scenes=counts[0]) if results.runs(name, scenes=count)
+    ]  # fmt: skip
+    return table(["design", "training scenes", "test, %", "over the MLP", "hard, %", "over the MLP"], rows)
+
+
 def trials(results: Results) -> str:
     """Accuracy on validation at the end of each seed, by the scale of the projector's learning rates."""
     found: dict[str, dict[float, list[str]]] = {}
@@ -227,6 +240,7 @@ def page() -> str:
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
         "### Where features do not know their places\n", patches(results), categories(results, "test", rolled=True),
+        "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),
     ]  # fmt: skip

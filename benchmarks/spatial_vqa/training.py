@@ -11,7 +11,7 @@ from benchmarks.spatial_vqa.encoder import GRID
 from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
 from benchmarks.spatial_vqa.questions import CATEGORIES
 from benchmarks.spatial_vqa.splits import Example
-from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of, records_of
+from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -20,9 +20,9 @@ from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, 
 
 BATCH = 32
 STAGES = (
-    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=1e-3),
+    replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=3e-3),
     replace(
-        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=5e-4,
+        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1.5e-3,
         lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3),
     ),
 )  # fmt: skip
@@ -39,8 +39,7 @@ class Material:
     @classmethod
     def of(cls, features: torch.Tensor, examples: Sequence[Example]) -> "Material":
         """The material of some examples."""
-        captions = [[list_of(each), *records_of(each.scene.things)] for each in examples]
-        return cls(features, captions, [questions_of(each.questions) for each in examples])
+        return cls(features, [[list_of(each)] for each in examples], [questions_of(each.questions) for each in examples])
 
 
 @dataclass(frozen=True)
