@@ -76,19 +76,19 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
     make_directory(work / "runs")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, Progress(*columns) as progress:
-        queue = manager.Queue()
-        with ProcessPoolExecutor(workers, context, initializer=tasks.begin, initargs=(queue,)) as pool:
-            todo = [job for job in plan.jobs if job.name not in runs_in(work)]
-            overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
-            steps: list[list[Task]] = [
-                [(tasks.make_encoder, (plan, work)), (tasks.make_language_model, (plan, work))],
-                [(tasks.make_features, (plan, work, rolled)) for rolled in sorted({job.rolled for job in plan.jobs})],
-                [(tasks.carry_out, (job, work)) for job in todo],
-            ]
-            for step in steps:
-                follow(pool, workers, step, queue, progress, until)
-                progress.update(overall, completed=len(runs_in(work)))
+    queue = context.Queue()
+    pool = ProcessPoolExecutor(workers, context, initializer=tasks.begin, initargs=(queue,))
+    with Progress(*columns) as progress, pool:
+        todo = [job for job in plan.jobs if job.name not in runs_in(work)]
+        overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
+        steps: list[list[Task]] = [
+            [(tasks.make_encoder, (plan, work)), (tasks.make_language_model, (plan, work))],
+            [(tasks.make_features, (plan, work, rolled)) for rolled in sorted({job.rolled for job in plan.jobs})],
+            [(tasks.carry_out, (job, work)) for job in todo],
+        ]
+        for step in steps:
+            follow(pool, workers, step, queue, progress, until)
+            progress.update(overall, completed=len(runs_in(work)))
 
 
 def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any, progress: Progress, until: float) -> None:

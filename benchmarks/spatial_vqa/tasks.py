@@ -1,10 +1,14 @@
 """The pieces of work, each in a process of its own: what one writes is whole or not there, and is not made twice."""
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
+from multiprocessing import parent_process
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,10 +31,17 @@ _report: Report = lambda name, done, total: None  # noqa: E731
 
 
 def begin(queue: Any) -> None:
-    """Makes a process ready: small products are fastest on one thread each, side by side."""
+    """Makes a process ready: small products are fastest on one thread each, side by side. It ends with the one that began it."""
     global _report
     torch.set_num_threads(1)
     _report = lambda *told: queue.put(told)  # noqa: E731
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def make_encoder(plan: Plan, work: Path) -> None:
