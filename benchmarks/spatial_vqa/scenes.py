@@ -5,7 +5,7 @@ on every machine. Coordinates are pixels, x to the right and y down.
 """
 
 from dataclasses import dataclass
-from math import hypot
+from math import cos, hypot, pi, sin
 from random import Random
 
 import numpy as np
@@ -153,10 +153,10 @@ def _draw_clutter(canvas: np.ndarray, noise: np.random.RandomState, shade: int) 
     """A grey stroke or dot, lighter or darker than the background."""
     grey = shade + noise.choice([-1, 1]) * noise.randint(20, 45)
     x, y = noise.randint(0, SIDE, 2)
-    length, angle = (noise.randint(6, 22), noise.uniform(0, 2 * np.pi)) if noise.rand() < 0.7 else (1, 0.0)
+    length, angle = (noise.randint(6, 22), noise.uniform(0, 2 * pi)) if noise.rand() < 0.7 else (1, 0.0)
     radius = noise.uniform(0.5, 1.5) * OVERSAMPLING
     for step in np.linspace(0, 1, length * OVERSAMPLING):
-        row, column = ((c + step * length * t) * OVERSAMPLING for c, t in ((y, np.sin(angle)), (x, np.cos(angle))))
+        row, column = ((c + step * length * t) * OVERSAMPLING for c, t in ((y, sin(angle)), (x, cos(angle))))
         top, left = (max(0, int(c - radius)) for c in (row, column))
         canvas[top : max(0, int(row + radius) + 1), left : max(0, int(column + radius) + 1)] = grey
 
