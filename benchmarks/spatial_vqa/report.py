@@ -160,7 +160,7 @@ def fewer(results: Results) -> str:
     """The same steps on fewer scenes."""
     counts = sorted({run["schedule"]["scenes"] for run in results.told["runs"]})
     if len(counts) < 2:
-        return "Not run.\n"
+        return table([], [])
     rows = [
         [name, f"{count:,}", *(cell for split in SPLITS for cell in (str(results.estimate(name, split, scenes=count)),
          "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))))]
@@ -207,6 +207,8 @@ def attention_maps(results: Results) -> None:
     chosen = [
         (each.name, run) for each in DETAIL for run in list(results.runs(each.name).values())[:1] if each.name.endswith("5 x 5")
     ]
+    if not chosen:
+        return
     figure, axes = pyplot.subplots(2 * len(chosen), 6, figsize=(9, 3.2 * len(chosen)), squeeze=False)
     for row, (name, kind, run) in enumerate((name, kind, run) for name, run in chosen for kind in ("scenes", "noise")):
         maps = run["attention"][kind]["map"]
@@ -227,6 +229,8 @@ def _save(figure: Any, name: str) -> None:
 
 def table(columns: list[str], rows: list[Any]) -> str:
     """A Markdown table."""
+    if not rows:
+        return "Not run yet.\n"
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
     return "\n".join(lines) + "\n"
 
