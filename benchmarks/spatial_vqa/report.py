@@ -187,12 +187,12 @@ def curves(results: Results) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, rolled, title in zip(axes, (False, True), ("features that know their places", "features that do not"), strict=True):
-        for name in (each.name for each in (*MAIN, BLIND)):
+        for number, name in enumerate(each.name for each in (*MAIN, BLIND)):
             runs = list(results.runs(name, rolled=rolled).values())
             if runs:
                 steps = [each["step"] for each in runs[0]["curve"]]
                 heights = [mean(accuracy(run["curve"][i]["validation"]) for run in runs) for i in range(len(steps))]
-                axis.plot(steps, heights, marker="o", markersize=3, label=name)
+                axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
         axis.axhline(chance(), color="grey", linewidth=1, linestyle=":")
         axis.set(title=title, xlabel="steps of instruction tuning", ylim=(30, 100))
     axes[0].set_ylabel("validation, % (dotted: chance)")
