@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+
 from benchmarks.spatial_vqa import encoder
 from benchmarks.spatial_vqa.scenes import SIDE
 

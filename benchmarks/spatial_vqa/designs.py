@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.spatial_vqa.encoder import GRID
-from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
-from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
 from torch import nn
 
+from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
+from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
+from benchmarks.spatial_vqa.layout import GRID
 from spatial_tokens import SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.modules import LinearHead, MLPHead

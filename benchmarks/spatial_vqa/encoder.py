@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 import torch
-from benchmarks.spatial_vqa.layout import cover
-from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
-from benchmarks.spatial_vqa.questions import CELL, phrase
-from benchmarks.spatial_vqa.scenes import SIDE, Thing
-from benchmarks.spatial_vqa.splits import Example, pictures
-from benchmarks.spatial_vqa.words import IDS, PAD, WORDS, encode
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.spatial_vqa.layout import GRID, cover
+from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
+from benchmarks.spatial_vqa.questions import CELL, phrase
+from benchmarks.spatial_vqa.scenes import SIDE
+from benchmarks.spatial_vqa.splits import Example, pictures
+from benchmarks.spatial_vqa.words import IDS, PAD, WORDS, encode
+
 PATCH = CELL
-GRID = SIDE // PATCH  # 12 x 12: half the paper's 24 x 24, each way
 HIDDEN_SIZE = 128
 SHARED_SIZE = 96
 LAYER = -2
@@ -78,12 +78,12 @@ class Pair(nn.Module):
 
         Args:
             pixels: `(B, 3, H, W)`.
-            regions: Each thing's share in the patches, `(R, B, N)`: zero in the other pictures.
+            regions: Where each thing is, `(R, B, N)`: one at a patch of its picture, zero elsewhere.
             captions: Ids `(B, L)`.
             phrases: Ids `(T, L)` of single things.
 
         Returns:
-            Pictures and captions, `(B, B)`, by the class token; regions and phrases, `(R, T)`, by the mean of a region's patches.
+            Pictures and captions, `(B, B)`, by the class token; regions and phrases, `(R, T)`, by those patches.
         """
         with torch.autocast("cpu", torch.bfloat16):
             seen = self.project(self.vision.forward_features(pixels)).float()
@@ -121,14 +121,6 @@ def train_encoder(
 def as_ids(texts: Sequence[str]) -> torch.Tensor:
     """Ids `(T, L)`, padded."""
     return nn.utils.rnn.pad_sequence([torch.tensor(encode(each)) for each in texts], batch_first=True)
-
-
-def region(thing: Thing) -> torch.Tensor:
-    """Which patches a thing is in, `(N,)`."""
-    inside = torch.zeros(GRID, GRID)
-    for column, row in cover(thing):
-        inside[row, column] = 1
-    return inside.flatten()
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Means over seeds with their 95 % intervals, and what chance gives."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -48,11 +48,6 @@ def chance(category: str = ALL) -> float:
     if category == ALL:
         return mean(chance(each) for each in CATEGORIES)
     return mean(100 * share for of, _, share in KINDS.values() if of == category)
-
-
-def of_design(runs: Iterable[dict[str, Any]], design: str) -> dict[int, dict[str, Any]]:
-    """A design's runs by seed."""
-    return {run["seed"]: run for run in runs if run["design"] == design}
 
 
 def difference(

@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from benchmarks.spatial_vqa.layout import NOTHING, Place, lay_out
 from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
 from benchmarks.spatial_vqa.questions import CATEGORIES, counts
 from benchmarks.spatial_vqa.scenes import PAIRS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IGNORED, WORDS, Rows, Segment, list_of, pack, questions_of, records_of
-from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 HIDDEN_SIZE = 128
 SPREAD = 0.4  # of the texts have things at many places, as patches have
@@ -62,7 +63,7 @@ def inputs_of(rows: Rows) -> dict[str, torch.Tensor]:
 def train_language_model(
     examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None]
 ) -> LlamaForCausalLM:
-    """The language model, trained on descriptions and on questions with their answers."""
+    """The language model, trained on texts that are laid out and on questions with their answers."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(llama_config())
     random = Random(seed)

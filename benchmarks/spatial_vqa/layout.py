@@ -12,7 +12,7 @@ from benchmarks.spatial_vqa.scenes import SIDE, Thing
 from benchmarks.spatial_vqa.words import IDS, START
 
 NOTHING = -1
-GRID = SIDE // CELL
+GRID = SIDE // CELL  # 12 x 12: half the paper's 24 x 24, each way
 MOST_EMPTY = 24  # empty places of a text, at most
 
 Place = tuple[int, int, int, int]  # ids: a name, or a full stop where nothing is; size, column and row, or NOTHING

@@ -1,14 +1,15 @@
 """The vision-language model: LLaVA, of the frozen encoder, a new MLP and the language model."""
 
 import torch
-from benchmarks.spatial_vqa import encoder
-from benchmarks.spatial_vqa.language_model import llama_config
-from benchmarks.spatial_vqa.scenes import SIDE
-from benchmarks.spatial_vqa.words import IDS, IMAGE
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from benchmarks.spatial_vqa import encoder
+from benchmarks.spatial_vqa.language_model import llama_config
+from benchmarks.spatial_vqa.scenes import SIDE
+from benchmarks.spatial_vqa.words import IDS, IMAGE
 
 
 class Tower(nn.Module):

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from benchmarks.spatial_vqa.encoder import GRID
-from benchmarks.spatial_vqa.layout import cover
+from torch.nn import functional
+
+from benchmarks.spatial_vqa.layout import GRID, cover
 from benchmarks.spatial_vqa.scenes import COLORS, RADII, SHAPES
 from benchmarks.spatial_vqa.splits import Example
-from torch.nn import functional
 
 NOTHING = -1
 RIDGE = 10.0

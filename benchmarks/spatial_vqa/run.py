@@ -1,7 +1,7 @@
 """Do spatial tokens help? The whole comparison in one command, which can be stopped and started again.
 
 python benchmarks/spatial_vqa/run.py --quick     the main designs; about 20 minutes on 2 cores
-python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on less data; a night
+python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on fewer scenes; hours
 
 What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json`
 there holds all runs so far, whenever the command ends. docs/evidence.md is made of committed ones by benchmarks/figures.py.
@@ -23,12 +23,12 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[2])  # in place of this folder
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 from benchmarks.spatial_vqa import tasks
 from benchmarks.spatial_vqa.plans import PLANS, Plan
 from benchmarks.spatial_vqa.scenes import VERSION
 from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.bench.machine import describe
 from spatial_tokens.storage.files import make_directory, read_text, write_text

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
+
 from benchmarks.spatial_vqa.questions import Question, caption, reading, sample
 from benchmarks.spatial_vqa.scenes import HARD, STANDARD, VERSION, Scene, render
 

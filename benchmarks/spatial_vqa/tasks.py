@@ -14,13 +14,13 @@ from random import Random
 from typing import Any
 
 import torch
+
 from benchmarks.spatial_vqa import attention, encoder, language_model, probes, training
 from benchmarks.spatial_vqa.designs import DESIGNS
 from benchmarks.spatial_vqa.model import build_llava
 from benchmarks.spatial_vqa.plans import Job, Plan
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import Material
-
 from spatial_tokens.storage.files import read_tensors, write_tensors, write_text
 
 PRETRAINING_SEED = 1  # the encoder and the language model learn from scenes that are in no split of the comparison, whose seed is 0
@@ -128,7 +128,7 @@ def carry_out(job: Job, work: Path) -> None:
 
 
 def read_words(work: Path) -> dict[str, dict[str, list[int]]]:
-    """What the language model answers rightly from descriptions, without a picture: what there is to reach."""
+    """What the language model answers rightly from texts that are laid out, without a picture: what there is to reach."""
     model = language_model.load(read_tensors(work / LANGUAGE_MODEL))
     return {split: language_model.ask(model, examples(split, 300)) for split in ("test", "hard")}
 

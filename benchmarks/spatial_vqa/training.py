@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from benchmarks.spatial_vqa.designs import Design, install
-from benchmarks.spatial_vqa.encoder import GRID
-from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
-from benchmarks.spatial_vqa.questions import CATEGORIES
-from benchmarks.spatial_vqa.splits import Example
-from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from benchmarks.spatial_vqa.designs import Design, install
+from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
+from benchmarks.spatial_vqa.layout import GRID
+from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.splits import Example
+from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, freeze, parameter_groups, schedule
 
 BATCH = 32

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from benchmarks.spatial_vqa.questions import CATEGORIES, CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, Question, plurals, record
 from benchmarks.spatial_vqa.scenes import COLORS, PAIRS, RADII, SHAPES, SIDE, Thing
 from benchmarks.spatial_vqa.splits import Example

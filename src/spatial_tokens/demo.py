@@ -120,9 +120,8 @@ def _run_stages(
             lambda result: result[0].shape,
         )
     report.run("spatial head", projector.spatial_head, lambda: projector.spatial_head(spatial))
-    patch_head = projector.patch_head
-    assert patch_head is not None
-    report.run("patch head", patch_head, lambda: patch_head(patches))
+    if (patch_head := projector.patch_head) is not None:
+        report.run("patch head", patch_head, partial(patch_head, patches))
     report.run("whole projector", projector, lambda: projector(patches))
     return encoder.picture(pixels[0]), None if attention is None else attention[0]
 

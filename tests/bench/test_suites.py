@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector, SPProjectorConfig
+from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.bench import measure
 from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.options import Options
@@ -50,6 +50,12 @@ def test_every_row_of_every_suite_runs(suite):
     keys = [row.key for row in rows]
     assert len(set(keys)) == len(keys)
     assert all(isinstance(value, (int, float)) for row in rows for value in row.values.values())
+
+
+def test_an_integrator_needs_a_config_that_has_one():
+    config = replace(TINY, detail_kernel_size=None, detail_stride=None)
+    with pytest.raises(SpatialTokensError, match="detail_kernel_size is None"):
+        kernels._integrator(Options(CPU, config=config), CPU, torch.float32)
 
 
 def test_limits_count_what_is_moved_and_done(monkeypatch):

@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+
 from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS, counts
 from benchmarks.spatial_vqa.scenes import COLORS, RADII, SHAPES, SIDE, UNSEEN, Scene, Thing, render
 from benchmarks.spatial_vqa.splits import SPLITS, digest, example, examples, pictures

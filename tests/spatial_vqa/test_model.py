@@ -20,7 +20,6 @@ from benchmarks.spatial_vqa.scenes import render
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import BATCH, STAGES, Material, Schedule, logits_of, prefix_of
 from benchmarks.spatial_vqa.words import IDS, IGNORED, WORDS, encode, list_of, pack, questions_of, records_of
-
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 
 

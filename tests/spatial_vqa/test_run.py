@@ -19,7 +19,6 @@ from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
 from benchmarks.spatial_vqa.questions import CATEGORIES
 from benchmarks.spatial_vqa.training import Schedule
-
 from spatial_tokens import SpatialTokensError
 
 SHORT = Schedule(scenes=8, steps=(1, 2), curve=2)

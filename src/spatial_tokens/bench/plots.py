@@ -101,7 +101,7 @@ def _times(rows: Sequence[Row]) -> Figure:
     most = max(map(len, panels.values()))
     figure = Figure(figsize=(5.5 * columns, lines * (0.17 * most + 0.6)), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, (setting, panel) in zip(axes, panels.items(), strict=False):
+    for axis, (setting, panel) in zip(axes[: len(panels)], panels.items(), strict=True):
         for line, row in enumerate(panel.values()):
             if row.failure:
                 axis.annotate(" failed", (0, line), xycoords=("axes fraction", "data"), fontsize=7, color="C3", va="center")

@@ -14,7 +14,7 @@ from spatial_tokens.adapters.huggingface.saving import WEIGHTS_NAME, save_adapte
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from spatial_tokens.storage.files import make_directory, read_tensors, write_tensors
 from spatial_tokens.storage.pretrained import gathered, require_exactly
-from spatial_tokens.training.recipe import Parts, Stage, freeze
+from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze
 
 SPATIAL, LORA = "spatial_tokens", "lora"  # the folders of what was trained
 
@@ -38,7 +38,7 @@ def prepare(model: Any, stage: Stage) -> Any:
     if path not in attachment.modules_to_save:
         attachment.modules_to_save.append(path)
     if stage.lora is not None and not _is_peft(model):
-        model = _with_lora(model, stage)
+        model = _with_lora(model, stage.lora)
     parts = parts_of(model)
     freeze(model, parts)
     for part in (*parts.projector, *parts.lora):
@@ -105,20 +105,17 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
 
 
-def _with_lora(model: Any, stage: Stage) -> Any:
+def _with_lora(model: Any, lora: LoRA) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingExtraError("peft", "train") from error
-    assert stage.lora is not None
     language_model = attachment_of(model).anatomy.language_model
     linear = {id(module) for module in language_model.modules() if isinstance(module, nn.Linear)}
     names = [name for name, module in model.named_modules() if id(module) in linear]
     if not names:
         raise SpatialTokensError(f"found no linear layer for the LoRA in {type(language_model).__name__}")
-    config = LoraConfig(
-        r=stage.lora.rank, lora_alpha=stage.lora.alpha, lora_dropout=stage.lora.dropout, target_modules=names, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 

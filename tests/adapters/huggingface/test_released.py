@@ -592,6 +592,11 @@ def test_a_config_says_what_the_projector_must_be(parts, folder):
     refused("missing: conv_4.1.weight", folder, parts / "base", config=config)
 
 
+def test_a_config_without_a_patch_head_is_refused(parts, folder):
+    config = SPProjectorConfig.from_preset("llava-sp-cropping", patch_head=None)
+    refused("unexpected: .*mm_projector.0.weight", folder, parts / "base", config=config)
+
+
 def test_bases_that_do_not_go(parts, folder, tmp_path):
     refused("cannot load the language model /none: ", folder, "/none")
     refused("clip must be a Llama, such as Vicuna, got a clip; give the language model alone", folder, parts / "clip")

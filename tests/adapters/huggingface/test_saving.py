@@ -468,6 +468,12 @@ def test_positional_arguments_of_save_pretrained(tmp_path):
     assert not any("spatial" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
+def test_too_many_positional_arguments_are_refused_and_not_dropped():
+    model, _ = attach(*llava(), **FIELDS)
+    with pytest.raises(TypeError, match=r"get_image_features\(\) takes \d positional arguments at most, got 20"):
+        model.model.get_image_features(*[None] * 20)
+
+
 def test_twice():
     base, plain = llava()
     attach(base, plain, **FIELDS)

@@ -297,7 +297,9 @@ class _Around:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(self.names, args, strict=False))
+        if len(args) > len(self.names):
+            raise TypeError(f"{self.name}() takes {len(self.names)} positional arguments at most, got {len(args)}")
+        named = dict(zip(self.names[: len(args)], args, strict=True))
         return self.around(self._original, {**named, **kwargs})
 
     def _original(self, **kwargs: Any) -> Any:

@@ -145,6 +145,9 @@ def _assembled(
             + ("only a LoRA can be merged into a base" if lora else f"it is a whole model, so give {folder} as its base too")
         )
     projector = from_llava_sp(source, config=config, dtype=torch.float32)
+    mlp = projector.patch_head
+    if not isinstance(mlp, MLPHead):
+        raise SpatialTokensError("the config's patch_head must be 'mlp', got None: a released folder's MLP becomes the LLaVA's own")
     llama_config = _own_text_config(transformers, settings) if whole else text_config(transformers, base)
     clip_config = vision_config(transformers, vision)
     _require_fit(projector.config, llama_config, clip_config, settings, {"base": base, "vision": vision, "folder": folder})
@@ -156,8 +159,7 @@ def _assembled(
     if any(_TOWER.match(name) for name in names):
         _load_tower(tower, source)
     projector = projector.to(dtype=llama.dtype)
-    mlp, projector.patch_head = projector.patch_head, None
-    assert isinstance(mlp, MLPHead)
+    projector.patch_head = None
     layer, pad = settings["mm_vision_select_layer"], settings.get("image_aspect_ratio") == "pad"
     model, processor = assembled(transformers, llama, tower, mlp, base=base, vision=vision, layer=layer, pad=pad)
     return model, processor, projector

@@ -80,8 +80,8 @@ def _extractor(options: Options, variant: Any, device: torch.device, dtype: torc
 
 def _integrator(options: Options, device: torch.device, dtype: torch.dtype) -> DetailFeatureIntegrator:
     config = options.config
-    assert config.detail_kernel_size is not None
-    assert config.detail_stride is not None
+    if config.detail_kernel_size is None or config.detail_stride is None:
+        raise SpatialTokensError("the integrator is timed with a config that has one; detail_kernel_size is None")
     return DetailFeatureIntegrator(
         config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size,
         kernel_size=config.detail_kernel_size, stride=config.detail_stride, device=device, dtype=dtype,
@@ -128,7 +128,8 @@ class _AuthorsProjector(nn.Module):
         integrator = projector.integrator
         self.detail = ConvDetail(integrator, memory_format) if integrator is not None else None
         self.attention = _Attention(integrator, projector.config.num_spatial_tokens) if integrator is not None else None
-        assert projector.patch_head is not None
+        if projector.patch_head is None:
+            raise SpatialTokensError("the authors' projector has a head for the patches; patch_head is None")
         self.spatial_head, self.patch_head = projector.spatial_head, projector.patch_head
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
