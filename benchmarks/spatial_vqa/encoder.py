@@ -1,6 +1,6 @@
 """The vision encoder: a small timm ViT, trained once by CLIP's objective on pictures and captions, then frozen.
 
-Captions say what is there and not where. CLIP's loss alone tells colors apart within minutes, and shapes not at all; so it is taken
+Captions say what is there and not where. CLIP's loss alone tells colors apart within minutes, and hardly shapes; so it is taken
 a second time between phrases and the patches of the things that they name, as RegionCLIP takes it of regions. What a projector
 reads is the paper's choice, layer -2; the class token is dropped later, by the vision-language model.
 """
