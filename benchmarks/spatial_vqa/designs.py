@@ -43,6 +43,7 @@ class Design:
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
         head: Makes the spatial head that goes with it.
         mlp_width: Channels between the layers of the patches' MLP.
+        scale: Of the projector's learning rates: of those that were tried, the best on validation.
         blind: Whether every picture is blanked.
     """
 
@@ -52,6 +53,7 @@ class Design:
     extractor: Callable[[], nn.Module] | None = None
     head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
     mlp_width: int = 4 * VISION
+    scale: float = 1.0
     blind: bool = False
 
 
@@ -70,7 +72,7 @@ def _sliding_windows() -> nn.Module:
 CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
 POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
 MLP = Design("MLP", "the baseline, LLaVA-1.5's")
-WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211)
+WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211, scale=0.25)
 LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
 MAIN = (MLP, WIDE, LEARNED, CROPPING, POOLING)
 DETAIL = tuple(
@@ -78,17 +80,19 @@ DETAIL = tuple(
     for kernel in reversed(DETAIL_KERNELS)
     for variant in ("cropping", "pooling")
 )
-OTHERS = (
+TOKENS = (
     Design("1 token", "table 4", {"kernel_sizes": (12,)}),
     Design("3 tokens, cropping", "table 4", {"kernel_sizes": (4, 8, 12)}),
     Design("3 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": (4, 8, 12)}),
     Design("12 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": tuple(range(1, 13))}),
     Design("sliding window, 6 tokens", "table 5", {}, _sliding_windows),
+)
+TRANSFORMERS = (
     Design("transformer blocks, cropping", "table 3 (T)", {}, _transformers("cropping"), _transformer_head),
     Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
 )
 BLIND = Design("MLP, blind", "what can be told without a look", blind=True)
-DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *OTHERS)}
+DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS)}
 
 
 def install(design: Design, model: Any) -> list[nn.Module]:

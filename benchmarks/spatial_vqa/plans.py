@@ -1,7 +1,6 @@
 """What is run: how the encoder and the language model are trained, and which designs from which seeds on how much data."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.spatial_vqa import designs
 from benchmarks.spatial_vqa.designs import Design
@@ -24,14 +23,15 @@ class Job:
     design: str
     seed: int
     schedule: Schedule
-    scale: float = 1.0
+    scale: float
     rolled: bool = False
 
     @property
     def name(self) -> str:
         """A file's name."""
         words = "".join(each if each.isalnum() else "-" for each in self.design)
-        return f"{words}_{self.schedule.scenes}_{self.scale:g}{'_rolled' * self.rolled}_{self.seed}"
+        steps = "+".join(map(str, self.schedule.steps))
+        return f"{words}_{self.schedule.scenes}_{steps}_{self.scale:g}{'_rolled' * self.rolled}_{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,24 @@ class Plan:
         return {"train": max(job.schedule.scenes for job in self.jobs), **self.held_out}
 
 
-def _jobs(chosen: tuple[Design, ...], seeds: range, schedule: Schedule, **options: Any) -> tuple[Job, ...]:
-    return tuple(Job(each.name, seed, schedule, **options) for seed in seeds for each in chosen)
+def _jobs(
+    chosen: tuple[Design, ...], seeds: range, schedule: Schedule, *, scale: float | None = None, rolled: bool = False
+) -> tuple[Job, ...]:
+    return tuple(Job(each.name, seed, schedule, scale or each.scale, rolled) for seed in seeds for each in chosen)
 
 
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
-LONG, SHORT, FEW = Schedule(5000, (250, 250)), Schedule(4000, (200, 200)), Schedule(1000, (250, 250))
-TRIALS = _jobs(designs.MAIN, range(1), LONG, scale=0.25)  # of learning rates
+LONG, SHORT, FEW = Schedule(5000, (250, 400)), Schedule(4000, (200, 200)), Schedule(1000, (250, 400))
 FOUR = (designs.MLP, designs.CROPPING, designs.POOLING, designs.LEARNED)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
-REST = (*designs.DETAIL[:2], *designs.OTHERS[:-2], *designs.DETAIL[2:], *designs.OTHERS[-2:])
+TRIALS = (  # of learning rates
+    *_jobs((designs.WIDE,), range(1), LONG, scale=1.0),
+    *_jobs((designs.WIDE,), range(1), LONG, scale=0.25),
+    *_jobs((designs.WIDE,), range(1), LONG, scale=0.0625),
+    *_jobs(FOUR, range(1), LONG, scale=0.25),
+)
+REST = (*designs.DETAIL[:2], *designs.TOKENS, *designs.DETAIL[2:])
 
 PLANS = {
     "quick": Plan(
@@ -71,15 +78,18 @@ PLANS = {
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
             *_jobs(FOUR, range(3), LONG),
-            *_jobs((designs.WIDE, designs.BLIND), range(1), LONG),
+            *_jobs((designs.BLIND,), range(1), LONG),
+            *TRIALS[:3],
             *_jobs(THREE, range(1), LONG, rolled=True),
-            *TRIALS,
-            *_jobs((designs.WIDE,), range(1, 3), LONG),
             *_jobs(THREE, range(1), FEW),
             *_jobs(REST, range(1), LONG),
+            *_jobs((designs.WIDE,), range(1, 3), LONG),
             *_jobs(THREE, range(1, 3), LONG, rolled=True),
             *_jobs(THREE, range(1, 3), FEW),
+            *TRIALS[3:],
+            *_jobs(designs.TRANSFORMERS, range(1), LONG),
             *_jobs(REST, range(1, 3), LONG),
+            *_jobs(designs.TRANSFORMERS, range(1, 3), LONG),
             *_jobs(designs.MAIN, range(3, 5), LONG),
         ),
     ),

@@ -40,7 +40,7 @@ class Results:
 
     def runs(self, design: str, *, rolled: bool = False, scenes: int | None = None) -> dict[int, dict[str, Any]]:
         """A design's runs by seed; those that tried other learning rates are left out."""
-        wanted = (design, rolled, scenes or self.most, 1.0)
+        wanted = (design, rolled, scenes or self.most, DESIGNS[design].scale)
         found = ((run["design"], run["rolled"], run["schedule"]["scenes"], run["scale"]) for run in self.told["runs"])
         return {run["seed"]: run for run, key in zip(self.told["runs"], found, strict=True) if key == wanted}
 
@@ -156,6 +156,18 @@ def patches(results: Results) -> str:
     )
 
 
+def strangers(results: Results) -> str:
+    """What is left when the spatial tokens, or the patch tokens, are those of another picture."""
+    rows = []
+    for rolled in (False, True):
+        for name in results.designs(rolled=rolled):
+            runs = list(results.runs(name, rolled=rolled).values())
+            if DESIGNS[name] in MAIN and "spatial" in runs[0]["strangers"]:
+                cells = (estimate([accuracy(run["strangers"][kind]) for run in runs]) for kind in ("spatial", "patch"))
+                rows.append([name, "rolled" * rolled, results.estimate(name, "test", rolled=rolled), *cells])
+    return table(["test, %", "features", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)
+
+
 def fewer(results: Results) -> str:
     """The same steps on fewer scenes."""
     counts = sorted({run["schedule"]["scenes"] for run in results.told["runs"]})
@@ -244,6 +256,7 @@ def page() -> str:
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
         "### Where features do not know their places\n", patches(results), categories(results, "test", rolled=True),
+        "### With another picture's tokens\n", strangers(results),
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),

@@ -1,7 +1,8 @@
 """One run: a design is trained in the paper's two stages, on the same pictures in the same order, and asked about others."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +74,8 @@ def run(
         progress: Told each step and its loss.
 
     Returns:
-        What was found, and the model.
+        What was found (accuracies on test and hard, and on test with the patch tokens, or the spatial ones, of another picture),
+        and the model.
     """
     torch.manual_seed(seed)
     model = llava()
@@ -110,7 +112,21 @@ def run(
     found["seconds"], found["steps"], found["curve"] = seconds, list(plan.steps), curve
     for split in ("test", "hard"):
         found[split] = ask(model, design, prefix, material[split])
+    found["strangers"] = {}
+    for kind, part in zip(("patch", "spatial"), parts.projector, strict=False):  # the MLP alone has no spatial tokens
+        with another_pictures(part):
+            found["strangers"][kind] = ask(model, design, prefix, material["test"])
     return found, model
+
+
+@contextmanager
+def another_pictures(part: nn.Module) -> Iterator[None]:
+    """Each picture of a batch is given the tokens that this part makes of the one before: what does the model look for in them?"""
+    handle = part.register_forward_hook(lambda _, __, tokens: tokens.roll(1, 0))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def prefix_of(model: Any) -> list[int]:

@@ -18,7 +18,7 @@ from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
 from benchmarks.spatial_vqa.model import build_llava
 from benchmarks.spatial_vqa.scenes import render
 from benchmarks.spatial_vqa.splits import examples, pictures
-from benchmarks.spatial_vqa.training import BATCH, STAGES, Material, Schedule, logits_of, prefix_of
+from benchmarks.spatial_vqa.training import BATCH, STAGES, Material, Schedule, another_pictures, logits_of, prefix_of
 from benchmarks.spatial_vqa.words import IDS, IGNORED, WORDS, encode, list_of, pack, questions_of, records_of
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 
@@ -192,6 +192,28 @@ def test_learned_tokens_do_not_look_and_a_blind_model_sees_nothing(llava):
     assert torch.equal(*logits)
 
 
+def test_another_pictures_tokens(llava):
+    model = llava().eval()
+    install(CROPPING, model)
+    mlp, spatial = model.model.multi_modal_projector, model.spatial_tokens
+    features = torch.randn(2, 1 + GRID * GRID, 128)
+    asked = [questions_of(each.questions) for each in examples("test", 2)]
+
+    def logits(features):
+        return logits_of(model, CROPPING, prefix_of(model), features, asked)[0]
+
+    own, others = logits(features), logits(features.roll(1, 0))
+    with another_pictures(mlp), another_pictures(spatial):
+        assert torch.equal(logits(features), others)
+    with another_pictures(spatial):
+        mixed = logits(features)
+    assert not torch.equal(mixed, own)
+    assert not torch.equal(mixed, others)
+    with another_pictures(mlp):
+        torch.testing.assert_close(logits(features.roll(1, 0)), mixed, rtol=0, atol=0)
+    assert torch.equal(logits(features), own)
+
+
 def test_the_stages_are_the_papers_but_for_batch_and_rates():
     for stage, paper in zip(STAGES, (ALIGNMENT, INSTRUCTION_TUNING), strict=True):
         assert stage.global_batch_size == BATCH
@@ -221,6 +243,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(llava, vit):
     assert [each["loss"] for each in one[0]["curve"]] == [each["loss"] for each in again[0]["curve"]]
     assert [each["loss"] for each in one[0]["curve"]] != [each["loss"] for each in other[0]["curve"]]
     assert [each["step"] for each in one[0]["curve"]] == [1, 2]
+    assert one[0]["strangers"].keys() == {"patch", "spatial"}
 
 
 def test_a_run_trains_the_projector_and_lora_and_nothing_else(llava, vit):

@@ -36,9 +36,9 @@ def work(tmp_path_factory):
     """A work folder after one run of two, and what it held then."""
     work = tmp_path_factory.mktemp("work")
     patch = pytest.MonkeyPatch()
-    first, second = Job(MLP.name, 0, SHORT), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True)
+    first, second = Job(MLP.name, 0, SHORT, 1.0), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True)
     try:
-        patch.setitem(PLANS, "quick", tiny(first, Job(MLP.name, 1, SHORT, rolled=True)))
+        patch.setitem(PLANS, "quick", tiny(first, Job(MLP.name, 1, SHORT, 1.0, rolled=True)))
         command = ["--quick", "--work", str(work), "--workers", "1"]
         run.main([*command])
         before = {path.name: path.stat().st_mtime_ns for path in (work / "quick").rglob("*.*") if path.name != "results.json"}
@@ -100,7 +100,7 @@ def test_plans_are_what_the_comparison_asks_for():
     full = PLANS["full"].jobs
     assert len({job.name for job in full}) == len(full)
     for design in MAIN:
-        assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == 1 and not job.rolled}
+        assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == design.scale and not job.rolled}
     assert {job.design for job in full} == set(DESIGNS)
     for plan in PLANS.values():
         assert all(job.schedule.scenes <= plan.scenes["train"] for job in plan.jobs)
