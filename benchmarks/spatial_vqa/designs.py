@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ class Design:
         fields: Of an SPProjectorConfig, in place of cropping without a DetailFeatureIntegrator; None: no spatial tokens.
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
         head: Makes the spatial head that goes with it.
-        mlp_width: Channels between the layers of the patches' MLP.
-        scale: Of the projector's learning rates: of those that were tried, the best on validation.
+        mlp_widths: Channels between the layers of the patches' MLP.
         blind: Whether every picture is blanked.
     """
 
@@ -52,8 +52,7 @@ class Design:
     fields: dict[str, Any] | None = None
     extractor: Callable[[], nn.Module] | None = None
     head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
-    mlp_width: int = 4 * VISION
-    scale: float = 1.0
+    mlp_widths: tuple[int, ...] = (4 * VISION,)
     blind: bool = False
 
 
@@ -72,9 +71,10 @@ def _sliding_windows() -> nn.Module:
 CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
 POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
 MLP = Design("MLP", "the baseline, LLaVA-1.5's")
-WIDE = Design("MLP, as many parameters", "is it size alone?", mlp_width=12_211, scale=0.25)
+DEEP = Design("MLP of 3 layers, as many parameters", "is it size alone?", mlp_widths=(1647, 1647))
+WIDE = Design("MLP, as many parameters", "the same, by width alone", mlp_widths=(12_211,))
 LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
-MAIN = (MLP, WIDE, LEARNED, CROPPING, POOLING)
+MAIN = (MLP, DEEP, LEARNED, CROPPING, POOLING)
 DETAIL = tuple(
     Design(f"SFE {variant} + DFI {13 - kernel} x {13 - kernel}", "table 6", {"variant": variant, "detail_kernel_size": kernel})
     for kernel in reversed(DETAIL_KERNELS)
@@ -92,7 +92,7 @@ TRANSFORMERS = (
     Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
 )
 BLIND = Design("MLP, blind", "what can be told without a look", blind=True)
-DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS)}
+DESIGNS = {each.name: each for each in (*MAIN, WIDE, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS)}
 
 
 def install(design: Design, model: Any) -> list[nn.Module]:
@@ -102,7 +102,8 @@ def install(design: Design, model: Any) -> list[nn.Module]:
         The modules that train as its projector.
     """
     mlp = model.model.multi_modal_projector
-    mlp.linear_1, mlp.linear_2 = nn.Linear(VISION, design.mlp_width), nn.Linear(design.mlp_width, TEXT)
+    first, *between, last = (nn.Linear(*sizes) for sizes in pairwise((VISION, *design.mlp_widths, TEXT)))
+    mlp.linear_1, mlp.linear_2 = first, nn.Sequential(*chain.from_iterable((each, nn.GELU()) for each in between), last)
     if design.fields is None:
         return [mlp]
     fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **design.fields}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim import Muon  # torch 2.9
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Optimization:
         others = [each for each in everything.parameters() if id(each) not in by_muon]
         self.everything = everything
         self.optimizers = [
-            torch.optim.Muon(by_muon.values(), lr=plan.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon(by_muon.values(), lr=plan.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.schedules = [

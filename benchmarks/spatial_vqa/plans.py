@@ -23,7 +23,7 @@ class Job:
     design: str
     seed: int
     schedule: Schedule
-    scale: float
+    scale: float = 1.0
     rolled: bool = False
 
     @property
@@ -51,22 +51,16 @@ class Plan:
 
 
 def _jobs(
-    chosen: tuple[Design, ...], seeds: range, schedule: Schedule, *, scale: float | None = None, rolled: bool = False
+    chosen: tuple[Design, ...], seeds: range, schedule: Schedule, *, scale: float = 1.0, rolled: bool = False
 ) -> tuple[Job, ...]:
-    return tuple(Job(each.name, seed, schedule, scale or each.scale, rolled) for seed in seeds for each in chosen)
+    return tuple(Job(each.name, seed, schedule, scale, rolled) for seed in seeds for each in chosen)
 
 
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, SHORT, FEW = Schedule(5000, (250, 400)), Schedule(4000, (200, 200)), Schedule(1000, (250, 400))
-FOUR = (designs.MLP, designs.CROPPING, designs.POOLING, designs.LEARNED)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
-TRIALS = (  # of learning rates
-    *_jobs((designs.WIDE,), range(1), LONG, scale=1.0),
-    *_jobs((designs.WIDE,), range(1), LONG, scale=0.25),
-    *_jobs((designs.WIDE,), range(1), LONG, scale=0.0625),
-    *_jobs(FOUR, range(1), LONG, scale=0.25),
-)
+TRIALS = _jobs((*designs.MAIN, designs.WIDE), range(1), LONG, scale=0.25)  # of learning rates
 REST = (*designs.DETAIL[:2], *designs.TOKENS, *designs.DETAIL[2:])
 
 PLANS = {
@@ -77,16 +71,15 @@ PLANS = {
     "full": Plan(
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
-            *_jobs(FOUR, range(3), LONG),
-            *_jobs((designs.BLIND,), range(1), LONG),
-            *TRIALS[:3],
+            *_jobs(designs.MAIN, range(3), LONG),
+            *_jobs((designs.WIDE, designs.BLIND), range(1), LONG),
+            *_jobs((designs.WIDE,), range(1, 3), LONG),
             *_jobs(THREE, range(1), LONG, rolled=True),
             *_jobs(THREE, range(1), FEW),
             *_jobs(REST, range(1), LONG),
-            *_jobs((designs.WIDE,), range(1, 3), LONG),
+            *TRIALS,
             *_jobs(THREE, range(1, 3), LONG, rolled=True),
             *_jobs(THREE, range(1, 3), FEW),
-            *TRIALS[3:],
             *_jobs(designs.TRANSFORMERS, range(1), LONG),
             *_jobs(REST, range(1, 3), LONG),
             *_jobs(designs.TRANSFORMERS, range(1, 3), LONG),

@@ -22,8 +22,14 @@ PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
     "1 token": ("0.0", "", "4"),
     "3 tokens, cropping": ("+0.7", "", "4"),
     "sliding window, 6 tokens": ("", "+0.6", "5"),
-    "SFE cropping + DFI 5 x 5": ("+1.4", "", "6"),
-    "SFE pooling + DFI 5 x 5": ("+1.7", "", "6"),
+    "SFE cropping + DFI 11 x 11": ("+1.3", "", "6"),
+    "SFE cropping + DFI 9 x 9": ("+0.8", "", "6"),
+    "SFE cropping + DFI 7 x 7": ("+1.3", "", "6"),
+    "SFE cropping + DFI 5 x 5": ("+1.4", "+2.4", "6, 8"),
+    "SFE pooling + DFI 11 x 11": ("+1.3", "", "6"),
+    "SFE pooling + DFI 9 x 9": ("+1.0", "", "6"),
+    "SFE pooling + DFI 7 x 7": ("+0.9", "", "6"),
+    "SFE pooling + DFI 5 x 5": ("+1.7", "+2.3", "6, 8"),
 }
 
 
@@ -40,7 +46,7 @@ class Results:
 
     def runs(self, design: str, *, rolled: bool = False, scenes: int | None = None) -> dict[int, dict[str, Any]]:
         """A design's runs by seed; those that tried other learning rates are left out."""
-        wanted = (design, rolled, scenes or self.most, DESIGNS[design].scale)
+        wanted = (design, rolled, scenes or self.most, 1.0)
         found = ((run["design"], run["rolled"], run["schedule"]["scenes"], run["scale"]) for run in self.told["runs"])
         return {run["seed"]: run for run, key in zip(self.told["runs"], found, strict=True) if key == wanted}
 

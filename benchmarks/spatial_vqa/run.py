@@ -23,15 +23,21 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[2])  # in place of this folder
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.spatial_vqa import tasks
-from benchmarks.spatial_vqa.plans import PLANS, Plan
-from benchmarks.spatial_vqa.scenes import VERSION
-from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.bench.machine import describe
+from spatial_tokens.errors import reason
 from spatial_tokens.storage.files import make_directory, read_text, write_text
+
+try:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from benchmarks.spatial_vqa import tasks
+    from benchmarks.spatial_vqa.plans import PLANS, Plan
+    from benchmarks.spatial_vqa.scenes import VERSION
+    from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
+except ImportError as error:
+    sys.exit(f"run.py: error: {reason(error)}; in a clone: pip install -e '.[timm,train,bench]' 'torch>=2.9'")
 
 Task = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -128,11 +134,21 @@ def runs_in(work: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted((work / "runs").glob("*.json"))}
 
 
+def read(path: Path) -> Any:
+    """What a task has written.
+
+    Raises:
+        SpatialTokensError: If it is damaged: tasks write whole files only.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise SpatialTokensError(f"{path} is damaged ({reason(error)}); delete it, and the same command makes it again") from error
+
+
 def collect(plan: Plan, work: Path) -> dict[str, Any]:
     """All results so far."""
-    pretrained = {
-        Path(name).stem: json.loads(read_text((work / name).with_suffix(".json"))) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)
-    }
+    pretrained = {Path(name).stem: read((work / name).with_suffix(".json")) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)}
     found = runs_in(work)
     return {
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
@@ -140,7 +156,7 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
         "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
         "pretrained": {**pretrained, "from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)},
         "planned": len(plan.jobs),
-        "runs": [json.loads(read_text(found[job.name])) for job in plan.jobs if job.name in found],
+        "runs": [read(found[job.name]) for job in plan.jobs if job.name in found],
     }  # fmt: skip
 
 

@@ -1,6 +1,10 @@
 """The command: it goes on where it stopped, and its tables say what its runs say."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from math import sqrt
 from statistics import mean, stdev
 
@@ -36,9 +40,9 @@ def work(tmp_path_factory):
     """A work folder after one run of two, and what it held then."""
     work = tmp_path_factory.mktemp("work")
     patch = pytest.MonkeyPatch()
-    first, second = Job(MLP.name, 0, SHORT, 1.0), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True)
+    first, second = Job(MLP.name, 0, SHORT), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True)
     try:
-        patch.setitem(PLANS, "quick", tiny(first, Job(MLP.name, 1, SHORT, 1.0, rolled=True)))
+        patch.setitem(PLANS, "quick", tiny(first, Job(MLP.name, 1, SHORT, rolled=True)))
         command = ["--quick", "--work", str(work), "--workers", "1"]
         run.main([*command])
         before = {path.name: path.stat().st_mtime_ns for path in (work / "quick").rglob("*.*") if path.name != "results.json"}
@@ -91,6 +95,24 @@ def test_wrong_words_are_refused(words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_run_is_named(work, tmp_path):
+    folder = shutil.copytree(work[0], tmp_path / "quick")
+    damaged = next((folder / "runs").glob("*.json"))
+    damaged.write_text(damaged.read_text()[:-9])
+    plan = tiny(Job(MLP.name, 0, SHORT), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True))
+    with pytest.raises(SpatialTokensError, match=rf"{re.escape(str(damaged))} is damaged .*delete it"):
+        run.collect(plan, folder)
+
+
+@pytest.mark.parametrize("missing", ["timm", "rich"])
+def test_a_missing_extra_is_named(missing):
+    without = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path({run.__file__!r}, run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", without, "--quick"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert re.search(rf"run.py: error: .*{missing}.*pip install -e '.\[timm,train,bench\]'", ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
 def test_no_workers_are_refused(tmp_path):
     with pytest.raises(SpatialTokensError, match="at least 1, got 0"):
         run.main(["--quick", "--workers", "0", "--work", str(tmp_path)])
@@ -100,7 +122,7 @@ def test_plans_are_what_the_comparison_asks_for():
     full = PLANS["full"].jobs
     assert len({job.name for job in full}) == len(full)
     for design in MAIN:
-        assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == design.scale and not job.rolled}
+        assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == 1 and not job.rolled}
     assert {job.design for job in full} == set(DESIGNS)
     for plan in PLANS.values():
         assert all(job.schedule.scenes <= plan.scenes["train"] for job in plan.jobs)
