@@ -44,6 +44,7 @@ class Design:
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
         head: Makes the spatial head that goes with it.
         mlp_widths: Channels between the layers of the patches' MLP.
+        scale: Of the projector's learning rates: of those that every main design has tried, the best on validation.
         blind: Whether every picture is blanked.
     """
 
@@ -53,6 +54,7 @@ class Design:
     extractor: Callable[[], nn.Module] | None = None
     head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
     mlp_widths: tuple[int, ...] = (4 * VISION,)
+    scale: float = 1.0
     blind: bool = False
 
 
@@ -71,7 +73,7 @@ def _sliding_windows() -> nn.Module:
 CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
 POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
 MLP = Design("MLP", "the baseline, LLaVA-1.5's")
-DEEP = Design("MLP of 3 layers, as many parameters", "is it size alone?", mlp_widths=(1647, 1647))
+DEEP = Design("MLP of 3 layers, as many parameters", "is it size alone?", mlp_widths=(1647, 1647), scale=0.25)
 WIDE = Design("MLP, as many parameters", "the same, by width alone", mlp_widths=(12_211,))
 LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
 MAIN = (MLP, DEEP, LEARNED, CROPPING, POOLING)

@@ -51,16 +51,17 @@ class Plan:
 
 
 def _jobs(
-    chosen: tuple[Design, ...], seeds: range, schedule: Schedule, *, scale: float = 1.0, rolled: bool = False
+    chosen: tuple[Design, ...], seeds: range, schedule: Schedule, *, scale: float | None = None, rolled: bool = False
 ) -> tuple[Job, ...]:
-    return tuple(Job(each.name, seed, schedule, scale, rolled) for seed in seeds for each in chosen)
+    return tuple(Job(each.name, seed, schedule, scale or each.scale, rolled) for seed in seeds for each in chosen)
 
 
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, SHORT, FEW = Schedule(5000, (250, 400)), Schedule(4000, (200, 200)), Schedule(1000, (250, 400))
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
-TRIALS = _jobs((*designs.MAIN, designs.WIDE), range(1), LONG, scale=0.25)  # of learning rates
+TRIED = (*designs.MAIN, designs.WIDE)
+TRIALS = tuple(job for scale in (1.0, 0.25) for job in _jobs(TRIED, range(1), LONG, scale=scale))  # of learning rates
 REST = (*designs.DETAIL[:2], *designs.TOKENS, *designs.DETAIL[2:])
 
 PLANS = {
@@ -71,13 +72,13 @@ PLANS = {
     "full": Plan(
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
-            *_jobs(designs.MAIN, range(3), LONG),
-            *_jobs((designs.WIDE, designs.BLIND), range(1), LONG),
+            *TRIALS,
+            *_jobs((designs.BLIND,), range(1), LONG),
+            *_jobs(designs.MAIN, range(1, 3), LONG),
             *_jobs((designs.WIDE,), range(1, 3), LONG),
             *_jobs(THREE, range(1), LONG, rolled=True),
             *_jobs(THREE, range(1), FEW),
             *_jobs(REST, range(1), LONG),
-            *TRIALS,
             *_jobs(THREE, range(1, 3), LONG, rolled=True),
             *_jobs(THREE, range(1, 3), FEW),
             *_jobs(designs.TRANSFORMERS, range(1), LONG),

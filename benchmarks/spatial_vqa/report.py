@@ -46,7 +46,7 @@ class Results:
 
     def runs(self, design: str, *, rolled: bool = False, scenes: int | None = None) -> dict[int, dict[str, Any]]:
         """A design's runs by seed; those that tried other learning rates are left out."""
-        wanted = (design, rolled, scenes or self.most, 1.0)
+        wanted = (design, rolled, scenes or self.most, DESIGNS[design].scale)
         found = ((run["design"], run["rolled"], run["schedule"]["scenes"], run["scale"]) for run in self.told["runs"])
         return {run["seed"]: run for run, key in zip(self.told["runs"], found, strict=True) if key == wanted}
 

@@ -82,7 +82,7 @@ def run(
     parts = Parts(projector=install(design, model))
     prefix = prefix_of(model)
     found: dict[str, Any] = {"projector_parameters": sum(each.numel() for part in parts.projector for each in part.parameters())}
-    curve, started, seconds = [], time.perf_counter(), 0.0
+    curve, started, seconds = [], time.process_time(), 0.0
     order = torch.Generator().manual_seed(seed)
     done = 0
     for stage, steps in zip(STAGES, plan.steps, strict=True):
@@ -105,10 +105,10 @@ def run(
             done += 1
             progress(done, loss.item())
             if step in asked_at:
-                seconds += time.perf_counter() - started
+                seconds += time.process_time() - started
                 curve.append({"step": step, "loss": loss.item(), "validation": ask(model, design, prefix, material["validation"])})
                 model.train()
-                started = time.perf_counter()
+                started = time.process_time()
     found["seconds"], found["steps"], found["curve"] = seconds, list(plan.steps), curve
     for split in ("test", "hard"):
         found[split] = ask(model, design, prefix, material[split])
