@@ -80,10 +80,8 @@ def claim(work: Path, plan: Plan) -> None:
 def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
     """Does what is not done yet, in the plan's order."""
     make_directory(work / "runs")
-    for name in (
-        "MALLOC_MMAP_THRESHOLD_",
-        "MALLOC_TRIM_THRESHOLD_",
-    ):  # of glibc: memory is kept for the next step, a sixth of its time
+    # glibc then keeps memory for the next step, which is a sixth of a step's time.
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ.setdefault(name, str(2**30))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
