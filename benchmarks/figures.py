@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[0] = str(ROOT)  # in place of this folder
 
-from benchmarks.spatial_vqa import report
+from benchmarks.spatial_vqa import tables
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
@@ -207,7 +207,7 @@ PAGES = {
     ROOT / "README.md": figures,
     ROOT / "docs" / "benchmarks.md": projectors,
     ROOT / "docs" / "scale-out.md": scale_out,
-    ROOT / "docs" / "evidence.md": report.page,
+    ROOT / "docs" / "evidence.md": tables.page,
     OPERATORS / "window_linear" / "README.md": partial(operators, "tokens, cropping", "detail map"),
     OPERATORS / "integrate" / "README.md": partial(operators, "integrator"),
     OPERATORS / "pyramid" / "README.md": partial(operators, "tokens, pooling"),
@@ -225,7 +225,9 @@ def main() -> int:
         if sys.argv[1:] != ["--check"]:
             page.write_text(written)
     if sys.argv[1:] != ["--check"]:
-        report.draw()
+        from benchmarks.spatial_vqa.pictures import draw
+
+        draw()
     return int(stale) if sys.argv[1:] == ["--check"] else 0
 
 

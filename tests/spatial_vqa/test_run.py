@@ -16,12 +16,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
 
-from benchmarks.spatial_vqa import report, run
+from benchmarks.spatial_vqa import run, tables
 from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP
 from benchmarks.spatial_vqa.estimates import accuracy, chance, difference, estimate
 from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
 from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.results import Results
 from benchmarks.spatial_vqa.training import Schedule
 from spatial_tokens import SpatialTokensError
 
@@ -160,15 +161,17 @@ def test_accuracy_and_chance():
 
 
 def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, monkeypatch):
-    results = report.Results("full")
+    results = Results("full")
     assert results.told["benchmark"]["digests"] == {split: run.digest(run.examples(split, 20)) for split in run.SPLITS}
     for name in (MLP.name, CROPPING.name):
         wanted = {"design": name, "rolled": False, "scale": 1.0, "scenes": 5000}
         mine = [accuracy(each["test"]) for each in results.told["runs"] if wanted.items() <= (each | each["schedule"]).items()]
-        assert f"| {name} |" in report.page()
-        assert f"{mean(mine):.1f}" in report.comparison(results)
-    monkeypatch.setattr(report, "IMAGES", tmp_path)
+        assert f"| {name} |" in tables.page()
+        assert f"{mean(mine):.1f}" in tables.comparison(results)
     pytest.importorskip("matplotlib")
-    report.draw()
+    from benchmarks.spatial_vqa import pictures
+
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    pictures.draw()
     detailed = any(run["design"] in {each.name for each in DETAIL} for run in results.told["runs"])
     assert len(list(tmp_path.glob("*.png"))) == 1 + detailed

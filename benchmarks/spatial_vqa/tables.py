@@ -1,17 +1,13 @@
-"""The page's tables and pictures, from the committed results: none is typed by hand. benchmarks/figures.py writes them."""
+"""The page's tables, from the committed results: none is typed by hand. benchmarks/figures.py writes them."""
 
-import json
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.spatial_vqa.designs import BLIND, DESIGNS, DETAIL, MAIN, MLP
-from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, chance, difference, estimate
+from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MAIN, MLP
+from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, chance, estimate
 from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.results import Results
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "spatial_vqa"
-IMAGES = ROOT / "docs" / "images"
 SPLITS = ("test", "hard")
 
 PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
@@ -33,34 +29,21 @@ PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
 }
 
 
-class Results:
-    """A plan's committed results.
-
-    Args:
-        name: The plan's.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.told: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        self.most = max(run["schedule"]["scenes"] for run in self.told["runs"])
-
-    def runs(self, design: str, *, rolled: bool = False, scenes: int | None = None) -> dict[int, dict[str, Any]]:
-        """A design's runs by seed; those that tried other learning rates are left out."""
-        wanted = (design, rolled, scenes or self.most, DESIGNS[design].scale)
-        found = ((run["design"], run["rolled"], run["schedule"]["scenes"], run["scale"]) for run in self.told["runs"])
-        return {run["seed"]: run for run, key in zip(self.told["runs"], found, strict=True) if key == wanted}
-
-    def designs(self, **setting: Any) -> list[str]:
-        """Those that have runs, in the order of the comparison."""
-        return [name for name in DESIGNS if self.runs(name, **setting)]
-
-    def estimate(self, design: str, split: str, category: str = ALL, **setting: Any) -> Estimate:
-        """A design's accuracy."""
-        return estimate([accuracy(run[split], category) for run in self.runs(design, **setting).values()])
-
-    def gain(self, design: str, split: str, category: str = ALL, over: str = MLP.name, **setting: Any) -> Estimate | None:
-        """A design's accuracy less another's."""
-        return difference(self.runs(design, **setting), self.runs(over, **setting), split, category)
+def page() -> str:
+    """All of the page's figures."""
+    results = Results("full")
+    parts = [
+        setting(results),
+        "### Each design\n", comparison(results),
+        "### By category\n", categories(results, "test"), categories(results, "hard"),
+        "### Beside the paper\n", beside_the_paper(results),
+        "### Where features do not know their places\n", patches(results), categories(results, "test", rolled=True),
+        "### With another picture's tokens\n", strangers(results),
+        "### On fewer scenes\n", fewer(results),
+        "### Learning rates\n", trials(results),
+        "### Detail, and its attention\n", details(results),
+    ]  # fmt: skip
+    return "\n".join(parts)
 
 
 def setting(results: Results) -> str:
@@ -98,9 +81,7 @@ def categories(results: Results, split: str, **setting: Any) -> str:
     words = results.told["pretrained"]["from_words"][split]
     rows = [["chance", *(f"{chance(each):.1f}" for each in columns)]]
     rows += [
-        [name, *(str(results.estimate(name, split, each, **setting)) for each in columns)]
-        for name in results.designs(**setting)
-        if DESIGNS[name] in (*MAIN, BLIND)
+        [name, *(str(results.estimate(name, split, each, **setting)) for each in columns)] for name in results.designs(**setting)
     ]
     rows.append(["the language model, told in words", *(f"{accuracy(words, each):.1f}" for each in columns)])
     return table([f"{split}, %", *CATEGORIES, "mean"], rows)
@@ -199,79 +180,9 @@ def trials(results: Results) -> str:
     return table(["validation, %, each seed", *(f"x {scale:g}" for scale in scales)], rows)
 
 
-def curves(results: Results) -> None:
-    """Accuracy on validation over the steps of instruction tuning: the mean over seeds."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, rolled, title in zip(axes, (False, True), ("features that know their places", "features that do not"), strict=True):
-        for number, name in enumerate(each.name for each in (*MAIN, BLIND)):
-            runs = list(results.runs(name, rolled=rolled).values())
-            if runs:
-                steps = [each["step"] for each in runs[0]["curve"]]
-                heights = [mean(accuracy(run["curve"][i]["validation"]) for run in runs) for i in range(len(steps))]
-                axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
-        axis.axhline(chance(), color="grey", linewidth=1, linestyle=":")
-        axis.set(title=title, xlabel="steps of instruction tuning", ylim=(30, 100))
-    axes[0].set_ylabel("validation, % (dotted: chance)")
-    axes[0].legend(fontsize=7)
-    _save(figure, "spatial-vqa-curves.png")
-
-
-def attention_maps(results: Results) -> None:
-    """What each spatial token looks up in one scene and in noise, from one run of the smallest detail map of each variant."""
-    from matplotlib import pyplot
-
-    chosen = [
-        (each.name, run) for each in DETAIL for run in list(results.runs(each.name).values())[:1] if each.name.endswith("5 x 5")
-    ]
-    if not chosen:
-        return
-    figure, axes = pyplot.subplots(2 * len(chosen), 6, figsize=(9, 3.2 * len(chosen)), squeeze=False)
-    for row, (name, kind, run) in enumerate((name, kind, run) for name, run in chosen for kind in ("scenes", "noise")):
-        maps = run["attention"][kind]["map"]
-        side = round(len(maps[0]) ** 0.5)
-        for number, (axis, flat) in enumerate(zip(axes[row], maps, strict=True), 1):
-            axis.imshow([flat[at : at + side] for at in range(0, len(flat), side)], vmin=0, vmax=max(map(max, maps)))
-            axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(f"token {number}", fontsize=8)
-        axes[row][0].set_ylabel(f"{name.split(' + ')[0]}\n{kind}", fontsize=8)
-    _save(figure, "spatial-vqa-attention.png")
-
-
-def _save(figure: Any, name: str) -> None:
-    figure.tight_layout()
-    figure.savefig(IMAGES / name, dpi=110, metadata={"Software": None})
-
-
 def table(columns: list[str], rows: list[Any]) -> str:
     """A Markdown table."""
     if not rows:
         return "Not run yet.\n"
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
     return "\n".join(lines) + "\n"
-
-
-def page() -> str:
-    """All of the page's figures."""
-    results = Results("full")
-    parts = [
-        setting(results),
-        "### Each design\n", comparison(results),
-        "### By category\n", categories(results, "test"), categories(results, "hard"),
-        "### Beside the paper\n", beside_the_paper(results),
-        "### Where features do not know their places\n", patches(results), categories(results, "test", rolled=True),
-        "### With another picture's tokens\n", strangers(results),
-        "### On fewer scenes\n", fewer(results),
-        "### Learning rates\n", trials(results),
-        "### Detail, and its attention\n", details(results),
-    ]  # fmt: skip
-    return "\n".join(parts)
-
-
-def draw() -> None:
-    """All of the page's pictures."""
-    results = Results("full")
-    curves(results)
-    attention_maps(results)
