@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
         carry_out(options.plan, work, options.workers, time.monotonic() + 60 * options.minutes)
     finally:
         if (work / tasks.LANGUAGE_MODEL).exists():
-            write_text(work / "results.json", json.dumps(collect(options.plan, work), indent=1))
+            write_text(work / "results.json", json.dumps(collect(options.plan, work)))
     print(f"{len(runs_in(work))} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
 
 
@@ -145,16 +145,21 @@ def read(path: Path) -> Any:
 
 
 def collect(plan: Plan, work: Path) -> dict[str, Any]:
-    """All results so far."""
+    """All results so far; attention maps, which are large, of the first seed alone."""
     pretrained = {Path(name).stem: read((work / name).with_suffix(".json")) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)}
     found = runs_in(work)
+    runs = [read(found[job.name]) for job in plan.jobs if job.name in found]
+    for run in runs:
+        if run["seed"] > 0:
+            for each in run.get("attention", {}).values():
+                del each["map"]
     return {
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
         "machine": describe(torch.device("cpu")),
         "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
         "pretrained": {**pretrained, "from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)},
         "planned": len(plan.jobs),
-        "runs": [read(found[job.name]) for job in plan.jobs if job.name in found],
+        "runs": runs,
     }  # fmt: skip
 
 
