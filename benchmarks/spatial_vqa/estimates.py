@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 
 ALL = "all"
+ONE = " (one seed)"  # of which there is no interval
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the 97.5 % points of t for 1 to 9 degrees of freedom
 
 
@@ -20,7 +22,7 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}" if self.count > 1 else f"{self.mean:.1f} (one seed)"
+        return f"{self.mean:.1f} ± {self.half:.1f}" if self.count > 1 else f"{self.mean:.1f}{ONE}"
 
     @property
     def is_sure(self) -> bool:
@@ -41,6 +43,12 @@ def accuracy(counts: dict[str, list[int]], category: str = ALL) -> float:
         return mean(accuracy(counts, each) for each in CATEGORIES)
     right, asked = counts[category]
     return 100 * right / asked
+
+
+def by_questions(counts: dict[str, list[int]]) -> float:
+    """Half of the 95 % interval that the mean over categories has by the draw of questions alone, were each drawn by itself."""
+    shares = ((right / asked, asked) for right, asked in (counts[each] for each in CATEGORIES))
+    return 196 * sqrt(sum(share * (1 - share) / asked for share, asked in shares)) / len(CATEGORIES)
 
 
 def chance(category: str = ALL) -> float:

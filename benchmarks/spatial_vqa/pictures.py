@@ -8,24 +8,26 @@ from matplotlib import pyplot
 
 from benchmarks.spatial_vqa.designs import BLIND, DETAIL, MAIN
 from benchmarks.spatial_vqa.estimates import accuracy, chance
-from benchmarks.spatial_vqa.results import Results
+from benchmarks.spatial_vqa.results import Results, committed
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def draw() -> None:
     """All of the page's pictures."""
-    results = Results("full")
+    results = committed("full")
     curves(results)
     attention_maps(results)
 
 
 def curves(results: Results) -> None:
     """Accuracy on validation over the steps of instruction tuning: each seed, and their mean."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, rolled, title in zip(axes, (False, True), ("features that know their places", "features that do not"), strict=True):
+    settings = [(rolled, tuning) for tuning in results.tunings for rolled in (False, True)]
+    rows = len(results.tunings)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(9, 0.4 + 3 * rows), sharey=True, squeeze=False)
+    for axis, (rolled, tuning) in zip(axes.flat, settings, strict=True):
         for number, name in enumerate(each.name for each in (*MAIN, BLIND)):
-            runs = list(results.runs(name, rolled=rolled).values())
+            runs = list(results.runs(name, rolled=rolled, tuning=tuning).values())
             if runs:
                 steps = [each["step"] for each in runs[0]["curve"]]
                 seeds = [[accuracy(each["validation"]) for each in run["curve"]] for run in runs]
@@ -33,9 +35,12 @@ def curves(results: Results) -> None:
                 heights = [mean(each) for each in zip(*seeds, strict=True)]
                 axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
         axis.axhline(chance(), color="grey", linewidth=1, linestyle=":")
-        axis.set(title=title, xlabel="steps of instruction tuning", ylim=(30, 100))
-    axes[0].set_ylabel("validation, % (dotted: chance)")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="upper left")
+        axis.set(title=f"features that {'do not' if rolled else 'know their places'}", ylim=(30, 100))
+    for axis in axes[-1]:
+        axis.set_xlabel("steps of instruction tuning")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("validation, % (dotted: chance)")
+    axes[0][1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="upper left")
     _save(figure, "spatial-vqa-curves.png")
 
 

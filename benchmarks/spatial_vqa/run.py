@@ -30,10 +30,13 @@ from spatial_tokens.errors import reason
 from spatial_tokens.storage.files import make_directory, read_text, write_text
 
 try:
+    from rich.console import Console
+    from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from benchmarks.spatial_vqa import tasks
+    from benchmarks.spatial_vqa import tables, tasks
     from benchmarks.spatial_vqa.plans import PLANS, Plan
+    from benchmarks.spatial_vqa.results import Results
     from benchmarks.spatial_vqa.scenes import VERSION
     from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
 except ImportError as error:
@@ -56,12 +59,18 @@ def main(arguments: list[str]) -> None:
         raise SpatialTokensError(f"--workers must be at least 1, got {options.workers}")
     work = make_directory(options.work / options.plan.name)
     claim(work, options.plan)
+    began = time.monotonic()
     try:
-        carry_out(options.plan, work, options.workers, time.monotonic() + 60 * options.minutes)
+        carry_out(options.plan, work, options.workers, began + 60 * options.minutes)
     finally:
+        found = None
         if (work / tasks.LANGUAGE_MODEL).exists():
-            write_text(work / "results.json", json.dumps(collect(options.plan, work)))
-    print(f"{len(runs_in(work))} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
+            found = collect(options.plan, work) | {"minutes": (time.monotonic() - began) / 60}
+            write_text(work / "results.json", json.dumps(found))
+    if found and found["runs"]:
+        Console().print(Markdown(tables.summary(Results(found))))
+        print(tables.caution(Results(found)))
+    print(f"{len(found['runs']) if found else 0} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
 
 
 def claim(work: Path, plan: Plan) -> None:
@@ -91,8 +100,7 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
         todo = [job for job in plan.jobs if job.name not in runs_in(work)]
         overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
         steps: list[list[Task]] = [
-            [(tasks.make_encoder, (plan, work)), (tasks.make_language_model, (plan, work))],
-            [(tasks.make_features, (plan, work, rolled)) for rolled in sorted({job.rolled for job in plan.jobs})],
+            [(tasks.make_language_model, (plan, work)), (tasks.make_features, (plan, work))],
             [(tasks.carry_out, (job, work)) for job in todo],
         ]
         for step in steps:

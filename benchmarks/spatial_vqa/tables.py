@@ -1,13 +1,13 @@
 """The page's tables, from the committed results: none is typed by hand. benchmarks/figures.py writes them."""
 
 from collections.abc import Iterable
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MLP
-from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, chance, estimate
+from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, by_questions, chance, estimate
 from benchmarks.spatial_vqa.questions import CATEGORIES
-from benchmarks.spatial_vqa.results import Results
+from benchmarks.spatial_vqa.results import Results, committed
 
 SPLITS = ("test", "hard")
 
@@ -32,7 +32,7 @@ PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
 
 def page() -> str:
     """All of the page's figures."""
-    results = Results("full")
+    results = committed("full")
     parts = [
         setting(results),
         "### Each design\n", comparison(results),
@@ -62,6 +62,26 @@ def setting(results: Results) -> str:
     )
 
 
+def summary(results: Results) -> str:
+    """In short: each design, and what it has over the MLP."""
+    rows = []
+    for name in results.designs():
+        row = [name, len(results.runs(name))]
+        for split in SPLITS:
+            row += [str(results.estimate(name, split)).removesuffix(ONE), told_gain(results.gain(name, split)).removesuffix(ONE)]
+        rows.append(row if name != MLP.name else [*row[:3], "", row[4], ""])
+    return table(["design", "seeds", "test, %", "over the MLP", "hard, %", "over the MLP"], rows)
+
+
+def caution(results: Results) -> str:
+    """What the summary does not tell by itself."""
+    drawn = by_questions(results.told["runs"][0]["test"])
+    return (
+        f"± is half of the 95 % interval over seeds. The draw of the questions alone moves a design by ± {drawn:.1f} points; "
+        "one seed says nothing of how far seeds lie apart: docs/evidence.md."
+    )
+
+
 def comparison(results: Results) -> str:
     """Each design, and what it has over the MLP."""
     rows = []
@@ -69,7 +89,7 @@ def comparison(results: Results) -> str:
         runs = results.runs(name).values()
         size = f"{next(iter(runs))['projector_parameters'] / 1e6:.2f} M"
         each = ", ".join(f"{accuracy(run['test']):.0f}" for run in runs)
-        row = [name, DESIGNS[name].compares, size, f"{mean(run['seconds'] for run in runs):.0f}", each]
+        row = [name, DESIGNS[name].compares, size, f"{min(run['seconds'] for run in runs):.0f}", each]
         for split in SPLITS:
             row += [str(results.estimate(name, split)), "" if name == MLP.name else told_gain(results.gain(name, split))]
         rows.append(row)
@@ -113,7 +133,7 @@ def told_gain(gain: Estimate | None) -> str:
     """A difference, in bold where its interval leaves zero out."""
     if gain is None:
         return "not run"
-    text = f"{gain.mean:+.1f} ± {gain.half:.1f}" if gain.count > 1 else f"{gain.mean:+.1f} (one seed)"
+    text = f"{gain.mean:+.1f} ± {gain.half:.1f}" if gain.count > 1 else f"{gain.mean:+.1f}{ONE}"
     return f"**{text}**" if gain.is_sure else text
 
 
@@ -158,13 +178,14 @@ def patches(results: Results) -> str:
 def strangers(results: Results) -> str:
     """What is left when the spatial tokens, or the patch tokens, are those of another picture."""
     rows = []
-    for rolled in (False, True):
-        for name in results.designs(rolled=rolled):
-            runs = list(results.runs(name, rolled=rolled).values())
+    for tuning, rolled in ((tuning, rolled) for tuning in results.tunings for rolled in (False, True)):
+        setting = {"rolled": rolled, "tuning": tuning}
+        for name in results.designs(**setting):
+            runs = list(results.runs(name, **setting).values())
             if "spatial" in runs[0]["strangers"]:
                 cells = (estimate([accuracy(run["strangers"][kind]) for run in runs]) for kind in ("spatial", "patch"))
-                rows.append([name, "rolled" * rolled, results.estimate(name, "test", rolled=rolled), *cells])
-    return table(["test, %", "features", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)
+                rows.append([name, "rolled" * rolled, tuning, results.estimate(name, "test", **setting), *cells])
+    return table(["test, %", "features", "steps", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)
 
 
 def fewer(results: Results) -> str:
@@ -180,11 +201,26 @@ def fewer(results: Results) -> str:
     return table(["design", "training scenes", "test, %", "over the MLP", "hard, %", "over the MLP"], rows)
 
 
+def longer(results: Results) -> str:
+    """More steps of instruction tuning."""
+    rows = []
+    for rolled in (False, True):
+        for name in results.designs(rolled=rolled, tuning=results.tunings[-1]):
+            for tuning in results.tunings:
+                setting = {"rolled": rolled, "tuning": tuning}
+                row: list[Any] = [name, "rolled" * rolled, tuning, len(results.runs(name, **setting))]
+                for split in SPLITS:
+                    row += [results.estimate(name, split, **setting), told_gain(results.gain(name, split, **setting))]
+                rows.append(row if name != MLP.name else [*row[:5], "", row[6], ""])
+    columns = ["design", "features", "steps", "seeds", "test, %", "over the MLP", "hard, %", "over the MLP"]
+    return table(columns, rows if len(results.tunings) > 1 else [])
+
+
 def trials(results: Results) -> str:
     """Accuracy on validation at the end of each seed, by the scale of the projector's learning rates."""
     found: dict[str, dict[float, list[str]]] = {}
     for run in sorted(results.told["runs"], key=lambda run: run["seed"]):
-        if not run["rolled"] and run["schedule"]["scenes"] == results.most:
+        if not run["rolled"] and run["schedule"] == results.usual:
             share = f"{accuracy(run['curve'][-1]['validation']):.0f}"
             found.setdefault(run["design"], {}).setdefault(run["scale"], []).append(share)
     scales = sorted({scale for each in found.values() for scale in each}, reverse=True)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import date
 from functools import cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -44,9 +45,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def make_encoder(plan: Plan, work: Path) -> None:
-    """Trains the encoder."""
+def make_features(plan: Plan, work: Path) -> None:
+    """Trains the encoder; what it then sees in every picture of the comparison."""
     _pretrain(work / ENCODER, "encoder", encoder.train_encoder, plan.vision)
+    for rolled in sorted({job.rolled for job in plan.jobs}):
+        _look(plan, work, rolled)
 
 
 def make_language_model(plan: Plan, work: Path) -> None:
@@ -70,8 +73,7 @@ def _pretrain(path: Path, name: str, train: Callable[..., torch.nn.Module], plan
     write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})
 
 
-def make_features(plan: Plan, work: Path, rolled: bool) -> None:
-    """What the frozen encoder sees in every picture of the comparison."""
+def _look(plan: Plan, work: Path, rolled: bool) -> None:
     path = features_file(work, rolled)
     if path.exists():
         return
@@ -124,7 +126,7 @@ def carry_out(job: Job, work: Path) -> None:
     )  # fmt: skip
     if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:
         found["attention"] = attention.look(model, material["test"].features)
-    write_text(work / "runs" / f"{job.name}.json", json.dumps({**asdict(job), **found}))
+    write_text(work / "runs" / f"{job.name}.json", json.dumps({**asdict(job), **found, "date": date.today().isoformat()}))
 
 
 def read_words(work: Path) -> dict[str, dict[str, list[int]]]:

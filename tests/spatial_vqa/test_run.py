@@ -8,6 +8,7 @@ import sys
 from math import sqrt
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", minversion="2.9")  # Muon
@@ -18,11 +19,11 @@ pytest.importorskip("rich")
 
 from benchmarks.spatial_vqa import run, tables
 from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP
-from benchmarks.spatial_vqa.estimates import accuracy, chance, difference, estimate
+from benchmarks.spatial_vqa.estimates import accuracy, by_questions, chance, difference, estimate
 from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
 from benchmarks.spatial_vqa.questions import CATEGORIES
-from benchmarks.spatial_vqa.results import Results
+from benchmarks.spatial_vqa.results import Results, committed
 from benchmarks.spatial_vqa.training import Schedule
 from spatial_tokens import SpatialTokensError
 
@@ -85,6 +86,19 @@ def test_results_are_the_plans_runs(work):
     assert told["pretrained"]["from_words"]["test"].keys() == set(CATEGORIES)
 
 
+def test_what_was_found_is_shown_at_the_end(work, monkeypatch, capsys):
+    monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT), Job(MLP.name, 1, SHORT)))
+    monkeypatch.setenv("COLUMNS", "100")
+    run.main(["--quick", "--work", str(work[0].parent), "--minutes", "0"])
+    shown = capsys.readouterr().out
+    told = json.loads((work[0] / "results.json").read_text())
+    (row,) = (line.split() for line in shown.splitlines() if line.split()[:1] == ["MLP"])
+    assert row == ["MLP", "1", *(f"{accuracy(told['runs'][0][split]):.1f}" for split in ("test", "hard"))]
+    assert "95 % interval" in shown
+    assert f"1 of 2 runs are in {work[0] / 'results.json'}" in shown.replace("\n", "")
+    assert 0 < told["minutes"] < 5
+
+
 def test_another_encoder_is_refused(work, monkeypatch):
     monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT), steps=3))
     with pytest.raises(SpatialTokensError, match="another plan"):
@@ -144,6 +158,26 @@ def test_intervals_are_students():
     assert estimate([5.0]).half == float("inf")
 
 
+def test_the_draw_of_questions_moves_a_mean_as_far_as_it_is_said_to():
+    drawn = np.random.RandomState(0)
+    counts = {category: [80 - 10 * i, 100 + 50 * i] for i, category in enumerate(CATEGORIES)}
+    means = sum(drawn.binomial(asked, right / asked, 100_000) / asked for right, asked in counts.values()) / len(CATEGORIES)
+    assert by_questions(counts) == pytest.approx(1.96 * 100 * means.std(), rel=0.02)
+
+
+def test_runs_of_other_settings_are_kept_apart():
+    long, few, more = ({"scenes": scenes, "steps": [2, steps]} for scenes, steps in ((8, 4), (2, 4), (8, 9)))
+    told = [(MLP.name, 0, long, False), (MLP.name, 0, few, False), (MLP.name, 1, more, False), (MLP.name, 2, long, True)]
+    runs = [dict(zip(("design", "seed", "schedule", "rolled"), each, strict=True), scale=1.0) for each in told]
+    results = Results({"runs": [*runs, {**runs[0], "seed": 5, "scale": 0.25}]})
+    assert results.runs(MLP.name) == {0: runs[0]}
+    assert results.runs(MLP.name, scenes=2) == {0: runs[1]}
+    assert results.runs(MLP.name, tuning=9) == {1: runs[2]}
+    assert results.runs(MLP.name, rolled=True) == {2: runs[3]}
+    assert results.runs(MLP.name, rolled=True, tuning=9) == {}
+    assert results.designs(tuning=9) == [MLP.name]
+
+
 def counts(right):
     return {category: [right, 100] for category in CATEGORIES}
 
@@ -164,7 +198,7 @@ def test_accuracy_and_chance():
 
 
 def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, monkeypatch):
-    results = Results("full")
+    results = committed("full")
     assert results.told["benchmark"]["digests"] == {split: run.digest(run.examples(split, 20)) for split in run.SPLITS}
     for name in (MLP.name, CROPPING.name):
         wanted = {"design": name, "rolled": False, "scale": 1.0, "scenes": 5000}
