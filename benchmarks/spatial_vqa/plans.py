@@ -59,6 +59,7 @@ def _jobs(
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, SHORT, FEW = Schedule(5000, (250, 400)), Schedule(4000, (200, 200)), Schedule(1000, (250, 400))
+LONGER = Schedule(5000, (250, 2400), curve=8)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
 TRIED = (*designs.MAIN, designs.WIDE)
 TRIALS = tuple(job for scale in (1.0, 0.25) for job in _jobs(TRIED, range(1), LONG, scale=scale))  # of learning rates
@@ -76,6 +77,7 @@ PLANS = {
             *_jobs((designs.BLIND,), range(1), LONG),
             *_jobs(designs.MAIN, range(1, 3), LONG),
             *_jobs((designs.WIDE,), range(1, 3), LONG),
+            *_jobs(THREE, range(3), LONGER, rolled=True),
             *_jobs(THREE, range(1), LONG, rolled=True),
             *_jobs(THREE, range(1), FEW),
             *_jobs(REST, range(1), LONG),
@@ -84,6 +86,10 @@ PLANS = {
             *_jobs(designs.TRANSFORMERS, range(1), LONG),
             *_jobs(REST, range(1, 3), LONG),
             *_jobs(designs.TRANSFORMERS, range(1, 3), LONG),
+            *_jobs((designs.LEARNED, designs.DEEP), range(1), LONGER, rolled=True),
+            *_jobs(THREE, range(1), LONGER),
+            *_jobs((designs.LEARNED, designs.DEEP), range(1, 3), LONGER, rolled=True),
+            *_jobs(THREE, range(1, 3), LONGER),
             *_jobs(designs.MAIN, range(3, 5), LONG),
         ),
     ),

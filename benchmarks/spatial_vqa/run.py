@@ -58,14 +58,16 @@ def main(arguments: list[str]) -> None:
     if options.workers < 1:
         raise SpatialTokensError(f"--workers must be at least 1, got {options.workers}")
     work = make_directory(options.work / options.plan.name)
+    fresh, began = not any(work.iterdir()), time.monotonic()
     claim(work, options.plan)
-    began = time.monotonic()
     try:
         carry_out(options.plan, work, options.workers, began + 60 * options.minutes)
     finally:
         found = None
         if (work / tasks.LANGUAGE_MODEL).exists():
-            found = collect(options.plan, work) | {"minutes": (time.monotonic() - began) / 60}
+            found = collect(options.plan, work)
+            if fresh:
+                found |= {"minutes": (time.monotonic() - began) / 60, "workers": options.workers}  # that all of it took
             write_text(work / "results.json", json.dumps(found))
     if found and found["runs"]:
         Console().print(Markdown(tables.summary(Results(found))))
@@ -160,7 +162,7 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
     for run in runs:
         if run["seed"] > 0:
             for each in run.get("attention", {}).values():
-                del each["map"]
+                each.pop("map", None)
     return {
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
         "machine": describe(torch.device("cpu")),

@@ -11,8 +11,8 @@ from benchmarks.spatial_vqa.results import Results, committed
 
 SPLITS = ("test", "hard")
 
-PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
-    "SFE cropping": ("+1.2", "+2.4", "3, 5"),
+PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5; table 5's cropping row is table 8's, with DFI
+    "SFE cropping": ("+1.2", "", "3"),
     "SFE pooling": ("+1.5", "", "3"),
     "transformer blocks, cropping": ("+1.1", "", "3"),
     "transformer blocks, pooling": ("+1.0", "", "3"),
@@ -22,7 +22,7 @@ PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5
     "SFE cropping + DFI 11 x 11": ("+1.3", "", "6"),
     "SFE cropping + DFI 9 x 9": ("+0.8", "", "6"),
     "SFE cropping + DFI 7 x 7": ("+1.3", "", "6"),
-    "SFE cropping + DFI 5 x 5": ("+1.4", "+2.4", "6, 8"),
+    "SFE cropping + DFI 5 x 5": ("+1.4", "+2.4", "5, 6, 8"),
     "SFE pooling + DFI 11 x 11": ("+1.3", "", "6"),
     "SFE pooling + DFI 9 x 9": ("+1.0", "", "6"),
     "SFE pooling + DFI 7 x 7": ("+0.9", "", "6"),
@@ -38,7 +38,7 @@ def page() -> str:
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
-        "### Where features do not know their places\n", patches(results), categories(results, "test", rolled=True),
+        "### Where features do not know their places\n", patches(results), unplaced(results),
         "### With another picture's tokens\n", strangers(results),
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
@@ -53,11 +53,12 @@ def setting(results: Results) -> str:
     schedule = next(iter(results.runs(MLP.name).values()))["schedule"]
     vision, words = told["pretrained"]["encoder"], told["pretrained"]["language_model"]
     hours = sum(run["seconds"] for run in told["runs"]) / 3600
+    days = sorted({run["date"] for run in told["runs"]})
     return (
         f"{len(told['runs'])} of {told['planned']} runs of the plan `{plan['name']}`: {schedule['scenes']} training scenes in "
         f"batches of 32, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of instruction tuning, "
         f"{plan['held_out']['test']} test scenes and {plan['held_out']['hard']} hard ones, of eight questions each. "
-        f"{machine['device']}, torch {machine['versions']['torch']}, {machine['date']}; {hours:.1f} hours of one core for the runs "
+        f"{machine['device']}, torch {machine['versions']['torch']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; {hours:.1f} hours of one core for the runs "
         f"and {(vision['seconds'] + words['seconds']) / 3600:.1f} for the encoder and the language model.\n"
     )
 
@@ -107,16 +108,45 @@ def comparison(results: Results) -> str:
     return table(columns, rows)
 
 
-def categories(results: Results, split: str, **setting: Any) -> str:
-    """Accuracies by category, beside chance and what the language model answers from words."""
+def categories(results: Results, split: str, *, exchanged: bool = False, **setting: Any) -> str:
+    """Accuracies by category, beside chance and what the language model answers from words.
+
+    Args:
+        results: All of them.
+        split: Whose questions.
+        exchanged: Whether what is left with another picture's spatial tokens stands below a design's own.
+        setting: Of the runs.
+    """
     columns = (*CATEGORIES, ALL)
     words = results.told["pretrained"]["from_words"][split]
     rows = [["chance", *(f"{chance(each):.1f}" for each in columns)]]
-    rows += [
-        [name, *(str(results.estimate(name, split, each, **setting)) for each in columns)] for name in results.designs(**setting)
-    ]
+    for name in results.designs(**setting):
+        runs = list(results.runs(name, **setting).values())
+        rows.append([name, *(str(results.estimate(name, split, each, **setting)) for each in columns)])
+        if exchanged and "spatial" in runs[0]["strangers"]:
+            left = (estimate([accuracy(run["strangers"]["spatial"], each) for run in runs]) for each in columns)
+            rows.append(["… with another picture's spatial tokens", *map(str, left)])
     rows.append(["the language model, told in words", *(f"{accuracy(words, each):.1f}" for each in columns)])
     return table([f"{split}, %", *CATEGORIES, "mean"], rows)
+
+
+def gains(results: Results, split: str, **setting: Any) -> str:
+    """What each design has over the MLP, by category."""
+    columns = (*CATEGORIES, ALL)
+    rows = [
+        [name, *(told_gain(results.gain(name, split, each, **setting)) for each in columns)]
+        for name in results.designs(**setting) if name != MLP.name
+    ]  # fmt: skip
+    return table([f"over the MLP, {split}", *CATEGORIES, "mean"], rows)
+
+
+def unplaced(results: Results) -> str:
+    """Rolled features: accuracy after each number of steps."""
+    parts = []
+    for tuning in results.tunings:
+        setting = {"rolled": True, "tuning": tuning}
+        parts += [f"After {tuning:,} steps of instruction tuning:\n", categories(results, "test", exchanged=True, **setting)]
+    return "\n".join([*parts, gains(results, "test", **setting), gains(results, "hard", **setting)])
 
 
 def beside_the_paper(results: Results) -> str:

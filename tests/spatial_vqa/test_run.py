@@ -48,6 +48,7 @@ def work(tmp_path_factory):
         command = ["--quick", "--work", str(work), "--workers", "1"]
         run.main([*command])
         before = {path.name: path.stat().st_mtime_ns for path in (work / "quick").rglob("*.*") if path.name != "results.json"}
+        assert json.loads((work / "quick" / "results.json").read_text())["minutes"] > 0
         patch.setitem(PLANS, "quick", tiny(first, second))
         run.main(command)
         return work / "quick", before
@@ -96,7 +97,7 @@ def test_what_was_found_is_shown_at_the_end(work, monkeypatch, capsys):
     assert row == ["MLP", "1", *(f"{accuracy(told['runs'][0][split]):.1f}" for split in ("test", "hard"))]
     assert "95 % interval" in shown
     assert f"1 of 2 runs are in {work[0] / 'results.json'}" in shown.replace("\n", "")
-    assert 0 < told["minutes"] < 5
+    assert "minutes" not in told  # the first command was another
 
 
 def test_another_encoder_is_refused(work, monkeypatch):
@@ -143,9 +144,10 @@ def test_plans_are_what_the_comparison_asks_for():
         assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == design.scale and not job.rolled}
     assert {job.design for job in full} == set(DESIGNS)
     for plan in PLANS.values():
-        assert all(job.schedule.scenes <= plan.scenes["train"] for job in plan.jobs)
-        same = {(job.schedule.steps, job.schedule.scenes) for job in plan.jobs if job.schedule.scenes == plan.scenes["train"]}
-        assert len(same) == 1  # equal data and steps
+        baseline = {(job.seed, job.schedule, job.rolled) for job in plan.jobs if job.design == MLP.name and job.scale == 1}
+        for job in plan.jobs:
+            assert job.schedule.scenes <= plan.scenes["train"]
+            assert (job.seed, job.schedule, job.rolled) in baseline  # equal data, in the same order, and steps
 
 
 def test_intervals_are_students():
@@ -201,7 +203,7 @@ def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, m
     results = committed("full")
     assert results.told["benchmark"]["digests"] == {split: run.digest(run.examples(split, 20)) for split in run.SPLITS}
     for name in (MLP.name, CROPPING.name):
-        wanted = {"design": name, "rolled": False, "scale": 1.0, "scenes": 5000}
+        wanted = {"design": name, "rolled": False, "scale": 1.0, "scenes": 5000, "steps": [250, 400]}
         mine = [accuracy(each["test"]) for each in results.told["runs"] if wanted.items() <= (each | each["schedule"]).items()]
         assert f"| {name} |" in tables.page()
         assert f"{mean(mine):.1f}" in tables.comparison(results)
