@@ -54,11 +54,12 @@ def setting(results: Results) -> str:
     vision, words = told["pretrained"]["encoder"], told["pretrained"]["language_model"]
     hours = sum(run["seconds"] for run in told["runs"]) / 3600
     days = sorted({run["date"] for run in told["runs"]})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
         f"{len(told['runs'])} of {told['planned']} runs of the plan `{plan['name']}`: {schedule['scenes']} training scenes in "
         f"batches of 32, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of instruction tuning, "
         f"{plan['held_out']['test']} test scenes and {plan['held_out']['hard']} hard ones, of eight questions each. "
-        f"{machine['device']}, torch {machine['versions']['torch']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; {hours:.1f} hours of one core for the runs "
+        f"{machine['device']}, torch {machine['versions']['torch']}, {when}; {hours:.1f} hours of one core for training "
         f"and {(vision['seconds'] + words['seconds']) / 3600:.1f} for the encoder and the language model.\n"
     )
 
