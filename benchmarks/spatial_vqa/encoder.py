@@ -134,7 +134,7 @@ def features_of(encoder: VisionTransformer, pixels: torch.Tensor) -> torch.Tenso
 
 
 def rolled_features_of(encoder: VisionTransformer, pixels: torch.Tensor, random: Random) -> torch.Tensor:
-    """The same of an encoder that does not know where it looks: what a patch's feature says of its place is said of another.
+    """The same with wrong places: what a patch's feature says of its place is off by a shift, one for each picture.
 
     Each picture is rolled by so many patches down and to the right, as on a torus, and its features are rolled back.
     """

@@ -17,7 +17,7 @@ class Job:
         seed: Of new weights and of the order of scenes.
         schedule: For how long, on how many scenes.
         scale: Of the projector's learning rates.
-        rolled: With features that do not know their places.
+        rolled: With features that tell wrong places: rolled ones.
     """
 
     design: str

@@ -34,7 +34,7 @@ class Results:
 
         Args:
             design: Its name.
-            rolled: With features that do not know their places.
+            rolled: With features that tell wrong places: rolled ones.
             scenes: To learn from; the plan's usual number unless given.
             tuning: Steps of instruction tuning, likewise.
         """

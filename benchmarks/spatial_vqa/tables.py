@@ -38,7 +38,8 @@ def page() -> str:
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
-        "### Where features do not know their places\n", patches(results), unplaced(results),
+        "### Where features tell wrong places\n", patches(results), unplaced(results),
+        "### With longer tuning\n", longer(results),
         "### With another picture's tokens\n", strangers(results),
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
@@ -239,6 +240,8 @@ def longer(results: Results) -> str:
         for name in results.designs(rolled=rolled, tuning=results.tunings[-1]):
             for tuning in results.tunings:
                 setting = {"rolled": rolled, "tuning": tuning}
+                if not results.runs(name, **setting):
+                    continue
                 row: list[Any] = [name, "rolled" * rolled, tuning, len(results.runs(name, **setting))]
                 for split in SPLITS:
                     row += [results.estimate(name, split, **setting), told_gain(results.gain(name, split, **setting))]
