@@ -44,6 +44,7 @@ def page() -> str:
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),
+        "### The quick run\n", quick(committed("quick")),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -149,6 +150,16 @@ def unplaced(results: Results) -> str:
         setting = {"rolled": True, "tuning": tuning}
         parts += [f"After {tuning:,} steps of instruction tuning:\n", categories(results, "test", exchanged=True, **setting)]
     return "\n".join([*parts, gains(results, "test", **setting), gains(results, "hard", **setting)])
+
+
+def quick(results: Results) -> str:
+    """What `--quick` gives, and in how long."""
+    machine, schedule = results.told["machine"], results.usual
+    return (
+        f"`--quick`: {schedule['scenes']} training scenes, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of "
+        f"instruction tuning, in {results.told['minutes']:.0f} minutes on {results.told['workers']} cores ({machine['device']}, "
+        f"torch {machine['versions']['torch']}, {machine['date']}). {caution(results)}\n\n{summary(results)}"
+    )
 
 
 def beside_the_paper(results: Results) -> str:
