@@ -15,6 +15,7 @@ NO_FEATURES = "it has no `get_image_features()` to take patches from"
 
 # Families that are refused without being known by name, and why.
 CANNOT: dict[str, str] = {
+    "apertus1p5": "no projector is found: images become tokens of a codebook",
     "blip": f"{NO_FEATURES}: its text decoder looks at the image by cross-attention",
     "evolla": f"{NO_FEATURES}: it reads proteins, not images",
     "granite_docling": "no projector is found: it is in the vision model, behind a router of densities",
@@ -34,6 +35,8 @@ CANNOT: dict[str, str] = {
 NOT_TRIED: dict[str, str] = {
     "diffusion_gemma": "no tiny model yet: it writes blocks by diffusion, and the tests' loops are of one token after another",
     "granite4_vision": "no tiny model yet: it has a projector for each of several layers, none of them in `TAPS`",
+    "hy_v4_vl": "no tiny model yet: new in transformers 5.24, its projector is in its vision tower and not in `TAPS`",
+    "inkling2_loop": "no tiny model yet: new in transformers 5.24",
     "hunyuan_vl": "no tiny model yet: its projector is in its vision tower, with separators of lines, and not in `TAPS`",
     "molmo2": "no tiny model yet: its projector gathers patches by lists of indices",
     "unlimited_ocr": "no tiny model yet: its tower goes over the whole and over tiles in two calls",
@@ -43,7 +46,7 @@ INTRODUCTION = """# Families
 
 Which families of transformers' image-text-to-text models take spatial tokens. The table is written by
 `python -m tests.adapters.huggingface.table` from the lists that the tests go by; the tests hold every family that works to every
-cell, on a tiny model with random weights, in transformers 5.17 and 5.23:
+cell, on a tiny model with random weights, in transformers 5.17, 5.23 and 5.24:
 
 placement (the language model's own rows are those of the untouched model, bit for bit, and spatial tokens are in their places) ·
 raster order (each cell of a map is the pixels at its place) · gradients reach every parameter · text alone · a batch with 2, 1 and

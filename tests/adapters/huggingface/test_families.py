@@ -391,6 +391,8 @@ def check_never_generated(case: Case) -> None:
     rows, model = case.pictures(1), case.model()
     inputs, token_id = case.inputs(model, rows), model._spatial_attachment.token_id
     others = [token for token in NEVER if token != token_id]
+    if run_forward(model, inputs).shape[-1] <= token_id:
+        return  # the head has no row for it
 
     def favour(module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         return logits.index_fill(-1, torch.tensor([token_id]), 1e4)

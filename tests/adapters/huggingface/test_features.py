@@ -34,3 +34,18 @@ def test_several_images_of_a_row_are_not_cut():
 def test_features_that_are_not_what_the_layout_says(layout, shape, arguments, message):
     with pytest.raises(SpatialTokensError, match=message):
         maps_of(layout, [torch.zeros(shape)], arguments, SimpleNamespace(model_type="x"))
+
+
+def test_blocks_of_images_side_by_side():
+    """As LFM2-VL gives them to its projector since transformers 5.24: blocks of 2 x 2, with room for the largest image in each."""
+    maps, room = [torch.randn(height, width, 3) for height, width in ((4, 6), (2, 4), (6, 2))], 8
+    row = torch.full((1, 2, len(maps) * room * 2, 3), 9.0)
+    for number, each in enumerate(maps):
+        for block in range(each.shape[0] * each.shape[1] // 4):
+            top, left = 2 * (block // (each.shape[1] // 2)), 2 * (block % (each.shape[1] // 2))
+            at = 2 * (number * room + block)
+            row[0, :, at : at + 2] = each[top : top + 2, left : left + 2]
+    arguments = {"spatial_shapes": torch.tensor([each.shape[:2] for each in maps])}
+    for captured in ([row], [each[None] for each in maps]):
+        found = maps_of("side by side", captured, arguments, SimpleNamespace())
+        assert all(torch.equal(*pair) for pair in zip(found, maps, strict=True))

@@ -259,7 +259,7 @@ def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], li
     if token_id >= old:
         undo.append(_Shrink(model, old, token_id + 1, model.__dict__.get("vocab_size")))
         with torch.random.fork_rng():
-            model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+            _resize(model, token_id + 1)
     grown = [name for name, each in model.named_parameters(remove_duplicate=False) if each.ndim and each.shape[0] != rows[name]]
     with torch.no_grad():
         for name in grown:
@@ -270,6 +270,15 @@ def _reserve(anatomy: Anatomy, token_id: int | None) -> tuple[int, list[str], li
     return token_id, grown, undo
 
 
+def _resize(model: Any, rows: int) -> None:
+    """Resizes the embeddings and, if it has as many rows, the head: Inkling 2's has fewer, without padding, and stays as it is."""
+    head = model.get_output_embeddings()
+    apart = head is not None and head.weight.shape[0] != model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    if apart:
+        model.set_output_embeddings(head)
+
+
 class _Shrink:
     def __init__(self, model: Any, rows: int, grown_to: int, vocab_size: int | None) -> None:
         self.model, self.rows, self.grown_to, self.vocab_size = model, rows, grown_to, vocab_size
@@ -277,7 +286,7 @@ class _Shrink:
     def __call__(self) -> None:
         if int(self.model.get_input_embeddings().weight.shape[0]) != self.grown_to:
             return  # somebody has added rows of their own since
-        self.model.resize_token_embeddings(self.rows, mean_resizing=False)
+        _resize(self.model, self.rows)
         if self.vocab_size is None:
             self.model.__dict__.pop("vocab_size", None)
 

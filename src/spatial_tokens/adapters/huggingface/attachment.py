@@ -115,7 +115,8 @@ class Attachment:
 
     def silence(self, module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         """After the head: the reserved token is never the next one, and takes no share of a loss."""
-        logits[..., self.token_id] = NEVER
+        if self.token_id < logits.shape[-1]:  # else the head has no row for it
+            logits[..., self.token_id] = NEVER
         return logits
 
     def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -188,7 +189,7 @@ class Attachment:
         encoded, self.encoded = self.encoded, None
         if encoded is None:
             if embeddings.shape[1] > 1 and not torch.compiler.is_compiling():
-                self._require_no_places(embeddings, kwargs.get("past_key_values"))
+                self._require_no_places(embeddings, kwargs.get("cache", kwargs.get("past_key_values")))  # of that name before 5.24
             if not self._must_take_part():
                 return None
             return args, {**kwargs, "inputs_embeds": embeddings + self._no_tokens(embeddings)}

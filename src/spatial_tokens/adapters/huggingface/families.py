@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Layout = Literal[
-    "square", "class token", "channels first", "channels last", "image sizes", "target sizes", "positions",
+    "square", "class token", "channels first", "side by side", "image sizes", "target sizes", "positions",
     "grid", "grid of blocks", "grid of windows", "merged grid", "padded", "pooled grid",
 ]  # fmt: skip
 Tiles = Literal["first", "last", "anyres"]
@@ -72,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     "instructblip": Family("qformer", "class token"),
     "internvl": Family(tiles="last", joined=True),
     "kimi_k25": Family("mm_projector", "grid of blocks"),
-    "lfm2_vl": Family(layout="channels last"),
+    "lfm2_vl": Family(layout="side by side"),
     "lfm3_vl": Family(layout="grid of blocks"),
     "lighton_ocr": Family("vision_projection", "image sizes"),
     "llama4": Family("vision_model.vision_adapter", tiles="last", image_mode=False),

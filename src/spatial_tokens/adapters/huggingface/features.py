@@ -57,9 +57,18 @@ def channels_first(captured: Sequence[torch.Tensor], arguments: Arguments, visio
     return [each for found in captured for each in _four_dimensions(found).permute(0, 2, 3, 1)]
 
 
-def channels_last(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
-    """`(T, H, W, C)`."""
-    return [each for found in captured for each in _four_dimensions(found)]
+def side_by_side(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
+    """Images of `spatial_shapes` patches: `(1, H, W, C)` each or, since transformers 5.24, a row of the blocks that will be merged.
+
+    Such a row is `(1, merge, T * merge, C)`, with as many of its `T` blocks for each image as the largest could have.
+    """
+    shapes = _rows(arguments, "spatial_shapes")
+    if [list(_four_dimensions(found).shape[1:3]) for found in captured] == shapes:
+        return [each for found in captured for each in found]
+    (row,) = captured[0]
+    merge = row.shape[0]
+    blocks = row.reshape(merge, len(shapes), -1, merge, row.shape[-1]).permute(1, 2, 0, 3, 4).flatten(1, 3)
+    return [_from_blocks(image[: h * w].unflatten(0, (h, w)), merge) for image, (h, w) in zip(blocks, shapes, strict=True)]
 
 
 def by_image_sizes(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
@@ -127,7 +136,7 @@ LAYOUTS: dict[str, Callable[[Sequence[torch.Tensor], Arguments, Any], Maps]] = {
     "square": square,
     "class token": after_class_token,
     "channels first": channels_first,
-    "channels last": channels_last,
+    "side by side": side_by_side,
     "image sizes": by_image_sizes,
     "target sizes": by_target_sizes,
     "positions": by_positions,
@@ -138,7 +147,7 @@ LAYOUTS: dict[str, Callable[[Sequence[torch.Tensor], Arguments, Any], Maps]] = {
     "merged grid": by_merged_grid,
     "pooled grid": by_pooled_grid,
 }
-OF_ANY_SIZE = ("channels last", "image sizes", "target sizes", "positions", "grid", "grid of blocks", "grid of windows",
+OF_ANY_SIZE = ("side by side", "image sizes", "target sizes", "positions", "grid", "grid of blocks", "grid of windows",
                "merged grid", "padded", "pooled grid")  # fmt: skip
 
 # Arguments that go with images of different sizes, whose patches no family that is not known may be thought to lie in squares.
