@@ -74,7 +74,6 @@ CROPPING = Design("SFE cropping", "table 3 (C), 4, 5, 6", {})
 POOLING = Design("SFE pooling", "table 3 (C), 6", {"variant": "pooling"})
 MLP = Design("MLP", "the baseline, LLaVA-1.5's")
 DEEP = Design("MLP of 3 layers, as many parameters", "is it size alone?", mlp_widths=(1647, 1647), scale=0.25)
-WIDE = Design("MLP, as many parameters", "the same, by width alone", mlp_widths=(12_211,))
 LEARNED = Design("MLP + 6 learned tokens", "is it length alone?", {}, lambda: LearnedTokens(6, SPATIAL))
 MAIN = (MLP, DEEP, LEARNED, CROPPING, POOLING)
 DETAIL = tuple(
@@ -94,7 +93,7 @@ TRANSFORMERS = (
     Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
 )
 BLIND = Design("MLP, blind", "what can be told without a look", blind=True)
-DESIGNS = {each.name: each for each in (*MAIN, WIDE, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS)}
+DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS)}
 
 
 def install(design: Design, model: Any) -> list[nn.Module]:

@@ -37,25 +37,38 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean(values), STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5, len(values))
 
 
-def accuracy(counts: dict[str, list[int]], category: str = ALL) -> float:
-    """Right answers in percent; of all, the mean over categories."""
-    if category == ALL:
+def accuracy(counts: dict[str, list[int]], asked_for: str = ALL) -> float:
+    """Right answers in percent: of a category or a kind of question, or the mean over categories.
+
+    Args:
+        counts: How many questions of each kind were answered rightly, of how many.
+        asked_for: The category, the kind, or ALL.
+    """
+    if asked_for == ALL:
         return mean(accuracy(counts, each) for each in CATEGORIES)
-    right, asked = counts[category]
-    return 100 * right / asked
+    right, asked = zip(*(counts[kind] for kind in kinds_of(asked_for)), strict=True)
+    return 100 * sum(right) / sum(asked)
+
+
+def kinds_of(asked_for: str) -> list[str]:
+    """A category's kinds of questions; of a kind, that one."""
+    return [name for name, kind in KINDS.items() if asked_for in (name, kind.category)]
 
 
 def by_questions(counts: dict[str, list[int]]) -> float:
     """Half of the 95 % interval that the mean over categories has by the draw of questions alone, were each drawn by itself."""
-    shares = ((right / asked, asked) for right, asked in (counts[each] for each in CATEGORIES))
-    return 196 * sqrt(sum(share * (1 - share) / asked for share, asked in shares)) / len(CATEGORIES)
+    variance = 0.0
+    for category in CATEGORIES:
+        found = [counts[kind] for kind in kinds_of(category)]
+        variance += sum(right * (1 - right / asked) for right, asked in found) / sum(asked for _, asked in found) ** 2
+    return 196 * sqrt(variance) / len(CATEGORIES)
 
 
-def chance(category: str = ALL) -> float:
-    """What guessing among a question's answers gives, in percent."""
-    if category == ALL:
+def chance(asked_for: str = ALL) -> float:
+    """What guessing among a question's answers gives, in percent: of a category or a kind, or the mean over categories."""
+    if asked_for == ALL:
         return mean(chance(each) for each in CATEGORIES)
-    return mean(100 * share for of, _, share in KINDS.values() if of == category)
+    return mean(100 * KINDS[kind].chance for kind in kinds_of(asked_for))
 
 
 def difference(

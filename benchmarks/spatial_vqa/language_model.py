@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.spatial_vqa.layout import NOTHING, Place, lay_out
 from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
-from benchmarks.spatial_vqa.questions import CATEGORIES, counts
+from benchmarks.spatial_vqa.questions import KINDS, Question, counts
 from benchmarks.spatial_vqa.scenes import PAIRS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IGNORED, WORDS, Rows, Segment, list_of, pack, questions_of, records_of
@@ -39,9 +39,10 @@ def llama_config() -> LlamaConfig:
 def text_of(example: Example, random: Random) -> Text:
     """The scene laid out; what there is in reading order, the questions, and each thing's record."""
     things, spread = example.scene.things, random.random() < SPREAD
-    questions = [each for each in example.questions if each.category != "counting" or not spread]
+    questions = [each for each in example.questions if each.kind != "how many" or not spread]
     if not spread:  # to count is learned last, and from things that stand at one place each
-        questions += random.sample(counts(things), 4)
+        found = [*counts(things, "color"), *counts(things, "shape")]
+        questions += [Question("how many", *each) for each in random.sample(found, 4)]
     return lay_out(things, random, spread), [list_of(example), *questions_of(questions), *records_of(things)]
 
 
@@ -49,8 +50,8 @@ def short_text_of(example: Example, random: Random) -> Text:
     """The same of one to three of the things, with the questions that are about no other."""
     kept = random.sample(example.scene.things, random.randint(1, 3))
     names = {each.name for each in kept}
-    about = ("relation", "position", "size")
-    questions = [q for q in example.questions if q.category in about and not (set(q.text.split()) & NAMES) - names]
+    about = ("side", "nearer", "quadrant", "third", "size")
+    questions = [q for q in example.questions if q.kind in about and not (set(q.text.split()) & NAMES) - names]
     return lay_out(kept, random, random.random() < SPREAD), [*questions_of(questions), *records_of(kept)]
 
 
@@ -105,7 +106,7 @@ def load(tensors: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
 
 @torch.inference_mode()
 def ask(model: LlamaForCausalLM, examples: Sequence[Example]) -> dict[str, list[int]]:
-    """How many questions of each category it answers rightly from laid-out texts, of how many."""
+    """How many questions of each kind it answers rightly from laid-out texts, of how many."""
     random = Random(0)
     asked = [questions_of(each.questions) for each in examples]
     texts = [lay_out(each.scene.things, random, spread=False) for each in examples]
@@ -113,11 +114,12 @@ def ask(model: LlamaForCausalLM, examples: Sequence[Example]) -> dict[str, list[
 
 
 def tally(logits: torch.Tensor, labels: torch.Tensor, asked: Sequence[Sequence[Segment]]) -> dict[str, list[int]]:
-    """Right answers of each category, of how many: the likeliest of all words must be the answer."""
+    """Right answers of each kind, of how many: the likeliest of all words must be the answer."""
     where = labels != IGNORED
     right = (logits.argmax(-1) == labels)[where].tolist()
-    counts = {category: [0, 0] for category in CATEGORIES}
+    counted = {kind: [0, 0] for kind in KINDS}
     for segment, is_right in zip((each for row in asked for each in row), right, strict=True):
-        counts[CATEGORIES[segment.category]][0] += is_right
-        counts[CATEGORIES[segment.category]][1] += 1
-    return counts
+        if segment.kind is not None:
+            counted[segment.kind][0] += is_right
+            counted[segment.kind][1] += 1
+    return counted

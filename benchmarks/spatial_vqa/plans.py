@@ -61,9 +61,9 @@ LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate
 LONG, SHORT, FEW = Schedule(5000, (250, 400)), Schedule(4000, (200, 200)), Schedule(1000, (250, 400))
 LONGER = Schedule(5000, (250, 2400), curve=8)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
-TRIED = (*designs.MAIN, designs.WIDE)
-TRIALS = tuple(job for scale in (1.0, 0.25) for job in _jobs(TRIED, range(1), LONG, scale=scale))  # of learning rates
-REST = (*designs.DETAIL[:2], *designs.TOKENS, *designs.DETAIL[2:])
+CONTROLS = (designs.DEEP, designs.LEARNED)
+REST = (*designs.DETAIL, *designs.TOKENS)
+OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(1), LONG, scale=0.25 if each.scale == 1 else 1.0))
 
 PLANS = {
     "quick": Plan(
@@ -73,23 +73,16 @@ PLANS = {
     "full": Plan(
         name="full", vision=VISION, language=LANGUAGE, held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
-            *TRIALS,
-            *_jobs((designs.BLIND,), range(1), LONG),
+            *_jobs((*designs.MAIN, designs.BLIND), range(1), LONG),
             *_jobs(designs.MAIN, range(1, 3), LONG),
-            *_jobs((designs.WIDE,), range(1, 3), LONG),
             *_jobs(THREE, range(3), LONGER, rolled=True),
-            *_jobs(THREE, range(1), LONG, rolled=True),
-            *_jobs(THREE, range(1), FEW),
-            *_jobs(REST, range(1), LONG),
-            *_jobs(THREE, range(1, 3), LONG, rolled=True),
-            *_jobs(THREE, range(1, 3), FEW),
-            *_jobs(designs.TRANSFORMERS, range(1), LONG),
-            *_jobs(REST, range(1, 3), LONG),
-            *_jobs(designs.TRANSFORMERS, range(1, 3), LONG),
-            *_jobs((designs.LEARNED, designs.DEEP), range(1), LONGER, rolled=True),
-            *_jobs(THREE, range(1), LONGER),
-            *_jobs((designs.LEARNED, designs.DEEP), range(1, 3), LONGER, rolled=True),
-            *_jobs(THREE, range(1, 3), LONGER),
+            *OTHER_RATE,
+            *_jobs(REST, range(3), LONG),
+            *_jobs(designs.TRANSFORMERS, range(3), LONG),
+            *_jobs(CONTROLS, range(3), LONGER, rolled=True),
+            *_jobs(THREE, range(3), FEW),
+            *_jobs(THREE, range(3), LONG, rolled=True),
+            *_jobs(THREE, range(3), LONGER),
             *_jobs(designs.MAIN, range(3, 5), LONG),
         ),
     ),

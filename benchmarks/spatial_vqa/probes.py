@@ -16,7 +16,7 @@ RIDGE = 10.0
 def read_patches(
     train: tuple[torch.Tensor, Sequence[Example]], asked: tuple[torch.Tensor, Sequence[Example]]
 ) -> dict[str, list[float]]:
-    """How often linear readers are right, and how often guessing is.
+    """How often linear readers are right, and how often it is to say what was commonest.
 
     Args:
         train: Features `(B, 1 + N, C)` and their scenes, which the readers learn from (ridge regression to one of several).
@@ -31,7 +31,8 @@ def read_patches(
         center, spread = seen.mean(0), seen.std(0) + 1e-6
         seen, new = (functional.pad((each - center) / spread, (0, 1), value=1.0) for each in (seen, new))
         weight = torch.linalg.solve(seen.T @ seen + RIDGE * torch.eye(seen.shape[1], dtype=torch.float64), seen.T @ target)
-        found[name] = [((new @ weight).argmax(1) == truth).double().mean().item(), 1 / choices]
+        commonest = target.sum(0).argmax()
+        found[name] = [(said == truth).double().mean().item() for said in ((new @ weight).argmax(1), commonest)]
     return found
 
 

@@ -1,9 +1,10 @@
 """Questions about a scene, by the paper's kinds of spatial understanding (table 8), and captions.
 
-Answers are drawn first, each as likely, and scenes are drawn until one has a question to each. So the words of a question do not
-tell its answer: who does not look is right as often as by chance.
+Answers are drawn first, each as likely, and what is asked about where some answers would favor it; scenes are drawn until one has a
+question to each. So the words of a question do not tell its answer: who does not look is right as often as by chance.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
 from random import Random
@@ -22,52 +23,81 @@ CELL = 8  # pixels of the columns and rows that a thing's place is told by: the 
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a category, its answer, and the answers that its kind of question has."""
+    """A question of a kind, and its answer."""
 
-    category: str
+    kind: str
     text: str
     answer: str
-    choices: tuple[str, ...]
+
+
+Asked = tuple[str, str] | None  # a question's words and its answer; None where a scene has no such question
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of question.
+
+    Args:
+        category: What it asks for.
+        ask: From things, a source of chance, an answer and a topic, a question that has this answer.
+        answers: All that it has.
+        chance: How often who does not look can be right.
+        topics: What it may be about, each as likely.
+    """
+
+    category: str
+    ask: Callable[[Things, Random, str, str], Asked]
+    answers: tuple[str, ...]
+    chance: float
+    topics: tuple[str, ...] = ("",)
 
 
 def sample(random: Random, difficulty: Difficulty) -> tuple[Scene, list[Question]]:
     """A scene, and one question of each kind about it."""
-    wanted = {kind: random.choice(choices) for kind, (_, choices, _) in KINDS.items()}
+    wanted = {name: (random.choice(kind.answers), random.choice(kind.topics)) for name, kind in KINDS.items()}
+    count, topic = wanted["how many"]
     while True:
-        scene = sample_scene(random, difficulty, int(wanted[_how_many]))
-        questions = [kind(scene.things, random, answer) for kind, answer in wanted.items()]
-        if all(questions):
+        scene = sample_scene(random, difficulty, topic, int(count))
+        questions = []
+        for name, drawn in wanted.items():
+            asked = KINDS[name].ask(scene.things, random, *drawn)
+            if asked is None:
+                break
+            questions.append(Question(name, *asked))
+        else:
             return scene, questions
 
 
-def _side(things: Things, random: Random, answer: str) -> Question | None:
-    """Is one left of, right of, above or below another?"""
-    word, axis, sign = random.choice([("left of", "x", 1), ("right of", "x", -1), ("above", "y", 1), ("below", "y", -1)])
+SIDES = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
+
+
+def _side(things: Things, random: Random, answer: str, topic: str) -> Asked:
+    axis, sign = SIDES[topic]
     sign = sign if answer == "yes" else -sign
     pairs = [(a, b) for a, b in permutations(things, 2) if sign * (getattr(b, axis) - getattr(a, axis)) >= MARGIN]
     if not pairs:
         return None
     a, b = random.choice(pairs)
-    return Question("relation", f"is the {a.name} {word} the {b.name} ?", answer, YES_NO)
+    return f"is the {a.name} {topic} the {b.name} ?", answer
 
 
-def _nearer(things: Things, random: Random, answer: str) -> Question | None:
+def _nearer(things: Things, random: Random, answer: str, _: str) -> Asked:
     triples = [(a, b, c) for a, b, c in permutations(things, 3) if distance(a, c) - distance(a, b) >= MARGIN]
     if not triples:
         return None
     a, near, far = random.choice(triples)
     b, c = (near, far) if answer == "yes" else (far, near)
-    return Question("relation", f"is the {a.name} nearer to the {b.name} than to the {c.name} ?", answer, YES_NO)
+    return f"is the {a.name} nearer to the {b.name} than to the {c.name} ?", answer
 
 
-def _quadrant(things: Things, random: Random, answer: str) -> Question | None:
+def _quadrant(things: Things, random: Random, answer: str, _: str) -> Asked:
     there = [each for each in things if quadrant(each) == answer]
-    return Question("position", f"which quadrant is the {random.choice(there).name} in ?", answer, QUADRANTS) if there else None
+    return (f"which quadrant is the {random.choice(there).name} in ?", answer) if there else None
 
 
-def _third(things: Things, random: Random, answer: str) -> Question | None:
+def _third(things: Things, random: Random, answer: str, _: str) -> Asked:
     there = [each for each in things if third(each) == answer]
-    return Question("position", f"which third is the {random.choice(there).name} in ?", answer, THIRDS) if there else None
+    return (f"which third is the {random.choice(there).name} in ?", answer) if there else None
 
 
 def quadrant(thing: Thing) -> str | None:
@@ -84,56 +114,55 @@ def third(thing: Thing) -> str | None:
     return None if near_left or near_right else THIRDS[place]
 
 
-def _size(things: Things, random: Random, answer: str) -> Question | None:
+def _size(things: Things, random: Random, answer: str, _: str) -> Asked:
     pairs = [(a, b) for a, b in permutations(things, 2) if a.size != b.size and (a.radius > b.radius) == (answer == "yes")]
     if not pairs:
         return None
     a, b = random.choice(pairs)
-    return Question("size", f"is the {a.name} larger than the {b.name} ?", answer, YES_NO)
+    return f"is the {a.name} larger than the {b.name} ?", answer
 
 
-def _exists(things: Things, random: Random, answer: str) -> Question | None:
-    """A pair that is not there is made of a color and a shape that both are: to count colors and shapes is not enough."""
+def _exists(things: Things, random: Random, answer: str, topic: str) -> Asked:
+    """A pair that is not there is made of a color and a shape that both are: to count colors and shapes is not enough.
+
+    Of an unseen pair, if that is the topic, where the scene has one.
+    """
     there = {(each.color, each.shape) for each in things}
     colors, shapes = ({pair[i] for pair in there} for i in (0, 1))
-    candidates = [p for p in PAIRS if (p in there) == (answer == "yes") and p[0] in colors and p[1] in shapes]
-    if not there & set(UNSEEN):  # else "no" would be told by the words
-        candidates = [pair for pair in candidates if pair not in UNSEEN]
-    return Question("attribute", f"is there a {'-'.join(random.choice(candidates))} ?", answer, YES_NO) if candidates else None
+    unseen = topic == "unseen" and not there.isdisjoint(UNSEEN)
+    fitting = [p for p in PAIRS if p[0] in colors and p[1] in shapes and (p in UNSEEN) == unseen]
+    pairs = [p for p in fitting if (p in there) == (answer == "yes")]
+    return (f"is there a {'-'.join(random.choice(pairs))} ?", answer) if pairs else None
 
 
-def _color(things: Things, random: Random, _: str) -> Question | None:
-    """Of a shape that is there once; all colors are as likely as they are in scenes."""
+def _color(things: Things, random: Random, answer: str, _: str) -> Asked:
+    """Of a shape that is there once."""
     shapes = [each.shape for each in things]
-    once = [each for each in things if shapes.count(each.shape) == 1]
-    if not once:
-        return None
-    thing = random.choice(once)
-    return Question("attribute", f"what color is the {thing.shape} ?", thing.color, tuple(COLORS))
+    once = [each.shape for each in things if shapes.count(each.shape) == 1 and each.color == answer]
+    return (f"what color is the {random.choice(once)} ?", answer) if once else None
 
 
-def _how_many(things: Things, random: Random, answer: str) -> Question | None:
-    return random.choice([each for each in counts(things) if each.answer == answer])
+def _how_many(things: Things, random: Random, answer: str, topic: str) -> Asked:
+    found = [(text, count) for text, count in counts(things, topic) if count == answer]
+    return random.choice(found) if found else None
 
 
-def counts(things: Things) -> list[Question]:
-    """How often each color and each shape is there, of those that are."""
-    found = []
-    for kind, plural in [(color, f"{color} things") for color in COLORS] + list(zip(SHAPES, plurals(), strict=True)):
-        if count := sum(kind in (each.color, each.shape) for each in things):
-            found.append(Question("counting", f"how many {plural} are there ?", str(count), COUNTS))
-    return found
+def counts(things: Things, topic: str) -> list[tuple[str, str]]:
+    """How often each color, or each shape, is there, of those that are: questions with their answers."""
+    names = zip(SHAPES, plurals(), strict=True) if topic == "shape" else ((color, f"{color} things") for color in COLORS)
+    found = [(plural, sum(getattr(each, topic) == name for each in things)) for name, plural in names]
+    return [(f"how many {plural} are there ?", str(count)) for plural, count in found if count]
 
 
-KINDS = {  # category, answers, and how often who does not look can be right: no thing has the one color that its shape never has
-    _side: ("relation", YES_NO, 1 / 2),
-    _nearer: ("relation", YES_NO, 1 / 2),
-    _quadrant: ("position", QUADRANTS, 1 / 4),
-    _third: ("position", THIRDS, 1 / 3),
-    _how_many: ("counting", COUNTS, 1 / 4),
-    _size: ("size", YES_NO, 1 / 2),
-    _exists: ("attribute", YES_NO, 1 / 2),
-    _color: ("attribute", tuple(COLORS), 1 / (len(COLORS) - 1)),
+KINDS = {
+    "side": Kind("relation", _side, YES_NO, 1 / 2, tuple(SIDES)),
+    "nearer": Kind("relation", _nearer, YES_NO, 1 / 2),
+    "quadrant": Kind("position", _quadrant, QUADRANTS, 1 / 4),
+    "third": Kind("position", _third, THIRDS, 1 / 3),
+    "how many": Kind("counting", _how_many, COUNTS, 1 / 4, ("color", "shape")),
+    "size": Kind("size", _size, YES_NO, 1 / 2),
+    "exists": Kind("attribute", _exists, YES_NO, 1 / 2, ("seen", "unseen")),
+    "color": Kind("attribute", _color, tuple(COLORS), 1 / (len(COLORS) - 1)),  # no thing has the color that its shape never has
 }
 
 

@@ -45,9 +45,9 @@ class Results:
         """Those that have runs, in the order of the comparison."""
         return [name for name in DESIGNS if self.runs(name, **setting)]
 
-    def estimate(self, design: str, split: str, category: str = ALL, **setting: Any) -> Estimate:
-        """A design's accuracy."""
-        return estimate([accuracy(run[split], category) for run in self.runs(design, **setting).values()])
+    def estimate(self, design: str, split: str, asked_for: str = ALL, **setting: Any) -> Estimate:
+        """A design's accuracy, in a category or a kind of question."""
+        return estimate([accuracy(run[split], asked_for) for run in self.runs(design, **setting).values()])
 
     def gain(self, design: str, split: str, category: str = ALL, over: str = MLP.name, **setting: Any) -> Estimate | None:
         """A design's accuracy less another's."""

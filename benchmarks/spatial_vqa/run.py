@@ -39,6 +39,7 @@ try:
     from benchmarks.spatial_vqa.results import Results
     from benchmarks.spatial_vqa.scenes import VERSION
     from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
+    from benchmarks.spatial_vqa.training import STAGES
 except ImportError as error:
     sys.exit(f"run.py: error: {reason(error)}; in a clone: pip install -e '.[timm,train,bench]' 'torch>=2.9'")
 
@@ -79,10 +80,11 @@ def claim(work: Path, plan: Plan) -> None:
     """Makes the folder this plan's: another may go on in it that differs in its runs alone.
 
     Raises:
-        SpatialTokensError: If it holds what came of other scenes, or of another encoder or language model.
+        SpatialTokensError: If it holds what came of other scenes, of another encoder or language model, or of other rates.
     """
     path = work / "made_from.json"
-    text = json.dumps({"version": VERSION, "scenes": plan.scenes, "vision": asdict(plan.vision), "language": asdict(plan.language)})
+    made_from = {"version": VERSION, "scenes": plan.scenes, "vision": asdict(plan.vision), "language": asdict(plan.language)}
+    text = json.dumps({**made_from, "stages": [asdict(each) for each in STAGES]})
     if path.exists() and read_text(path) != text:
         raise SpatialTokensError(f"{work} holds what another plan has left; give another --work, or delete it")
     write_text(path, text)

@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 
-VERSION = 1  # of scenes and questions: another one gives other pictures, and results that cannot be compared
+VERSION = 2  # of scenes and questions: another one gives other pictures, and results that cannot be compared
 
 SIDE = 96  # pixels, each way
 COLORS = {
@@ -23,7 +23,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-UNSEEN = list(zip(COLORS, SHAPES, strict=True))  # in the hard split alone; each color and each shape is in one of them
+UNSEEN = list(zip(COLORS, SHAPES, strict=True))  # in no picture but the hard split's; each color and each shape is in one of them
 RADII = {"small": (6, 7), "medium": (9, 10), "large": (12, 13)}
 GAP = 2  # pixels at least between two objects, and between one and the border
 OVERSAMPLING = 3
@@ -57,26 +57,26 @@ class Scene:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How many things and lines of clutter a scene has (least and most), and whether it has an unseen pair."""
+    """How many things, pieces of clutter and unseen pairs a scene has, least and most."""
 
     things: tuple[int, int]
     clutter: tuple[int, int]
-    unseen: bool
+    unseen: tuple[int, int]
 
 
-STANDARD = Difficulty(things=(4, 6), clutter=(4, 8), unseen=False)
-HARD = Difficulty(things=(7, 9), clutter=(10, 16), unseen=True)
+STANDARD = Difficulty(things=(4, 6), clutter=(4, 8), unseen=(0, 0))
+HARD = Difficulty(things=(7, 9), clutter=(10, 16), unseen=(1, 2))
+TOLD = Difficulty(things=(4, 9), clutter=(0, 0), unseen=(0, 2))  # in words, to the language model
 
 
-def sample_scene(random: Random, difficulty: Difficulty, count: int) -> Scene:
-    """A scene in which some color or some shape, either as likely, is there exactly `count` times.
+def sample_scene(random: Random, difficulty: Difficulty, topic: str, count: int) -> Scene:
+    """A scene in which some color, or some shape, is there exactly `count` times: the topic is one of the two words.
 
     All colors and all shapes are exchangeable, and so are left and right, top and bottom: no question's words tell its answer.
     """
-    by_color = random.random() < 0.5
     while True:
         pairs = _sample_pairs(random, difficulty)
-        kinds = [pair[0 if by_color else 1] for pair in pairs]
+        kinds = [pair[("color", "shape").index(topic)] for pair in pairs]
         if count not in map(kinds.count, kinds):
             continue
         things = _place(random, pairs)
@@ -89,14 +89,13 @@ def _sample_pairs(random: Random, difficulty: Difficulty) -> list[tuple[str, str
     colors = random.sample(list(COLORS), random.randint(2, 4))
     shapes = random.sample(SHAPES, random.randint(2, 4))
     seen = [(color, shape) for color in colors for shape in shapes if (color, shape) not in UNSEEN]
-    unseen = [(color, shape) for color in colors for shape in shapes if (color, shape) in UNSEEN] if difficulty.unseen else []
-    wanted = random.randint(*difficulty.things)
-    if len(seen) + len(unseen) < wanted or (difficulty.unseen and not unseen):
+    unseen = [(color, shape) for color in colors for shape in shapes if (color, shape) in UNSEEN]
+    wanted, of_them = random.randint(*difficulty.things), random.randint(*difficulty.unseen)
+    if len(unseen) < of_them or len(seen) < wanted - of_them:
         return []
-    first = random.sample(unseen, min(len(unseen), 2))
-    pairs = first + random.sample(seen, min(len(seen), wanted - len(first)))
+    pairs = random.sample(unseen, of_them) + random.sample(seen, wanted - of_them)
     random.shuffle(pairs)
-    return pairs if len(pairs) == wanted else []
+    return pairs
 
 
 def _place(random: Random, pairs: list[tuple[str, str]]) -> tuple[Thing, ...] | None:

@@ -7,9 +7,9 @@ from random import Random
 import numpy as np
 
 from benchmarks.spatial_vqa.questions import Question, caption, reading, sample
-from benchmarks.spatial_vqa.scenes import HARD, STANDARD, VERSION, Scene, render
+from benchmarks.spatial_vqa.scenes import HARD, STANDARD, TOLD, VERSION, Scene, render
 
-SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": HARD}
+SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": HARD, "told": TOLD}
 
 
 @dataclass(frozen=True)

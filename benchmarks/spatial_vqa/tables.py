@@ -1,12 +1,12 @@
 """The page's tables, from the committed results: none is typed by hand. benchmarks/figures.py writes them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MLP
+from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MAIN, MLP
 from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, by_questions, chance, estimate
-from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import Results, committed
 
 SPLITS = ("test", "hard")
@@ -37,6 +37,7 @@ def page() -> str:
         setting(results),
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
+        "### By kind of question\n", kinds(results, "test"), kinds(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
         "### Where features tell wrong places\n", patches(results), unplaced(results),
         "### With longer tuning\n", longer(results),
@@ -44,7 +45,6 @@ def page() -> str:
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),
-        "### The quick run\n", quick(committed("quick")),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -112,7 +112,7 @@ def comparison(results: Results) -> str:
 
 
 def categories(results: Results, split: str, *, exchanged: bool = False, **setting: Any) -> str:
-    """Accuracies by category, beside chance and what the language model answers from words.
+    """Accuracies by category.
 
     Args:
         results: All of them.
@@ -120,17 +120,28 @@ def categories(results: Results, split: str, *, exchanged: bool = False, **setti
         exchanged: Whether what is left with another picture's spatial tokens stands below a design's own.
         setting: Of the runs.
     """
-    columns = (*CATEGORIES, ALL)
+    return _accuracies(results, split, results.designs(**setting), (*CATEGORIES, ALL), exchanged, setting)
+
+
+def kinds(results: Results, split: str) -> str:
+    """The main designs' accuracies by kind of question."""
+    return _accuracies(results, split, [each.name for each in MAIN], tuple(KINDS), False, {})
+
+
+def _accuracies(
+    results: Results, split: str, designs: Sequence[str], columns: Sequence[str], exchanged: bool, setting: dict[str, Any]
+) -> str:
+    """Accuracies beside chance and what the language model answers from words."""
     words = results.told["pretrained"]["from_words"][split]
     rows = [["chance", *(f"{chance(each):.1f}" for each in columns)]]
-    for name in results.designs(**setting):
+    for name in designs:
         runs = list(results.runs(name, **setting).values())
         rows.append([name, *(str(results.estimate(name, split, each, **setting)) for each in columns)])
         if exchanged and "spatial" in runs[0]["strangers"]:
             left = (estimate([accuracy(run["strangers"]["spatial"], each) for run in runs]) for each in columns)
             rows.append(["… with another picture's spatial tokens", *map(str, left)])
     rows.append(["the language model, told in words", *(f"{accuracy(words, each):.1f}" for each in columns)])
-    return table([f"{split}, %", *CATEGORIES, "mean"], rows)
+    return table([f"{split}, %", *("mean" if each == ALL else each for each in columns)], rows)
 
 
 def gains(results: Results, split: str, **setting: Any) -> str:
@@ -145,19 +156,22 @@ def gains(results: Results, split: str, **setting: Any) -> str:
 
 def unplaced(results: Results) -> str:
     """Rolled features: accuracy after each number of steps."""
-    parts = []
+    parts: list[str] = []
     for tuning in results.tunings:
         setting = {"rolled": True, "tuning": tuning}
+        if not results.designs(**setting):
+            continue
         parts += [f"After {tuning:,} steps of instruction tuning:\n", categories(results, "test", exchanged=True, **setting)]
-    return "\n".join([*parts, gains(results, "test", **setting), gains(results, "hard", **setting)])
+    return "\n".join([*parts, gains(results, "test", **setting), gains(results, "hard", **setting)] if parts else [table([], [])])
 
 
 def quick(results: Results) -> str:
     """What `--quick` gives, and in how long."""
-    machine, schedule = results.told["machine"], results.usual
+    machine, schedule, told = results.told["machine"], results.usual, results.told
+    spent = f" in {told['minutes']:.0f} minutes on {told['workers']} cores" if "minutes" in told else ""
     return (
         f"`--quick`: {schedule['scenes']} training scenes, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of "
-        f"instruction tuning, in {results.told['minutes']:.0f} minutes on {results.told['workers']} cores ({machine['device']}, "
+        f"instruction tuning,{spent} ({machine['device']}, "
         f"torch {machine['versions']['torch']}, {machine['date']}). {caution(results)}\n\n{summary(results)}"
     )
 
@@ -203,7 +217,7 @@ def unevenness(found: Iterable[dict[str, Any]]) -> str:
 def patches(results: Results) -> str:
     """What linear readers find in a patch."""
     found = results.told["pretrained"]["from_patches"]
-    rows = [["chance", *(f"{100 * chance:.1f}" for _, chance in found["features"].values())]]
+    rows = [["the commonest", *(f"{100 * share:.1f}" for _, share in found["features"].values())]]
     told = {"features": "features", "rolled": "rolled features"}
     rows += [[told[kind], *(f"{100 * right:.1f}" for right, _ in each.values())] for kind, each in found.items()]
     return table(

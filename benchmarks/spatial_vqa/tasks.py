@@ -47,17 +47,17 @@ def _end_with_parent() -> None:
 
 def make_features(plan: Plan, work: Path) -> None:
     """Trains the encoder; what it then sees in every picture of the comparison."""
-    _pretrain(work / ENCODER, "encoder", encoder.train_encoder, plan.vision)
+    _pretrain(work / ENCODER, "encoder", "train", encoder.train_encoder, plan.vision)
     for rolled in sorted({job.rolled for job in plan.jobs}):
         _look(plan, work, rolled)
 
 
 def make_language_model(plan: Plan, work: Path) -> None:
     """Trains the language model."""
-    _pretrain(work / LANGUAGE_MODEL, "language model", language_model.train_language_model, plan.language)
+    _pretrain(work / LANGUAGE_MODEL, "language model", "told", language_model.train_language_model, plan.language)
 
 
-def _pretrain(path: Path, name: str, train: Callable[..., torch.nn.Module], plan: encoder.Pretraining) -> None:
+def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.Module], plan: encoder.Pretraining) -> None:
     if path.exists():
         return
     right: list[float] = []
@@ -67,7 +67,7 @@ def _pretrain(path: Path, name: str, train: Callable[..., torch.nn.Module], plan
         right.append(share)
         _report(name, len(right), plan.steps)
 
-    trained = train(examples("train", plan.examples, PRETRAINING_SEED), plan, 0, progress)
+    trained = train(examples(split, plan.examples, PRETRAINING_SEED), plan, 0, progress)
     told = {"seconds": time.perf_counter() - started, "right": sum(right[-20:]) / 20}
     write_text(path.with_suffix(".json"), json.dumps(told))
     write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.spatial_vqa.designs import Design, install
 from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
 from benchmarks.spatial_vqa.layout import GRID
-from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.questions import KINDS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, freeze, parameter_groups, schedule
@@ -165,13 +165,13 @@ def loss_of(
 
 @torch.inference_mode()
 def ask(model: Any, design: Design, prefix: list[int], material: Material, batch_size: int = 64) -> dict[str, list[int]]:
-    """How many questions of each category the model answers rightly, of how many."""
+    """How many questions of each kind the model answers rightly, of how many."""
     model.eval()
-    counts = {category: [0, 0] for category in CATEGORIES}
+    counts = {kind: [0, 0] for kind in KINDS}
     for start in range(0, len(material.questions), batch_size):
         told = material.questions[start : start + batch_size]
         logits, labels = logits_of(model, design, prefix, material.features[start : start + batch_size], told)
-        for category, (right, asked) in tally(logits, labels, told).items():
-            counts[category][0] += right
-            counts[category][1] += asked
+        for kind, (right, asked) in tally(logits, labels, told).items():
+            counts[kind][0] += right
+            counts[kind][1] += asked
     return counts

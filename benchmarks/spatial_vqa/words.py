@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.spatial_vqa.questions import CATEGORIES, CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, Question, plurals, record
+from benchmarks.spatial_vqa.questions import CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, Question, plurals, record
 from benchmarks.spatial_vqa.scenes import COLORS, PAIRS, RADII, SHAPES, SIDE, Thing
 from benchmarks.spatial_vqa.splits import Example
 
@@ -34,16 +34,16 @@ def encode(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Segment:
-    """Ids that follow a prefix; the last `learned` of them are what is to be said."""
+    """Ids that follow a prefix; the last `learned` of them are what is to be said, to a question of a kind if it is one."""
 
     ids: list[int]
     learned: int
-    category: int = -1
+    kind: str | None = None
 
 
 def questions_of(questions: Sequence[Question]) -> list[Segment]:
     """Each question with its one-word answer."""
-    return [Segment(encode(f"{each.text} {each.answer}"), 1, CATEGORIES.index(each.category)) for each in questions]
+    return [Segment(encode(f"{each.text} {each.answer}"), 1, each.kind) for each in questions]
 
 
 def records_of(things: Sequence[Thing]) -> list[Segment]:

@@ -12,11 +12,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks.spatial_vqa import encoder, language_model, probes, training
-from benchmarks.spatial_vqa.designs import CROPPING, DEEP, DESIGNS, DETAIL, LEARNED, MLP, POOLING, WIDE, install
+from benchmarks.spatial_vqa.designs import CROPPING, DEEP, DESIGNS, DETAIL, LEARNED, MLP, POOLING, install
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE, inputs_of, lay_out, read, text_of
 from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
 from benchmarks.spatial_vqa.model import build_llava
-from benchmarks.spatial_vqa.scenes import render
+from benchmarks.spatial_vqa.questions import KINDS
+from benchmarks.spatial_vqa.scenes import RADII, render
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import BATCH, STAGES, Material, Schedule, another_pictures, logits_of, prefix_of
 from benchmarks.spatial_vqa.words import IDS, IGNORED, WORDS, encode, list_of, pack, questions_of, records_of
@@ -157,8 +158,7 @@ def test_designs_are_as_large_as_they_are_said_to_be(llava):
     kernels = sum(128 * 64 * k * k for k in (2, 4, 6, 8, 10, 12))
     assert cropping == mlp + kernels + (64 * 128 + 128 + 128 * 128 + 128)
     assert parameters_of(POOLING, llava) == cropping
-    for design in (DEEP, WIDE):
-        assert parameters_of(design, llava) == pytest.approx(cropping, rel=1e-3)
+    assert parameters_of(DEEP, llava) == pytest.approx(cropping, rel=1e-3)
     assert parameters_of(LEARNED, llava) == mlp + 6 * 64 + (64 * 128 + 128 + 128 * 128 + 128)
 
 
@@ -261,14 +261,12 @@ def test_a_run_trains_the_projector_and_lora_and_nothing_else(llava, vit):
     assert all(each.abs().max() > 0 for each in learned)
 
 
-def test_answers_are_counted_by_category(llava, vit, found):
+def test_answers_are_counted_by_kind(llava, vit, found):
     model = llava()
     install(MLP, model)
     seen = Material.of(encoder.features_of(vit, encoder.as_pixels(torch.from_numpy(pictures(found)))), found)
     counts = training.ask(model, MLP, prefix_of(model), seen)
-    assert {category: asked for category, (_, asked) in counts.items()} == {
-        "relation": 16, "position": 16, "counting": 8, "size": 8, "attribute": 16
-    }  # fmt: skip
+    assert {kind: asked for kind, (_, asked) in counts.items()} == dict.fromkeys(KINDS, 8)
     logits, labels = logits_of(model, MLP, prefix_of(model), seen.features, seen.questions)
     right = language_model.tally(torch.nn.functional.one_hot(labels.clamp(min=0), len(WORDS)).float(), labels, seen.questions)
     assert all(one == asked for one, asked in right.values())
@@ -298,6 +296,9 @@ def test_linear_readers_find_what_is_there_and_no_more():
     features += 0.01 * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
     found = probes.read_patches((features[:40], scenes[:40]), (features[40:], scenes[40:]))
     assert found["column"] == [1.0, pytest.approx(1 / 12)]
+    sizes = probes.labels_of(scenes[40:])["size"][1]
+    most = (sizes == list(RADII).index("large")).sum() / (sizes != probes.NOTHING).sum()  # of the patches
+    assert found["size"][1] == pytest.approx(most.item())
     assert found["shape"][0] == 1.0
     assert abs(found["row"][0] - 1 / 12) < 0.06
     assert found["color"][0] < 0.35

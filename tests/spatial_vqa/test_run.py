@@ -22,7 +22,7 @@ from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP
 from benchmarks.spatial_vqa.estimates import accuracy, by_questions, chance, difference, estimate
 from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
-from benchmarks.spatial_vqa.questions import CATEGORIES
+from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import Results, committed
 from benchmarks.spatial_vqa.training import Schedule
 from spatial_tokens import SpatialTokensError
@@ -71,8 +71,7 @@ def test_results_are_the_plans_runs(work):
     ]  # fmt: skip
     assert told["planned"] == 2
     for each in told["runs"]:
-        asked = {category: count for category, (_, count) in each["test"].items()}
-        assert asked == {"relation": 12, "position": 12, "counting": 6, "size": 6, "attribute": 12}
+        assert {kind: asked for kind, (_, asked) in each["test"].items()} == dict.fromkeys(KINDS, 6)
         assert [point["step"] for point in each["curve"]] == [1, 2]
         assert each["seconds"] > 0
     (path,) = (work[0] / "runs").glob("SFE*_rolled_1.json")
@@ -84,7 +83,7 @@ def test_results_are_the_plans_runs(work):
         assert len(found) == 6
         assert all(sum(row) == pytest.approx(1, abs=2e-3) for row in found)
     assert told["pretrained"]["encoder"]["seconds"] > 0
-    assert told["pretrained"]["from_words"]["test"].keys() == set(CATEGORIES)
+    assert told["pretrained"]["from_words"]["test"].keys() == set(KINDS)
 
 
 def test_what_was_found_is_shown_at_the_end(work, monkeypatch, capsys):
@@ -162,8 +161,10 @@ def test_intervals_are_students():
 
 def test_the_draw_of_questions_moves_a_mean_as_far_as_it_is_said_to():
     drawn = np.random.RandomState(0)
-    counts = {category: [80 - 10 * i, 100 + 50 * i] for i, category in enumerate(CATEGORIES)}
-    means = sum(drawn.binomial(asked, right / asked, 100_000) / asked for right, asked in counts.values()) / len(CATEGORIES)
+    counts = {kind: [80 - 10 * i, 100 + 50 * i] for i, kind in enumerate(KINDS)}
+    right = {kind: drawn.binomial(asked, right / asked, 100_000) for kind, (right, asked) in counts.items()}
+    kinds = [[kind for kind in KINDS if KINDS[kind].category == category] for category in CATEGORIES]
+    means = sum(sum(right[kind] for kind in each) / sum(counts[kind][1] for kind in each) for each in kinds) / len(CATEGORIES)
     assert by_questions(counts) == pytest.approx(1.96 * 100 * means.std(), rel=0.02)
 
 
@@ -181,7 +182,7 @@ def test_runs_of_other_settings_are_kept_apart():
 
 
 def counts(right):
-    return {category: [right, 100] for category in CATEGORIES}
+    return {kind: [right, 100] for kind in KINDS}
 
 
 def test_differences_are_seed_by_seed():
@@ -194,6 +195,7 @@ def test_differences_are_seed_by_seed():
 
 def test_accuracy_and_chance():
     assert accuracy({**counts(50), "size": [100, 100]}) == 60
+    assert accuracy({**counts(50), "third": [100, 100]}, "position") == 75
     assert accuracy(counts(50), "size") == 50
     assert chance("position") == pytest.approx(100 * mean([1 / 4, 1 / 3]))
     assert chance("attribute") == pytest.approx(100 * mean([1 / 2, 1 / 5]))
