@@ -44,7 +44,7 @@ class Design:
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
         head: Makes the spatial head that goes with it.
         mlp_widths: Channels between the layers of the patches' MLP.
-        scale: Of the projector's learning rates: of those that every main design has tried, the best on validation.
+        scale: Of the projector's learning rates: the best on validation of two that each main design has tried, in version 1.
         blind: Whether every picture is blanked.
     """
 

@@ -23,8 +23,8 @@ def draw() -> None:
 def curves(results: Results) -> None:
     """Accuracy on validation over the steps of instruction tuning: each seed, and their mean."""
     settings = [(rolled, tuning) for tuning in results.tunings for rolled in (False, True)]
-    rows = len(results.tunings)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(9, 0.4 + 3 * rows), sharey=True, squeeze=False)
+    settings = [(rolled, tuning) for rolled, tuning in settings if results.designs(rolled=rolled, tuning=tuning)]
+    figure, axes = pyplot.subplots(1, len(settings), figsize=(0.4 + 4.5 * len(settings), 3.6), sharey=True, squeeze=False)
     for axis, (rolled, tuning) in zip(axes.flat, settings, strict=True):
         for number, name in enumerate(each.name for each in (*MAIN, BLIND)):
             runs = list(results.runs(name, rolled=rolled, tuning=tuning).values())
@@ -36,11 +36,9 @@ def curves(results: Results) -> None:
                 axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
         axis.axhline(chance(), color="grey", linewidth=1, linestyle=":")
         axis.set(title=f"{'rolled ' * rolled}features", ylim=(30, 100))
-    for axis in axes[-1]:
         axis.set_xlabel("steps of instruction tuning")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("validation, % (dotted: chance)")
-    axes[0][1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="upper left")
+    axes[0][0].set_ylabel("validation, % (dotted: chance)")
+    axes[0][0].legend(fontsize=7, loc="center right")
     _save(figure, "spatial-vqa-curves.png")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, MAIN, MLP
+from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, LEARNED, MAIN, MLP
 from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, by_questions, chance, estimate
 from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import Results, committed
@@ -37,6 +37,7 @@ def page() -> str:
         setting(results),
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
+        gains(results, "test"), gains(results, "hard"),
         "### By kind of question\n", kinds(results, "test"), kinds(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
         "### Where features tell wrong places\n", patches(results), unplaced(results),
@@ -45,6 +46,7 @@ def page() -> str:
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),
+        "### The quick run\n", quick(committed("quick")),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -171,7 +173,7 @@ def quick(results: Results) -> str:
     spent = f" in {told['minutes']:.0f} minutes on {told['workers']} cores" if "minutes" in told else ""
     return (
         f"`--quick`: {schedule['scenes']} training scenes, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of "
-        f"instruction tuning,{spent} ({machine['device']}, "
+        f"instruction tuning{spent} ({machine['device']}, "
         f"torch {machine['versions']['torch']}, {machine['date']}). {caution(results)}\n\n{summary(results)}"
     )
 
@@ -239,7 +241,7 @@ def strangers(results: Results) -> str:
         setting = {"rolled": rolled, "tuning": tuning}
         for name in results.designs(**setting):
             runs = list(results.runs(name, **setting).values())
-            if "spatial" in runs[0]["strangers"]:
+            if "spatial" in runs[0]["strangers"] and name != LEARNED.name:  # whose tokens are the same for all
                 cells = (estimate([accuracy(run["strangers"][kind]) for run in runs]) for kind in ("spatial", "patch"))
                 rows.append([name, "rolled" * rolled, tuning, results.estimate(name, "test", **setting), *cells])
     return table(["test, %", "features", "steps", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)

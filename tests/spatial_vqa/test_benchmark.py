@@ -144,6 +144,29 @@ def features(question):
     return [*words, *pairwise(words), *((i, word) for i, word in enumerate(words))]
 
 
+def test_what_rolled_places_tell(found):
+    """Who compares places after a roll on the torus is often right about relations, and more often by the shorter way round."""
+    random, told = Random(0), defaultdict(list)
+    around = lambda length: (length + SIDE / 2) % SIDE - SIDE / 2  # noqa: E731
+    for each in found["test"]:
+        named = {f"{thing.color}-{thing.shape}": (thing.x, thing.y) for thing in each.scene.things}
+        move = [8 * random.randrange(SIDE // 8) for _ in range(2)]
+        for question in (question for question in each.questions if question.kind in ("side", "nearer")):
+            at = [[(c + by) % SIDE for c, by in zip(named[w], move, strict=True)] for w in question.text.split() if w in named]
+            for way in (float, around):
+                apart = [[way(c - d) for c, d in zip(other, at[0], strict=True)] for other in at[1:]]
+                words = question.text.split()
+                if question.kind == "nearer":
+                    said = hypot(*apart[0]) < hypot(*apart[1])
+                else:
+                    said = apart[0]["above" in words or "below" in words] * (-1 if {"right", "below"} & set(words) else 1) > 0
+                told[question.kind, way].append(said == (question.answer == "yes"))
+    shares = {key: 100 * sum(each) / len(each) for key, each in told.items()}
+    assert shares == pytest.approx(
+        {("side", float): 65, ("side", around): 79, ("nearer", float): 70, ("nearer", around): 86}, abs=4
+    )
+
+
 def test_counts_that_are_not_drawn_first_are_not_balanced(found):
     """So the tests above can fail."""
     told = Counter(count for each in found["test"] for _, count in counts(each.scene.things, "color"))
