@@ -63,7 +63,7 @@ LONGER = Schedule(5000, (250, 2400), curve=8)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
 CONTROLS = (designs.DEEP, designs.LEARNED)
 REST = (*designs.DETAIL, *designs.TOKENS)
-OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(1), LONG, scale=0.25 if each.scale == 1 else 1.0))
+OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(3), LONG, scale=0.25 if each.scale == 1 else 1.0))
 
 PLANS = {
     "quick": Plan(
@@ -78,12 +78,12 @@ PLANS = {
             *_jobs(THREE, range(3), LONGER, rolled=True),
             *OTHER_RATE,
             *_jobs(REST, range(3), LONG),
-            *_jobs(designs.TRANSFORMERS, range(3), LONG),
             *_jobs(CONTROLS, range(3), LONGER, rolled=True),
+            *_jobs(designs.TRANSFORMERS, range(3), LONG),
             *_jobs(THREE, range(3), FEW),
-            *_jobs(THREE, range(3), LONG, rolled=True),
-            *_jobs(THREE, range(3), LONGER),
+            *_jobs(THREE, range(3, 5), LONGER, rolled=True),
             *_jobs(designs.MAIN, range(3, 5), LONG),
+            *_jobs(THREE, range(3), LONGER),
         ),
     ),
 }  # fmt: skip
