@@ -157,14 +157,15 @@ def gains(results: Results, split: str, **setting: Any) -> str:
 
 
 def unplaced(results: Results) -> str:
-    """Rolled features: accuracy after each number of steps."""
-    parts: list[str] = []
-    for tuning in results.tunings:
-        setting = {"rolled": True, "tuning": tuning}
-        if not results.designs(**setting):
-            continue
-        parts += [f"After {tuning:,} steps of instruction tuning:\n", categories(results, "test", exchanged=True, **setting)]
-    return "\n".join([*parts, gains(results, "test", **setting), gains(results, "hard", **setting)] if parts else [table([], [])])
+    """Rolled features, which are learned from in the longest tuning alone."""
+    setting = {"rolled": True, "tuning": results.tunings[-1]}
+    if not results.designs(**setting):
+        return table([], [])
+    parts = [
+        f"After {results.tunings[-1]:,} steps of instruction tuning:\n", categories(results, "test", exchanged=True, **setting),
+        gains(results, "test", **setting), gains(results, "hard", **setting),
+    ]  # fmt: skip
+    return "\n".join(parts)
 
 
 def quick(results: Results) -> str:
