@@ -121,14 +121,13 @@ def render(scene: Scene) -> np.ndarray:
     canvas = np.full((SIDE * OVERSAMPLING, SIDE * OVERSAMPLING, 3), shade, dtype=np.float64)
     for _ in range(scene.clutter):
         _draw_clutter(canvas, noise, shade)
-    y, x = (np.indices(canvas.shape[:2]) + 0.5) / OVERSAMPLING
+    centres = (np.arange(SIDE * OVERSAMPLING) + 0.5) / OVERSAMPLING
     for each in scene.things:
-        reach = [slice((c - each.radius - 1) * OVERSAMPLING, (c + each.radius + 2) * OVERSAMPLING) for c in (each.y, each.x)]
-        inside = covers(
-            each.shape, (x[reach[0], reach[1]] - each.x - 0.5) / each.radius, (y[reach[0], reach[1]] - each.y - 0.5) / each.radius
-        )
-        canvas[reach[0], reach[1]][inside] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
-    small = canvas.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING, 3).mean(axis=(1, 3))
+        rows, columns = (slice((c - each.radius - 1) * OVERSAMPLING, (c + each.radius + 2) * OVERSAMPLING) for c in (each.y, each.x))
+        y, x = (centres[rows, None] - each.y - 0.5) / each.radius, (centres[columns] - each.x - 0.5) / each.radius
+        canvas[rows, columns][covers(each.shape, x, y)] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
+    small = sum(canvas[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in np.ndindex(OVERSAMPLING, OVERSAMPLING))
+    small = small / OVERSAMPLING**2
     return (small + noise.normal(0, 6, small.shape)).clip(0, 255).round().astype(np.uint8)
 
 
