@@ -1,6 +1,6 @@
 """Do spatial tokens help? The whole comparison in one command, which can be stopped and started again.
 
-python benchmarks/spatial_vqa/run.py --quick     the main designs; some 25 minutes on 2 cores
+python benchmarks/spatial_vqa/run.py --quick     four of the main designs; 18 minutes on 2 cores
 python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on fewer scenes; hours
 
 What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json`

@@ -123,7 +123,8 @@ def render(scene: Scene) -> np.ndarray:
         _draw_clutter(canvas, noise, shade)
     centres = (np.arange(SIDE * OVERSAMPLING) + 0.5) / OVERSAMPLING
     for each in scene.things:
-        rows, columns = (slice((c - each.radius - 1) * OVERSAMPLING, (c + each.radius + 2) * OVERSAMPLING) for c in (each.y, each.x))
+        reach = each.radius + 1
+        rows, columns = (slice((c - reach) * OVERSAMPLING, (c + reach + 1) * OVERSAMPLING) for c in (each.y, each.x))
         y, x = (centres[rows, None] - each.y - 0.5) / each.radius, (centres[columns] - each.x - 0.5) / each.radius
         canvas[rows, columns][covers(each.shape, x, y)] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
     small = sum(canvas[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in np.ndindex(OVERSAMPLING, OVERSAMPLING))
