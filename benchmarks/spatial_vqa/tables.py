@@ -1,7 +1,7 @@
 """The page's tables, from the committed results: none is typed by hand. benchmarks/figures.py writes them."""
 
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, LEARNED, MAIN, MLP
@@ -279,15 +279,18 @@ def longer(results: Results) -> str:
 
 
 def trials(results: Results) -> str:
-    """Accuracy on validation at the end of each seed, by the scale of the projector's learning rates."""
-    found: dict[str, dict[float, list[str]]] = {}
+    """Accuracy on validation at the end, each seed's and their mean, by the scale of the projector's learning rates."""
+    found: dict[str, dict[float, list[float]]] = {}
     for run in sorted(results.told["runs"], key=lambda run: run["seed"]):
         if not run["rolled"] and run["schedule"] == results.usual:
-            share = f"{accuracy(run['curve'][-1]['validation']):.0f}"
+            share = accuracy(run["curve"][-1]["validation"])
             found.setdefault(run["design"], {}).setdefault(run["scale"], []).append(share)
     scales = sorted({scale for each in found.values() for scale in each}, reverse=True)
-    rows = [[name, *(", ".join(each.get(scale, [])) for scale in scales)] for name, each in found.items() if len(each) > 1]
-    return table(["validation, %, each seed", *(f"x {scale:g}" for scale in scales)], rows)
+    rows = [
+        [name, *(f"{', '.join(f'{one:.0f}' for one in each[scale])}: {mean(each[scale]):.1f}" for scale in scales)]
+        for name, each in found.items() if len(each) == len(scales) > 1
+    ]  # fmt: skip
+    return table(["validation, %, each seed: mean", *(f"x {scale:g}" for scale in scales)], rows)
 
 
 def table(columns: list[str], rows: list[Any]) -> str:
