@@ -139,7 +139,7 @@ def _accuracies(
     for name in designs:
         runs = list(results.runs(name, **setting).values())
         rows.append([name, *(str(results.estimate(name, split, each, **setting)) for each in columns)])
-        if exchanged and "spatial" in runs[0]["strangers"]:
+        if exchanged and exchangeable(name, runs):
             left = (estimate([accuracy(run["strangers"]["spatial"], each) for run in runs]) for each in columns)
             rows.append(["… with another picture's spatial tokens", *map(str, left)])
     rows.append(["the language model, told in words", *(f"{accuracy(words, each):.1f}" for each in columns)])
@@ -242,10 +242,15 @@ def strangers(results: Results) -> str:
         setting = {"rolled": rolled, "tuning": tuning}
         for name in results.designs(**setting):
             runs = list(results.runs(name, **setting).values())
-            if "spatial" in runs[0]["strangers"] and name != LEARNED.name:  # whose tokens are the same for all
+            if exchangeable(name, runs):
                 cells = (estimate([accuracy(run["strangers"][kind]) for run in runs]) for kind in ("spatial", "patch"))
                 rows.append([name, "rolled" * rolled, tuning, results.estimate(name, "test", **setting), *cells])
     return table(["test, %", "features", "steps", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)
+
+
+def exchangeable(name: str, runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a design has spatial tokens that are a picture's own: learned ones are the same for all."""
+    return "spatial" in runs[0]["strangers"] and name != LEARNED.name
 
 
 def fewer(results: Results) -> str:
