@@ -65,15 +65,17 @@ def main(arguments: list[str]) -> None:
         carry_out(options.plan, work, options.workers, began + 60 * options.minutes)
     finally:
         found = None
-        if (work / tasks.LANGUAGE_MODEL).exists():
+        if any(job.name in runs_in(work) for job in options.plan.jobs):
             found = collect(options.plan, work)
             if fresh:
                 found |= {"minutes": (time.monotonic() - began) / 60, "workers": options.workers}  # that all of it took
             write_text(work / "results.json", json.dumps(found))
-    if found and found["runs"]:
-        Console().print(Markdown(tables.summary(Results(found))))
-        print(tables.caution(Results(found)))
-    print(f"{len(found['runs']) if found else 0} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
+    if found is None:
+        print(f"0 of {len(options.plan.jobs)} runs are done")
+        return
+    Console().print(Markdown(tables.summary(Results(found))))
+    print(tables.caution(Results(found)))
+    print(f"{len(found['runs'])} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
 
 
 def claim(work: Path, plan: Plan) -> None:

@@ -99,6 +99,16 @@ def test_what_was_found_is_shown_at_the_end(work, monkeypatch, capsys):
     assert "minutes" not in told  # the first command was another
 
 
+def test_a_stop_before_the_encoder_is_there_is_no_error(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT)))
+    (tmp_path / "quick").mkdir()
+    for path in work[0].glob("language_model.*"):
+        shutil.copy(path, tmp_path / "quick")
+    run.main(["--quick", "--work", str(tmp_path), "--minutes", "0"])
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 runs are done"
+    assert not (tmp_path / "quick" / "results.json").exists()
+
+
 def test_another_encoder_is_refused(work, monkeypatch):
     monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT), steps=3))
     with pytest.raises(SpatialTokensError, match="another plan"):
