@@ -1,6 +1,7 @@
 """The page's tables, from the committed results: none is typed by hand. benchmarks/figures.py writes them."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from statistics import mean, median
 from typing import Any
 
@@ -35,13 +36,14 @@ def page() -> str:
     results = committed("full")
     parts = [
         setting(results),
+        "### The main designs in each setting\n", overview(results),
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         gains(results, "test"), gains(results, "hard"),
         "### By kind of question\n", kinds(results, "test"), kinds(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
-        "### Where features tell wrong places\n", patches(results), unplaced(results),
-        "### With longer tuning\n", longer(results),
+        "### With longer tuning\n", longer(results, rolled=False),
+        "### Where features tell wrong places\n", patches(results), longer(results, rolled=True),
         "### With another picture's tokens\n", strangers(results),
         "### On fewer scenes\n", fewer(results),
         "### Learning rates\n", trials(results),
@@ -86,6 +88,32 @@ def caution(results: Results) -> str:
         f"± is half of the 95 % interval over seeds. The draw of the questions alone moves a design by ± {drawn:.1f} points; "
         "one seed says nothing of how far seeds lie apart: docs/evidence.md."
     )
+
+
+def overview(results: Results) -> str:
+    """The main designs in each setting: their mean accuracy, and that of position, which only places can tell."""
+    rows = []
+    for rolled, tuning, name in product((False, True), results.tunings, (each.name for each in MAIN)):
+        setting: dict[str, Any] = {"rolled": rolled, "tuning": tuning}
+        if runs := results.runs(name, **setting):
+            row: list[Any] = ["rolled" if rolled else "plain", tuning, name, len(runs)]
+            for split, category in ((SPLITS[0], "position"), *((split, ALL) for split in SPLITS)):
+                gain = "" if name == MLP.name else told_gain(results.gain(name, split, category, **setting))
+                row += [results.estimate(name, split, category, **setting), gain]
+            rows.append(row)
+    columns = [
+        "features",
+        "steps",
+        "design",
+        "seeds",
+        "position",
+        "over the MLP",
+        "mean",
+        "over the MLP",
+        "hard, mean",
+        "over the MLP",
+    ]
+    return table(columns, rows)
 
 
 def comparison(results: Results) -> str:
@@ -156,9 +184,9 @@ def gains(results: Results, split: str, **setting: Any) -> str:
     return table([f"over the MLP, {split}", *CATEGORIES, "mean"], rows)
 
 
-def unplaced(results: Results) -> str:
-    """Rolled features, which are learned from in the longest tuning alone."""
-    setting = {"rolled": True, "tuning": results.tunings[-1]}
+def longer(results: Results, *, rolled: bool) -> str:
+    """The longest tuning, by category: rolled features are learned from in that alone."""
+    setting = {"rolled": rolled, "tuning": results.tunings[-1]}
     if not results.designs(**setting):
         return table([], [])
     parts = [
@@ -244,7 +272,7 @@ def strangers(results: Results) -> str:
             runs = list(results.runs(name, **setting).values())
             if exchangeable(name, runs):
                 cells = (estimate([accuracy(run["strangers"][kind]) for run in runs]) for kind in ("spatial", "patch"))
-                rows.append([name, "rolled" * rolled, tuning, results.estimate(name, "test", **setting), *cells])
+                rows.append([name, "rolled" if rolled else "plain", tuning, results.estimate(name, "test", **setting), *cells])
     return table(["test, %", "features", "steps", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)
 
 
@@ -264,23 +292,6 @@ def fewer(results: Results) -> str:
         for count in counts for name in results.designs(scenes=counts[0]) if results.runs(name, scenes=count)
     ]  # fmt: skip
     return table(["design", "training scenes", "test, %", "over the MLP", "hard, %", "over the MLP"], rows)
-
-
-def longer(results: Results) -> str:
-    """More steps of instruction tuning."""
-    rows = []
-    for rolled in (False, True):
-        for name in results.designs(rolled=rolled, tuning=results.tunings[-1]):
-            for tuning in results.tunings:
-                setting = {"rolled": rolled, "tuning": tuning}
-                if not results.runs(name, **setting):
-                    continue
-                row: list[Any] = [name, "rolled" * rolled, tuning, len(results.runs(name, **setting))]
-                for split in SPLITS:
-                    row += [results.estimate(name, split, **setting), told_gain(results.gain(name, split, **setting))]
-                rows.append(row if name != MLP.name else [*row[:5], "", row[6], ""])
-    columns = ["design", "features", "steps", "seeds", "test, %", "over the MLP", "hard, %", "over the MLP"]
-    return table(columns, rows if len(results.tunings) > 1 else [])
 
 
 def trials(results: Results) -> str:
