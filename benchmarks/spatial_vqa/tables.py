@@ -11,6 +11,7 @@ from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import Results, committed
 
 SPLITS = ("test", "hard")
+OVER = "over the MLP"
 
 PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5; table 5's cropping row is table 8's, with DFI
     "SFE cropping": ("+1.2", "", "3"),
@@ -78,7 +79,7 @@ def summary(results: Results) -> str:
         for split in SPLITS:
             row += [str(results.estimate(name, split)).removesuffix(ONE), told_gain(results.gain(name, split)).removesuffix(ONE)]
         rows.append(row if name != MLP.name else [*row[:3], "", row[4], ""])
-    return table(["design", "seeds", "test, %", "over the MLP", "hard, %", "over the MLP"], rows)
+    return table(["design", "seeds", "test, %", OVER, "hard, %", OVER], rows)
 
 
 def caution(results: Results) -> str:
@@ -101,18 +102,7 @@ def overview(results: Results) -> str:
                 gain = "" if name == MLP.name else told_gain(results.gain(name, split, category, **setting))
                 row += [results.estimate(name, split, category, **setting), gain]
             rows.append(row)
-    columns = [
-        "features",
-        "steps",
-        "design",
-        "seeds",
-        "position",
-        "over the MLP",
-        "mean",
-        "over the MLP",
-        "hard, mean",
-        "over the MLP",
-    ]
+    columns = ["features", "steps", "design", "seeds", "position", OVER, "mean", OVER, "hard, mean", OVER]
     return table(columns, rows)
 
 
@@ -127,17 +117,7 @@ def comparison(results: Results) -> str:
         for split in SPLITS:
             row += [str(results.estimate(name, split)), "" if name == MLP.name else told_gain(results.gain(name, split))]
         rows.append(row)
-    columns = [
-        "design",
-        "what for",
-        "projector",
-        "seconds",
-        "test of each seed",
-        "test, %",
-        "over the MLP",
-        "hard, %",
-        "over the MLP",
-    ]
+    columns = ["design", "what for", "projector", "seconds", "test of each seed", "test, %", OVER, "hard, %", OVER]
     return table(columns, rows)
 
 
@@ -291,7 +271,7 @@ def fewer(results: Results) -> str:
          "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))))]
         for count in counts for name in results.designs(scenes=counts[0]) if results.runs(name, scenes=count)
     ]  # fmt: skip
-    return table(["design", "training scenes", "test, %", "over the MLP", "hard, %", "over the MLP"], rows)
+    return table(["design", "training scenes", "test, %", OVER, "hard, %", OVER], rows)
 
 
 def trials(results: Results) -> str:
