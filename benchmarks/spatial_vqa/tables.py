@@ -251,9 +251,13 @@ def strangers(results: Results) -> str:
         for name in results.designs(**setting):
             runs = list(results.runs(name, **setting).values())
             if exchangeable(name, runs):
-                cells = (estimate([accuracy(run["strangers"][kind]) for run in runs]) for kind in ("spatial", "patch"))
-                rows.append([name, "rolled" if rolled else "plain", tuning, results.estimate(name, "test", **setting), *cells])
-    return table(["test, %", "features", "steps", "its own tokens", "another's spatial tokens", "another's patch tokens"], rows)
+                spatial, patch = ([accuracy(run["strangers"][kind]) for run in runs] for kind in ("spatial", "patch"))
+                moved = estimate([after - accuracy(run["test"]) for after, run in zip(spatial, runs, strict=True)])
+                own = results.estimate(name, "test", **setting)
+                told = "rolled" if rolled else "plain", tuning
+                rows.append([name, *told, own, estimate(spatial), told_gain(moved), estimate(patch)])
+    columns = ["features", "steps", "its own tokens", "another's spatial tokens", "less its own", "another's patch tokens"]
+    return table(["test, %", *columns], rows)
 
 
 def exchangeable(name: str, runs: Sequence[dict[str, Any]]) -> bool:
