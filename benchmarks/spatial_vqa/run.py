@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
         carry_out(options.plan, work, options.workers, began + 60 * options.minutes)
     finally:
         found = None
-        if any(job.name in runs_in(work) for job in options.plan.jobs):
+        if runs_in(work).keys() & {job.name for job in options.plan.jobs}:
             found = collect(options.plan, work)
             if fresh:
                 found |= {"minutes": (time.monotonic() - began) / 60, "workers": options.workers}  # that all of it took
