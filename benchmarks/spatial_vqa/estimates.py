@@ -64,11 +64,11 @@ def by_questions(counts: dict[str, list[int]]) -> float:
     return 196 * sqrt(variance) / len(CATEGORIES)
 
 
-def chance(asked_for: str = ALL) -> float:
+def chance(split: str, asked_for: str = ALL) -> float:
     """What guessing among a question's answers gives, in percent: of a category or a kind, or the mean over categories."""
     if asked_for == ALL:
-        return mean(chance(each) for each in CATEGORIES)
-    return mean(100 * KINDS[kind].chance for kind in kinds_of(asked_for))
+        return mean(chance(split, each) for each in CATEGORIES)
+    return mean(100 * KINDS[kind].chance(split) for kind in kinds_of(asked_for))
 
 
 def difference(

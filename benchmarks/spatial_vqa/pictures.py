@@ -34,7 +34,7 @@ def curves(results: Results) -> None:
                 axis.plot(steps, list(zip(*seeds, strict=True)), color=f"C{number}", linewidth=0.6, alpha=0.6)
                 heights = [mean(each) for each in zip(*seeds, strict=True)]
                 axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
-        axis.axhline(chance(), color="grey", linewidth=1, linestyle=":")
+        axis.axhline(chance("validation"), color="grey", linewidth=1, linestyle=":")
         axis.set(title=f"{'rolled' if rolled else 'plain'} features, {tuning:,} steps", ylim=(30, 100))
         axis.set_xlabel("steps of instruction tuning")
     axes[0][0].set_ylabel("validation, % (dotted: chance)")

@@ -41,15 +41,19 @@ class Kind:
         category: What it asks for.
         ask: From things, a source of chance, an answer and a topic, a question that has this answer.
         answers: All that it has.
-        chance: How often who does not look can be right.
         topics: What it may be about, each as likely.
+        ruled_out: How many of its answers a question's words rule out, but in hard scenes.
     """
 
     category: str
     ask: Callable[[Things, Random, str, str], Asked]
     answers: tuple[str, ...]
-    chance: float
     topics: tuple[str, ...] = ("",)
+    ruled_out: int = 0
+
+    def chance(self, split: str) -> float:
+        """How often who does not look can be right."""
+        return 1 / (len(self.answers) - self.ruled_out * (split != "hard"))
 
 
 def sample(random: Random, difficulty: Difficulty) -> tuple[Scene, list[Question]]:
@@ -155,14 +159,14 @@ def counts(things: Things, topic: str) -> list[tuple[str, str]]:
 
 
 KINDS = {
-    "side": Kind("relation", _side, YES_NO, 1 / 2, tuple(SIDES)),
-    "nearer": Kind("relation", _nearer, YES_NO, 1 / 2),
-    "quadrant": Kind("position", _quadrant, QUADRANTS, 1 / 4),
-    "third": Kind("position", _third, THIRDS, 1 / 3),
-    "how many": Kind("counting", _how_many, COUNTS, 1 / 4, ("color", "shape")),
-    "size": Kind("size", _size, YES_NO, 1 / 2),
-    "exists": Kind("attribute", _exists, YES_NO, 1 / 2, ("seen", "unseen")),
-    "color": Kind("attribute", _color, tuple(COLORS), 1 / (len(COLORS) - 1)),  # no thing has the color that its shape never has
+    "side": Kind("relation", _side, YES_NO, tuple(SIDES)),
+    "nearer": Kind("relation", _nearer, YES_NO),
+    "quadrant": Kind("position", _quadrant, QUADRANTS),
+    "third": Kind("position", _third, THIRDS),
+    "how many": Kind("counting", _how_many, COUNTS, ("color", "shape")),
+    "size": Kind("size", _size, YES_NO),
+    "exists": Kind("attribute", _exists, YES_NO, ("seen", "unseen")),
+    "color": Kind("attribute", _color, tuple(COLORS), ruled_out=1),  # the color that its shape has in hard scenes alone
 }
 
 

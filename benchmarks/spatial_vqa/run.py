@@ -15,7 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -58,6 +60,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise SpatialTokensError(f"--workers must be at least 1, got {options.workers}")
+    if not options.minutes >= 0:
+        raise SpatialTokensError(f"--minutes must not be negative, got {options.minutes}")
     work = make_directory(options.work / options.plan.name)
     fresh, began = not any(work.iterdir()), time.monotonic()
     claim(work, options.plan)
@@ -93,8 +97,14 @@ def claim(work: Path, plan: Plan) -> None:
 
 
 def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
-    """Does what is not done yet, in the plan's order."""
+    """Does what is not done yet, in the plan's order.
+
+    Raises:
+        SpatialTokensError: If a run that is done is damaged, before others begin; or if a process was killed.
+    """
     make_directory(work / "runs")
+    for path in runs_in(work).values():
+        read(path)
     # glibc then keeps memory for the next step, which is a sixth of a step's time.
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ.setdefault(name, str(2**30))
@@ -110,12 +120,17 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
             [(tasks.carry_out, (job, work)) for job in todo],
         ]
         for step in steps:
-            follow(pool, workers, step, queue, progress, until)
+            try:
+                follow(pool, workers, step, queue, progress, until)
+            except BrokenProcessPool as error:
+                raise SpatialTokensError(
+                    "a process was killed, as happens where memory runs out; the same command goes on: give fewer --workers"
+                ) from error
             progress.update(overall, completed=len(runs_in(work)))
 
 
 def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any, progress: Progress, until: float) -> None:
-    """Runs tasks, as many at once as there are workers, and shows how far they are."""
+    """Runs tasks, as many at once as there are workers, and shows how far they are: in bars, or in lines where no terminal is."""
     left, running, bars = iter(todo), set[Future[None]](), dict[str, Any]()
     while True:
         while len(running) < workers and time.monotonic() < until and (task := next(left, None)) is not None:
@@ -124,6 +139,8 @@ def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any
             return
         done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
         for name, steps, total in told(queue):
+            if not progress.console.is_terminal and (name not in bars or steps == total):
+                print(f"{datetime.now():%H:%M} {name}: {steps} of {total}", flush=True)
             if name not in bars:
                 bars[name] = progress.add_task(name, total=total)
             progress.update(bars[name], completed=steps, visible=steps < total)

@@ -143,7 +143,7 @@ def _accuracies(
 ) -> str:
     """Accuracies beside chance and what the language model answers from words."""
     words = results.told["pretrained"]["from_words"][split]
-    rows = [["chance", *(f"{chance(each):.1f}" for each in columns)]]
+    rows = [["chance", *(f"{chance(split, each):.1f}" for each in columns)]]
     for name in designs:
         runs = list(results.runs(name, **setting).values())
         rows.append([name, *(str(results.estimate(name, split, each, **setting)) for each in columns)])

@@ -58,7 +58,7 @@ def make_language_model(plan: Plan, work: Path) -> None:
 
 
 def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.Module], plan: encoder.Pretraining) -> None:
-    if path.exists():
+    if path.exists() and path.with_suffix(".json").exists():
         return
     right: list[float] = []
     started = time.perf_counter()

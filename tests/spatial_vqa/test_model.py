@@ -11,7 +11,7 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.spatial_vqa import encoder, language_model, probes, training
+from benchmarks.spatial_vqa import attention, encoder, language_model, probes, training
 from benchmarks.spatial_vqa.designs import CROPPING, DEEP, DESIGNS, DETAIL, LEARNED, MLP, POOLING, install
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE, inputs_of, lay_out, read, text_of
 from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
@@ -180,6 +180,20 @@ def test_a_design_gives_its_tokens(llava, design, found):
         assert attention.shape == (2, 6, side * side)
 
 
+@pytest.mark.parametrize(
+    "design", [each for each in DESIGNS.values() if {"cropping", "pooling"} & set(each.name.split())], ids=lambda each: each.name
+)
+def test_pooling_sees_the_border_with_its_smallest_kernel_and_cropping_does_not(llava, design):
+    model = llava()
+    install(design, model)
+    model.eval()
+    patches = torch.randn(1, GRID * GRID, 128)
+    moved = patches.clone()
+    moved[:, 0] += 1
+    first, again = (model.spatial_tokens.extractor(each)[:, 0] for each in (patches, moved))
+    assert torch.equal(first, again) == ("cropping" in design.name.split())
+
+
 def test_learned_tokens_do_not_look_and_a_blind_model_sees_nothing(llava):
     model = llava()
     install(LEARNED, model)
@@ -245,6 +259,46 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(llava, vit):
     assert [each["loss"] for each in one[0]["curve"]] != [each["loss"] for each in other[0]["curve"]]
     assert [each["step"] for each in one[0]["curve"]] == [1, 2]
     assert one[0]["strangers"].keys() == {"patch", "spatial"}
+
+
+def test_a_seed_gives_every_design_the_same_scenes_in_the_same_order(llava, vit, monkeypatch):
+    seen, loss_of, told = material(vit), training.loss_of, []
+
+    def recorded(*arguments):
+        told[-1].append(arguments[4:])
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(training, "loss_of", recorded)
+    for design in (MLP, CROPPING, POOLING):
+        told.append([])
+        training.run(design, 0, llava, seen, Schedule(5, (1, 2), curve=1))
+    assert told[0] == told[1] == told[2]
+    assert [texts is seen["train"].captions for texts, _ in told[0]] == [True, False, False]
+    assert all(texts is seen["train"].questions for texts, _ in told[0][1:])
+    assert {scene for _, chosen in told[0] for scene in chosen} == set(range(5))  # of 8: as many as the schedule says
+
+
+def test_another_rate_is_the_projectors_alone(llava, vit, monkeypatch):
+    rates, schedule = [], training.schedule
+
+    def recorded(optimizer, *arguments):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return schedule(optimizer, *arguments)
+
+    monkeypatch.setattr(training, "schedule", recorded)
+    training.run(MLP, 0, llava, material(vit), Schedule(8, (1, 1), curve=1), scale=0.25)
+    projector, lora = STAGES[1].projector_learning_rate, STAGES[1].lora.learning_rate
+    assert set(rates[0]) == {STAGES[0].projector_learning_rate / 4}
+    assert set(rates[1]) == {projector / 4, lora}
+
+
+def test_noise_is_looked_at_as_scenes_are(llava, vit, found):
+    model = llava().eval()
+    install(DETAIL[0], model)
+    scenes = encoder.features_of(vit, encoder.as_pixels(torch.from_numpy(pictures(found))))
+    noise = encoder.features_of(vit, attention.noise_pixels(attention.PICTURES))
+    looked = attention.look(model, scenes)
+    assert looked["noise"] == attention.look(model, noise)["scenes"] != looked["scenes"]
 
 
 def test_a_run_trains_the_projector_and_lora_and_nothing_else(llava, vit):

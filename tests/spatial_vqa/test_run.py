@@ -1,15 +1,17 @@
 """The command: it goes on where it stopped, and its tables say what its runs say."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from math import sqrt
+from math import gamma, pi, sqrt
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("torch", minversion="2.9")  # Muon
 pytest.importorskip("timm")
@@ -17,15 +19,17 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
 
-from benchmarks.spatial_vqa import run, tables
-from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP
-from benchmarks.spatial_vqa.estimates import accuracy, by_questions, chance, difference, estimate
+from benchmarks.spatial_vqa import run, tables, tasks
+from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP, POOLING
+from benchmarks.spatial_vqa.estimates import STUDENT, accuracy, by_questions, chance, difference, estimate
 from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
 from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import Results, committed
+from benchmarks.spatial_vqa.splits import examples
 from benchmarks.spatial_vqa.training import Schedule
 from spatial_tokens import SpatialTokensError
+from spatial_tokens.storage.files import read_tensors
 
 SHORT = Schedule(scenes=8, steps=(1, 2), curve=2)
 
@@ -130,6 +134,48 @@ def test_a_damaged_run_is_named(work, tmp_path):
     plan = tiny(Job(MLP.name, 0, SHORT), Job(DETAIL[0].name, 1, SHORT, 0.25, rolled=True))
     with pytest.raises(SpatialTokensError, match=rf"{re.escape(str(damaged))} is damaged .*delete it"):
         run.collect(plan, folder)
+    with pytest.raises(SpatialTokensError, match="is damaged"):  # before other runs begin
+        run.carry_out(tiny(Job(MLP.name, 7, SHORT)), folder, workers=1, until=float("inf"))
+    assert not list((folder / "runs").glob("MLP*_7.json"))
+
+
+def test_figures_that_were_deleted_are_made_again(work, tmp_path):
+    folder = shutil.copytree(work[0], tmp_path / "quick")
+    (folder / "language_model.json").unlink()
+    tasks.make_language_model(tiny(), folder)
+    assert json.loads((folder / "language_model.json").read_text()).keys() == {"seconds", "right"}
+    assert (folder / "language_model.safetensors").read_bytes() == (work[0] / "language_model.safetensors").read_bytes()
+
+
+def killed(*_):
+    os._exit(1)
+
+
+def test_a_killed_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "make_language_model", killed)
+    with pytest.raises(SpatialTokensError, match=r"was killed.*fewer --workers"):
+        run.carry_out(tiny(), tmp_path, workers=1, until=float("inf"))
+
+
+def test_without_a_terminal_progress_is_lines(work, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(work[0], tmp_path / "quick")
+    job = Job(MLP.name, 7, SHORT)
+    run.carry_out(tiny(job), folder, workers=1, until=float("inf"))
+    told = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines() if job.name in line and line[2] == ":"]
+    assert told == [f"{job.name}: 1 of 3", f"{job.name}: 3 of 3"]
+
+
+def test_features_and_rolled_ones_are_kept_apart(work):
+    kept = {rolled: tasks.load_material(work[0], rolled) for rolled in (False, True)}
+    for rolled, name in ((False, "features"), (True, "rolled_features")):
+        for split, tensor in read_tensors(work[0] / f"{name}.safetensors").items():
+            assert torch.equal(kept[rolled][split].features, tensor)
+    assert not torch.equal(kept[False]["test"].features, kept[True]["test"].features)
+
+
+def test_pretraining_has_scenes_of_its_own():
+    asked = [each.scene for split in run.SPLITS for each in examples(split, 20)]
+    assert not any(each.scene in asked for split in ("train", "told") for each in examples(split, 20, tasks.PRETRAINING_SEED))
 
 
 @pytest.mark.parametrize("missing", ["timm", "rich"])
@@ -141,9 +187,11 @@ def test_a_missing_extra_is_named(missing):
     assert "Traceback" not in ended.stderr
 
 
-def test_no_workers_are_refused(tmp_path):
-    with pytest.raises(SpatialTokensError, match="at least 1, got 0"):
-        run.main(["--quick", "--workers", "0", "--work", str(tmp_path)])
+@pytest.mark.parametrize(("words", "said"), [("--workers 0", "at least 1, got 0"), ("--minutes nan", "not be negative, got nan")])
+def test_what_makes_no_sense_is_refused(words, said, tmp_path):
+    with pytest.raises(SpatialTokensError, match=said):
+        run.main(["--quick", *words.split(), "--work", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_plans_are_what_the_comparison_asks_for():
@@ -167,6 +215,12 @@ def test_intervals_are_students():
     assert estimate([1.0, 1.1, 0.9]).is_sure
     assert not estimate([5.0]).is_sure
     assert estimate([5.0]).half == float("inf")
+    for freedom, point in enumerate(STUDENT, 1):
+        t = np.linspace(0, point, 100_001)
+        density = (
+            gamma((freedom + 1) / 2) / (sqrt(freedom * pi) * gamma(freedom / 2)) * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+        )
+        assert np.trapezoid(density, t) == pytest.approx(0.475, abs=2e-5)
 
 
 def test_the_draw_of_questions_moves_a_mean_as_far_as_it_is_said_to():
@@ -203,12 +257,26 @@ def test_differences_are_seed_by_seed():
     assert difference(ours, {7: theirs[0]}, "test") is None
 
 
+def test_a_gain_is_of_the_split_and_over_what_it_is_asked_for():
+    schedule = {"scenes": 8, "steps": [2, 4]}
+    right = {MLP.name: (50, 40), CROPPING.name: (53, 45), POOLING.name: (60, 41)}
+    runs = [
+        {"design": name, "seed": 0, "schedule": schedule, "rolled": False, "scale": 1.0, "test": counts(test), "hard": counts(hard)}
+        for name, (test, hard) in right.items()
+    ]
+    results = Results({"runs": runs})
+    assert [results.gain(CROPPING.name, split).mean for split in ("test", "hard")] == [3, 5]
+    assert [results.gain(POOLING.name, split, over=CROPPING.name).mean for split in ("test", "hard")] == [7, -4]
+
+
 def test_accuracy_and_chance():
     assert accuracy({**counts(50), "size": [100, 100]}) == 60
     assert accuracy({**counts(50), "third": [100, 100]}, "position") == 75
     assert accuracy(counts(50), "size") == 50
-    assert chance("position") == pytest.approx(100 * mean([1 / 4, 1 / 3]))
-    assert chance("attribute") == pytest.approx(100 * mean([1 / 2, 1 / 5]))
+    assert chance("hard", "position") == pytest.approx(100 * mean([1 / 4, 1 / 3]))
+    assert chance("test", "attribute") == pytest.approx(100 * mean([1 / 2, 1 / 5]))
+    assert chance("hard", "attribute") == pytest.approx(100 * mean([1 / 2, 1 / 6]))
+    assert chance("hard") == pytest.approx(mean([50, 700 / 24, 25, 50, 100 / 3]))
 
 
 def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, monkeypatch):
