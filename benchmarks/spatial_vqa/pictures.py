@@ -9,7 +9,7 @@ from matplotlib import pyplot
 from benchmarks.spatial_vqa.attention import PICTURES, noise_pixels
 from benchmarks.spatial_vqa.designs import BLIND, DETAIL, MAIN
 from benchmarks.spatial_vqa.estimates import ALL, accuracy, chance
-from benchmarks.spatial_vqa.results import Results, committed
+from benchmarks.spatial_vqa.results import Results, committed, told_features
 from benchmarks.spatial_vqa.splits import example, pictures
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -38,12 +38,9 @@ def curves(results: Results) -> None:
                 heights = [mean(each) for each in zip(*seeds, strict=True)]
                 axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
         axis.axhline(chance("validation", asked_for), color="grey", linewidth=1, linestyle=":")
-        axis.set(
-            title=f"{'rolled' if rolled else 'plain'} features, {tuning:,} steps{'' if asked_for == ALL else f': {asked_for}'}"
-        )
-        axis.set_xlabel("steps of instruction tuning")
-    axes[0][0].set(ylim=(20, 100))
-    axes[0][0].set_ylabel("validation, % (dotted: chance)")
+        what = "" if asked_for == ALL else f": {asked_for}"
+        axis.set(title=f"{told_features(rolled)} features, {tuning:,} steps{what}", xlabel="steps of instruction tuning")
+    axes[0][0].set(ylim=(20, 100), ylabel="validation, % (dotted: chance)")
     axes[0][0].legend(fontsize=7, loc="center right")
     _save(figure, "spatial-vqa-curves.png")
 

@@ -54,5 +54,10 @@ class Results:
         return difference(self.runs(design, **setting), self.runs(over, **setting), split, category)
 
 
+def told_features(rolled: bool) -> str:
+    """What a run's features are called."""
+    return "rolled" if rolled else "plain"
+
+
 def _setting(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["design"], run["rolled"], run["schedule"]["scenes"], run["schedule"]["steps"][1], run["scale"]

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, LEARNED, MAIN, MLP
 from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, by_questions, chance, estimate
 from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
-from benchmarks.spatial_vqa.results import Results, committed
+from benchmarks.spatial_vqa.results import Results, committed, told_features
 
 SPLITS = ("test", "hard")
 OVER = "over the MLP"
@@ -97,7 +97,7 @@ def overview(results: Results) -> str:
     for rolled, tuning, name in product((False, True), results.tunings, (each.name for each in MAIN)):
         setting: dict[str, Any] = {"rolled": rolled, "tuning": tuning}
         if runs := results.runs(name, **setting):
-            row: list[Any] = ["rolled" if rolled else "plain", tuning, name, len(runs)]
+            row: list[Any] = [told_features(rolled), tuning, name, len(runs)]
             for split, category in ((SPLITS[0], "position"), *((split, ALL) for split in SPLITS)):
                 gain = "" if name == MLP.name else told_gain(results.gain(name, split, category, **setting))
                 row += [results.estimate(name, split, category, **setting), gain]
@@ -254,7 +254,7 @@ def strangers(results: Results) -> str:
                 spatial, patch = ([accuracy(run["strangers"][kind]) for run in runs] for kind in ("spatial", "patch"))
                 moved = estimate([after - accuracy(run["test"]) for after, run in zip(spatial, runs, strict=True)])
                 own = results.estimate(name, "test", **setting)
-                told = "rolled" if rolled else "plain", tuning
+                told = told_features(rolled), tuning
                 rows.append([name, *told, own, estimate(spatial), told_gain(moved), estimate(patch)])
     columns = ["features", "steps", "its own tokens", "another's spatial tokens", "less its own", "another's patch tokens"]
     return table(["test, %", *columns], rows)
