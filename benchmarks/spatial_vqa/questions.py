@@ -42,7 +42,7 @@ class Kind:
         ask: From things, a source of chance, an answer and a topic, a question that has this answer.
         answers: All that it has.
         topics: What it may be about, each as likely.
-        ruled_out: How many of its answers a question's words rule out, but in hard scenes.
+        ruled_out: How many of its answers a question's words rule out where no pair is unseen: in all scenes but hard ones.
     """
 
     category: str
