@@ -82,13 +82,16 @@ DETAIL = tuple(
     for kernel in reversed(DETAIL_KERNELS)
     for variant in ("cropping", "pooling")
 )
+WHOLE_MAP = Design("1 token", "table 4", {"kernel_sizes": (12,)})
+SLIDING = Design("sliding window, 6 tokens", "table 5", {}, _sliding_windows)
 TOKENS = (
-    Design("1 token", "table 4", {"kernel_sizes": (12,)}),
+    WHOLE_MAP,
     Design("3 tokens, cropping", "table 4", {"kernel_sizes": (4, 8, 12)}),
     Design("3 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": (4, 8, 12)}),
     Design("12 tokens, pooling", "table 4", {"variant": "pooling", "kernel_sizes": tuple(range(1, 13))}),
-    Design("sliding window, 6 tokens", "table 5", {}, _sliding_windows),
+    SLIDING,
 )
+WITHOUT_A_PYRAMID = (WHOLE_MAP, SLIDING)
 TRANSFORMERS = (
     Design("transformer blocks, cropping", "table 3 (T)", {}, _transformers("cropping"), _transformer_head),
     Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),

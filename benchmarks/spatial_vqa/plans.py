@@ -83,6 +83,7 @@ PLANS = {
             *_jobs(REST, range(3), LONG),
             *_jobs(designs.TRANSFORMERS, range(3), LONG),
             *_jobs(THREE, range(3), FEW),
+            *_jobs(designs.WITHOUT_A_PYRAMID, range(3), LONGER, rolled=True),
             *_jobs(THREE, range(3, 5), LONGER, rolled=True),
             *_jobs(designs.MAIN, range(3, 5), LONG),
         ),
