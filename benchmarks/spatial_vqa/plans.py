@@ -86,6 +86,7 @@ PLANS = {
             *_jobs(designs.WITHOUT_A_PYRAMID, range(3), LONGER, rolled=True),
             *_jobs(THREE, range(3, 5), LONGER, rolled=True),
             *_jobs(designs.MAIN, range(3, 5), LONG),
+            *_jobs((designs.MLP, designs.LEARNED, designs.POOLING), range(3, 4), LONGER),  # the last two learned little in LONG
         ),
     ),
 }  # fmt: skip
