@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib import pyplot
 
 from benchmarks.spatial_vqa.attention import PICTURES, noise_pixels
-from benchmarks.spatial_vqa.designs import BLIND, DETAIL, MAIN
+from benchmarks.spatial_vqa.designs import BLIND, DETAIL, MAIN, WITHOUT_A_PYRAMID
 from benchmarks.spatial_vqa.estimates import ALL, accuracy, chance
 from benchmarks.spatial_vqa.results import Results, committed, told_features
 from benchmarks.spatial_vqa.splits import example, pictures
@@ -27,9 +27,11 @@ def curves(results: Results) -> None:
     settings = [(rolled, tuning) for tuning in results.tunings for rolled in (False, True)]
     settings = [(rolled, tuning) for rolled, tuning in settings if results.designs(rolled=rolled, tuning=tuning)]
     panels = [(*each, asked_for) for each in settings for asked_for in ((ALL, "position") if each[0] else (ALL,))]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(0.4 + 4 * len(panels), 3.6), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(0.4 + 4 * len(panels), 3.9), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (rolled, tuning, asked_for) in zip(axes.flat, panels, strict=True):
-        for number, name in enumerate(each.name for each in (*MAIN, BLIND)):
+        for number, name in enumerate(each.name for each in (*MAIN, BLIND, *WITHOUT_A_PYRAMID)):
             runs = list(results.runs(name, rolled=rolled, tuning=tuning).values())
             if runs:
                 steps = [each["step"] for each in runs[0]["curve"]]
@@ -41,7 +43,7 @@ def curves(results: Results) -> None:
         what = "" if asked_for == ALL else f": {asked_for}"
         axis.set(title=f"{told_features(rolled)} features, {tuning:,} steps{what}", xlabel="steps of instruction tuning")
     axes[0][0].set(ylim=(20, 100), ylabel="validation, % (dotted: chance)")
-    axes[0][0].legend(fontsize=7, loc="center right")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=9)
     _save(figure, "spatial-vqa-curves.png")
 
 
@@ -56,7 +58,7 @@ def attention_maps(results: Results) -> None:
     if not chosen:
         return
     pictures_of = {"scenes": pictures([example("test", 0)])[0], "noise": noise_pixels(PICTURES)[0].permute(1, 2, 0) / 2 + 0.5}
-    figure, axes = pyplot.subplots(2 * len(chosen), 7, figsize=(10.5, 3.2 * len(chosen)), squeeze=False)
+    figure, axes = pyplot.subplots(2 * len(chosen), 7, figsize=(10.5, 3.2 * len(chosen)), squeeze=False, layout="constrained")
     for row, (name, kind, run) in enumerate((name, kind, run) for name, run in chosen for kind in ("scenes", "noise")):
         maps = run["attention"][kind]["map"]
         side = round(len(maps[0]) ** 0.5)
@@ -72,5 +74,4 @@ def attention_maps(results: Results) -> None:
 
 
 def _save(figure: Any, name: str) -> None:
-    figure.tight_layout()
     figure.savefig(IMAGES / name, dpi=110, metadata={"Software": None})
