@@ -270,12 +270,14 @@ def fewer(results: Results) -> str:
     counts = sorted({run["schedule"]["scenes"] for run in results.told["runs"]})
     if len(counts) < 2:
         return table([], [])
-    rows = [
-        [name, f"{count:,}", *(cell for split in SPLITS for cell in (str(results.estimate(name, split, scenes=count)),
-         "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))))]
-        for count in counts for name in results.designs(scenes=counts[0]) if results.runs(name, scenes=count)
-    ]  # fmt: skip
-    return table(["design", "training scenes", "test, %", OVER, "hard, %", OVER], rows)
+    rows = []
+    for count, name in product(counts, results.designs(scenes=counts[0])):
+        row = [name, f"{count:,}", len(results.runs(name, scenes=count))]
+        for split in SPLITS:
+            gain = "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))
+            row += [str(results.estimate(name, split, scenes=count)), gain]
+        rows.append(row)
+    return table(["design", "training scenes", "seeds", "test, %", OVER, "hard, %", OVER], rows)
 
 
 def trials(results: Results) -> str:
