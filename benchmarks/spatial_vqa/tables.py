@@ -272,11 +272,12 @@ def fewer(results: Results) -> str:
         return table([], [])
     rows = []
     for count, name in product(counts, results.designs(scenes=counts[0])):
-        row = [name, f"{count:,}", len(results.runs(name, scenes=count))]
-        for split in SPLITS:
-            gain = "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))
-            row += [str(results.estimate(name, split, scenes=count)), gain]
-        rows.append(row)
+        if runs := results.runs(name, scenes=count):
+            row = [name, f"{count:,}", len(runs)]
+            for split in SPLITS:
+                gain = "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))
+                row += [str(results.estimate(name, split, scenes=count)), gain]
+            rows.append(row)
     return table(["design", "training scenes", "seeds", "test, %", OVER, "hard, %", OVER], rows)
 
 
