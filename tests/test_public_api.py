@@ -93,7 +93,7 @@ def test_public_names():
                 "attach",
                 "detach",
                 "from_released",
-                "insert_slots",
+                "insert_placeholders",
                 "llava_from_parts",
                 "load_adapter",
                 "push_to_hub",

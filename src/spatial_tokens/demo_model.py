@@ -10,9 +10,9 @@ import torch
 
 from spatial_tokens import visualize
 from spatial_tokens.adapters.huggingface import attach
-from spatial_tokens.adapters.huggingface.anatomy import dissect
-from spatial_tokens.adapters.huggingface.attach import ATTRIBUTE, attachment_of
-from spatial_tokens.adapters.huggingface.attachment import Resize
+from spatial_tokens.adapters.huggingface.api import ATTRIBUTE, attachment_of
+from spatial_tokens.adapters.huggingface.hooks import Resize
+from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
 from spatial_tokens.demo import read_picture
 
@@ -75,7 +75,7 @@ def run_model_demo(name: str, image: str | None, *, prompt: str, preset: str, se
         model.eval()
         before, logits, _ = _ask(model, processor, picture, prompt, "without")
         narrow: dict[str, Any] = {"spatial_hidden_size": 64} if name == TINY else {}
-        resize: Resize | None = "pool" if dissect(model).grid_size is None else None
+        resize: Resize | None = "pool" if find_parts(model).grid_size is None else None
         model, processor = attach(model, processor, preset, resize=resize, **narrow)
         after, changed, ids = _ask(model, processor, picture, prompt, "with")
         added = sum(parameter.numel() for parameter in model.spatial_tokens.parameters())
@@ -94,7 +94,7 @@ def _ask(model: Any, processor: Any, picture: Image, prompt: str, label: str) ->
     made = model.generate(**inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, pad_token_id=0)
     seconds = time.perf_counter() - start
     ids = inputs["input_ids"][0]
-    image_tokens = int((ids == dissect(model).image_token_id).sum())
+    image_tokens = int((ids == find_parts(model).image_token_id).sum())
     attachment = getattr(model, ATTRIBUTE, None)
     spatial = 0 if attachment is None else int((ids == attachment.token_id).sum())
     num_made = made.shape[1] - len(ids) if made.shape[1] > len(ids) else made.shape[1]

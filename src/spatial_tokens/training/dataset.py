@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from spatial_tokens.adapters.huggingface.processing import placeholder_of, slot_id_of
-from spatial_tokens.adapters.huggingface.slots import ALIGNED
+from spatial_tokens.adapters.huggingface.placeholders import ALIGNED
+from spatial_tokens.adapters.huggingface.processing import placeholder_of, reserved_id_of
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.storage.files import read_text
 from spatial_tokens.training.conversations import BadSampleError, Rendered, Sample, Template, num_words, parse, read_records, render
@@ -156,7 +156,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
                 runs.append([])
             else:
                 runs[-1].append((word, is_learned))
-        slot = slot_id_of(self.processor)
+        slot = reserved_id_of(self.processor)
         places = [place for place, each in enumerate(ids) if each != slot]
         ids, where, at = [ids[place] for place in places], [], 0
         for number, run in enumerate(runs):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spatial_tokens.adapters.huggingface.attach import attachment_of, unwrapped
+from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
 from spatial_tokens.adapters.huggingface.saving import WEIGHTS_NAME, save_adapter, trained_tensors
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from spatial_tokens.storage.files import make_directory, read_tensors, write_tensors
@@ -34,7 +34,7 @@ def prepare(model: Any, stage: Stage) -> Any:
     """
     attachment = attachment_of(model)
     inner = unwrapped(model)
-    path = next(name for name, module in inner.named_modules() if module is attachment.anatomy.tap)
+    path = next(name for name, module in inner.named_modules() if module is attachment.parts.projector)
     if path not in attachment.modules_to_save:
         attachment.modules_to_save.append(path)
     if stage.lora is not None and not _is_peft(model):
@@ -54,7 +54,7 @@ def parts_of(model: Any) -> Parts:
         return Parts(projector)
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in attachment.anatomy.language_model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in attachment.parts.language_model.modules() if isinstance(module, BaseTunerLayer)]
     return Parts(
         projector, [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
     )
@@ -110,7 +110,7 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingExtraError("peft", "train") from error
-    language_model = attachment_of(model).anatomy.language_model
+    language_model = attachment_of(model).parts.language_model
     linear = {id(module) for module in language_model.modules() if isinstance(module, nn.Linear)}
     names = [name for name, module in model.named_modules() if id(module) in linear]
     if not names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL, REFUSED
-from spatial_tokens.adapters.huggingface.features import OF_ANY_SIZE
+from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
 from tests.adapters.huggingface.exceptions import EXCEPTIONS, FAULTS, NOTES
 from tests.adapters.huggingface.tiny import MODELS
 

@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import nn
 from torch.nn import functional
 
-from spatial_tokens.adapters.huggingface import attach, detach, insert_slots, load_adapter, save_adapter
+from spatial_tokens.adapters.huggingface import attach, detach, insert_placeholders, load_adapter, save_adapter
 from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL
 from spatial_tokens.errors import SpatialTokensError
 from tests.adapters.huggingface.exceptions import EXCEPTIONS, FAULTS
@@ -49,7 +49,7 @@ class Case:
         inputs = self.tiny.inputs(rows)
         if not self.attached:
             return inputs
-        return insert_slots(model, inputs, tokens_per_image=self.tiny.tokens_per_image(rows, tiles=tiles))
+        return insert_placeholders(model, inputs, tokens_per_image=self.tiny.tokens_per_image(rows, tiles=tiles))
 
     def pictures(self, *counts: int) -> list[list[Picture]]:
         """Rows with so many pictures each; rows without are left out where a family must always have one."""
@@ -509,4 +509,4 @@ def test_step3p7_with_local_tiles_is_refused():
     local = {"pixel_values_local": inputs["pixel_values"], "num_local_patches": [1]}
     run_forward(case.plain(), {**inputs, **local})
     with pytest.raises(SpatialTokensError, match="but 2 were encoded"):
-        run_forward(model, {**insert_slots(model, inputs, tokens_per_image=32), **local})
+        run_forward(model, {**insert_placeholders(model, inputs, tokens_per_image=32), **local})

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, InfNanRemoveLogitsProcessor, LogitsProcessorList
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface import attach, insert_slots
-from spatial_tokens.adapters.huggingface.attach import attachment_of
-from spatial_tokens.adapters.huggingface.processing import without_slots
+from spatial_tokens.adapters.huggingface import attach, detach, insert_placeholders
+from spatial_tokens.adapters.huggingface.api import attachment_of
+from spatial_tokens.adapters.huggingface.processing import without_placeholders
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 
@@ -89,18 +89,28 @@ def test_every_beam_sees_its_own_image(ready):
     assert not torch.allclose(alone[0][0][finite[0]], alone[1][0][finite[0]], atol=1e-6)
 
 
-def test_the_reserved_token_is_never_made(ready):
-    model, processor, place = ready
-    model = copy.deepcopy(model)
+SAMPLED = GenerationConfig(max_new_tokens=8, do_sample=True, eos_token_id=None, pad_token_id=0, suppress_tokens=[5])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"generation_config": SAMPLED}, {"suppress_tokens": [5]}, {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 4}, {"logits_processor": LogitsProcessorList([InfNanRemoveLogitsProcessor()])},
+    ],
+)  # fmt: skip
+def test_the_reserved_token_is_never_made(options):
+    """A tokenizer's next id may be that of a row that the base has, and its head a column."""
+    base, plain = llava()
+    base.resize_token_embeddings(128, mean_resizing=False)
+    model, processor = attach(base, plain, **FIELDS)
     token = attachment_of(model).token_id
-    with torch.no_grad():
-        model.get_output_embeddings().weight[token] = 100 * model.get_output_embeddings().weight.mean(0)
-        model.get_output_embeddings().weight[token] += 100
-    inputs = inputs_of(processor, [f"{place} a"], pictures(1))
-    config = GenerationConfig(max_new_tokens=8, do_sample=True, eos_token_id=None, pad_token_id=0, suppress_tokens=[5])
-    for options in ({"max_new_tokens": 8}, {"generation_config": config}, {"max_new_tokens": 8, "suppress_tokens": [5]}):
-        made = model.generate(**inputs, **options)
-        assert not (made[:, inputs["input_ids"].shape[1] :] == token).any()
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([token]), 1e3))
+    inputs = inputs_of(processor, ["<image> a"], pictures(1))
+    assert (model(**inputs).logits.argmax(-1) == token).all(), "it would be, in a loop of one's own"
+    made = model.generate(**inputs, **{"max_new_tokens": 8, **options})
+    assert made.shape[1] > inputs["input_ids"].shape[1]
+    assert not (made[:, inputs["input_ids"].shape[1] :] == token).any()
 
 
 def test_embedded_by_the_caller(ready):
@@ -203,12 +213,38 @@ def test_without_gradients_and_without_names(ready):
     assert torch.equal(model(**inputs, return_dict=False)[0], expected)
 
 
-def test_no_score_of_the_reserved_token(ready):
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"output_scores": True}])
+def test_generate_sees_the_vocabulary_of_the_base(ready, options):
+    """Penalties are of the ids in the prompt; what comes back has the prompt as it was given."""
     model, processor, place = ready
     inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
-    made = model.generate(**inputs, **TURN, output_logits=True, output_scores=True, return_dict_in_generate=True)
-    token = attachment_of(model).token_id
-    assert all((each.softmax(-1)[:, token] == 0).all() for each in (*made.logits, *made.scores))
+    made = model.generate(**inputs, **TURN, output_logits=True, return_dict_in_generate=True, **options)
+    assert torch.equal(made.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert {each.shape[-1] for each in (*made.logits, *(made.scores or ()))} == {model.config.get_text_config().vocab_size}
+
+
+def test_a_plain_assistant(ready):
+    """The base itself, of the vocabulary that it had: it drafts from the text alone; the answer is the model's own."""
+    model, processor, place = ready
+    assistant = detach(copy.deepcopy(model))
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    options = {**TURN, "max_new_tokens": 6, "suppress_tokens": list(range(WORDS, model.config.get_text_config().vocab_size))}
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), model.generate(**inputs, **options))
+
+
+def test_a_streamer_is_given_the_prompt(ready):
+    model, processor, place = ready
+    inputs, seen = inputs_of(processor, [f"{place} a?"], pictures(1)), []
+
+    class Streamer:
+        def put(self, value):
+            seen.append(value.flatten())
+
+        def end(self):
+            seen.append(torch.empty(0, dtype=torch.long))
+
+    made = model.generate(**inputs, **TURN, streamer=Streamer())
+    assert torch.equal(torch.cat(seen), made[0])
 
 
 @pytest.mark.parametrize("length", [4, 6, 10, 20])
@@ -244,7 +280,7 @@ def test_chunks_of_a_prefill_are_refused_and_leave_nothing(ready):
 def test_generate_with_slots_but_no_image(ready):
     model, processor, place = ready
     inputs = inputs_of(processor, ["a b", f"{place} a"], pictures(1))
-    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == attachment_of(model).anatomy.image_token_id, 5)
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == attachment_of(model).parts.image_token_id, 5)
     with pytest.raises(SpatialTokensError, match="row 1 has 6 places for spatial tokens, but no image was encoded"):
         model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], **TURN)
 
@@ -262,7 +298,7 @@ def test_one_image_of_a_row_without_slots(ready):
 def test_a_processor_without_slots(ready):
     """What the model's own processor makes: refused, and not answered as if there were no spatial tokens."""
     model, processor, place = ready
-    plain = without_slots(copy.copy(processor))
+    plain = without_placeholders(copy.copy(processor))
     inputs = inputs_of(plain, ["a b", f"{place} a"], pictures(1))
     for call in (lambda: model(**inputs), lambda: model.generate(**inputs, **TURN)):
         with pytest.raises(SpatialTokensError, match="row 1 has an image without places for spatial tokens before it"):
@@ -289,7 +325,7 @@ def test_slots_without_images_and_images_without_slots(ready):
     ids = {"input_ids": good["input_ids"], "attention_mask": good["attention_mask"]}
     slots = good["input_ids"] == attachment_of(model).token_id
     with pytest.raises(SpatialTokensError, match="row 1 has 6 places for spatial tokens, but no image was encoded"):
-        model(input_ids=good["input_ids"].masked_fill(good["input_ids"] == attachment_of(model).anatomy.image_token_id, 5))
+        model(input_ids=good["input_ids"].masked_fill(good["input_ids"] == attachment_of(model).parts.image_token_id, 5))
     with pytest.raises(SpatialTokensError, match="row 1 has an image without places for spatial tokens before it"):
         model(**{**good, "input_ids": good["input_ids"].masked_fill(slots, 5)})
     one_less = good["input_ids"].clone()
@@ -331,7 +367,7 @@ def test_an_interrupted_call_leaves_nothing(place_of_fault):
     def fail(*_):
         raise RuntimeError("interrupted")
 
-    part = model.get_decoder().layers[0] if place_of_fault == "language model" else attachment_of(model).anatomy.tap
+    part = model.get_decoder().layers[0] if place_of_fault == "language model" else attachment_of(model).parts.projector
     hook = part.register_forward_hook(fail)
     for call in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=2)):
         with pytest.raises(RuntimeError, match="interrupted"):
@@ -339,7 +375,7 @@ def test_an_interrupted_call_leaves_nothing(place_of_fault):
     hook.remove()
     assert torch.equal(model(**text).logits, of_text)
     with pytest.raises(SpatialTokensError, match="no image was encoded in this call"):
-        model(input_ids=inputs["input_ids"].masked_fill(inputs["input_ids"] == attachment_of(model).anatomy.image_token_id, 5))
+        model(input_ids=inputs["input_ids"].masked_fill(inputs["input_ids"] == attachment_of(model).parts.image_token_id, 5))
     assert torch.equal(model(**inputs).logits, expected)
 
 
@@ -387,11 +423,11 @@ def test_two_models_that_generate_in_two_threads(ready):
     assert all(torch.equal(each, expected[number]) for number in range(2) for each in found[number])
 
 
-def test_slots_of_the_processor_are_those_of_insert_slots():
+def test_the_processor_does_what_insert_placeholders_does():
     base, plain = llava()
     model, processor = attach(base, plain, **FIELDS)
     texts, images = ["<image> a?", "b", "<image> c <image>"], pictures(3)
     theirs = inputs_of(processor, texts, images)
-    ours = insert_slots(model, inputs_of(plain, texts, images), tokens_per_image=576, pad_token_id=plain.tokenizer.pad_token_id)
+    ours = insert_placeholders(model, inputs_of(plain, texts, images), tokens_per_image=576, pad_token_id=plain.tokenizer.pad_token_id)
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert torch.equal(ours["attention_mask"], theirs["attention_mask"])

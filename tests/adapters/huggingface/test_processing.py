@@ -1,4 +1,4 @@
-"""Processors that insert slots: texts and chat templates, batches, tiles; and what is left of them on disk."""
+"""Processors that insert placeholders: texts and chat templates, batches, tiles; and what is left of them on disk."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ import transformers
 
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
-from spatial_tokens.adapters.huggingface.attach import attachment_of
+from spatial_tokens.adapters.huggingface.api import attachment_of
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 SLOTS = "<|spatial|>" * 6
@@ -82,18 +82,22 @@ def test_text_alone_and_images_alone(attached):
     assert processor(text=["a b"], images=None)["input_ids"] == plain(text=["a b"])["input_ids"]
 
 
-def test_slots_are_inserted_once(attached):
+@pytest.mark.parametrize("text", ["<|spatial|><image> b", f"{SLOTS}<image> b", "<image> what is <|spatial|>?", "\U0010fffd<image>"])
+def test_the_users_own_words_mark_no_places(attached, text):
     _, processor, _ = attached
-    image = pictures(1)[0]
-    once = processor(images=image, text="a <image> b")["input_ids"]
-    assert processor(images=image, text=f"a {SLOTS}<image> b")["input_ids"] == once
-
-
-@pytest.mark.parametrize("text", ["<|spatial|><image> b", f"{SLOTS} <image> b", f"<image> b {SLOTS}", f"{SLOTS}{SLOTS}<image> b"])
-def test_other_slots_are_refused(attached, text):
-    _, processor, _ = attached
-    with pytest.raises(SpatialTokensError, match=r"text 0 has <\|spatial\|>, but not 6 times before an image"):
+    with pytest.raises(SpatialTokensError, match="text 0 holds .*, which marks the places of spatial tokens; leave it out"):
         processor(images=pictures(1), text=text)
+    with pytest.raises(SpatialTokensError, match="text 1 holds"):
+        processor(images=None, text=["a", text.replace("<image>", "")])
+
+
+def test_the_users_own_words_in_image_mode():
+    """They are words, as they are to the plain processor."""
+    base, plain = llava()
+    _, processor = attach(base, plain, mode="image", **FIELDS)
+    text = "<image> what is <|spatial|>?"
+    made, before = (each(images=pictures(1), text=text)["input_ids"][0] for each in (processor, plain))
+    assert made == [base.config.image_token_id] * 6 + before
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,7 @@ def test_the_original_is_untouched():
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
-def test_copies_insert_slots_too(attached, copied):
+def test_copies_insert_placeholders_too(attached, copied):
     _, processor, _ = attached
     made = copied(processor)(images=pictures(1), text="a <image> b")
     assert words(processor, made["input_ids"][0]) == f"a {SLOTS}<image> b"
@@ -378,7 +382,7 @@ def test_other_families(family, side):
     before = plain(images=nested, text=texts, **options)
     model, processor = attach(base, plain, **GRID_OF_4)
     made = processor(images=nested, text=texts, **options)
-    slot, image = attachment_of(model).token_id, attachment_of(model).anatomy.image_token_id
+    slot, image = attachment_of(model).token_id, attachment_of(model).parts.image_token_id
     assert [groups_before(row, slot, image) for row in made["input_ids"].tolist()] == [[2, 2], [], [2]]
     kept = made["attention_mask"].bool() & (made["input_ids"] != slot)
     assert torch.equal(made["input_ids"][kept], before["input_ids"][before["attention_mask"].bool()])
@@ -399,8 +403,8 @@ def test_slots_for_every_tile(family, tiles):
     made = processor(images=images if family is internvl else [images, []], text=texts, return_tensors="pt", padding=True)
     assert (made["input_ids"] == attachment_of(model).token_id).sum(1).tolist() == [2 * tiles, 0]
     assert model(**made).logits.isfinite().all()
-    with pytest.raises(SpatialTokensError, match="give return_tensors='pt'"):
-        processor(images=images, text=texts[:1])
+    kept = made["attention_mask"][0].bool()
+    assert processor(images=images, text=texts[:1])["input_ids"] == [made["input_ids"][0][kept].tolist()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -452,7 +456,7 @@ def test_pan_and_scan():
     assert model(**made).logits.isfinite().all()
 
 
-def test_a_processor_that_inserts_slots_already(tmp_path):
+def test_a_processor_that_inserts_placeholders_already(tmp_path):
     base, plain = llava()
     model, processor = attach(base, plain, **FIELDS)
     save_adapter(model, tmp_path)

@@ -15,7 +15,7 @@ import transformers
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, push_to_hub, replace_projector, save_adapter
-from spatial_tokens.adapters.huggingface.attach import attachment_of
+from spatial_tokens.adapters.huggingface.api import attachment_of
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from spatial_tokens.adapters.huggingface import attach, detach, insert_slots, load_adapter, save_adapter, trainer_callback
+from spatial_tokens.adapters.huggingface import attach, detach, insert_placeholders, load_adapter, save_adapter, trainer_callback
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 
@@ -505,7 +505,7 @@ def test_slots_of_labels(ready):
     made = batch_of(processor)
     slots = made["input_ids"] == model._spatial_attachment.token_id
     bare = {"input_ids": made["input_ids"][~slots][None], "labels": made["labels"][~slots][None]}
-    again = insert_slots(model, {**bare, "attention_mask": torch.ones_like(bare["labels"])})
+    again = insert_placeholders(model, {**bare, "attention_mask": torch.ones_like(bare["labels"])})
     assert torch.equal(again["labels"], made["labels"])
     assert torch.equal(again["input_ids"], made["input_ids"])
     assert plain is not processor

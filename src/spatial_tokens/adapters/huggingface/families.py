@@ -1,6 +1,6 @@
 """What is particular to a family of transformers' vision-language models, as data: where its patch features pass, and how they lie.
 
-A family that is not here is `GENERAL`: the first of `TAPS` that its model has, square maps of patches. Layouts are `features.py`'s.
+A family that is not here is `GENERAL`: the first of `PROJECTORS` that its model has, square maps of patches.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Family:
     """Where to look in a model of one `model_type`.
 
     Args:
-        tap: The module, by its path below the base model, whose input is the patch features; "" to try `TAPS`.
+        projector: The module, by its path below the base model, whose input is the patch features; "" to try `PROJECTORS`.
         layout: How a map's patches lie in that input.
         tiles: Where an image's thumbnail is among its tiles, if it is cut into tiles; "anyres": first, and `image_sizes` tells
             how many tiles follow.
         image_mode: Whether spatial tokens can ride among the image tokens (`mode="image"`).
-        joined: Whether features of several patches or layers are already joined in the tap's channels.
+        joined: Whether features of several patches or layers are already joined in the projector's channels.
         reduced: By how much the encoder itself makes the patch grid smaller, along a side.
         own_generate: Whether its `generate` encodes images without `get_image_features`.
     """
 
-    tap: str = ""
+    projector: str = ""
     layout: Layout = "square"
     tiles: Tiles | None = None
     image_mode: bool = True
@@ -39,7 +39,7 @@ class Family:
     own_generate: bool = False
 
 
-TAPS = (
+PROJECTORS = (
     "multi_modal_projector", "visual.merger", "vision_tower.merger", "merger", "connector", "aligner", "projector",
     "vision_projection", "embed_vision", "model.multi_modal_projector", "vision_model.vision_adapter",
 )  # fmt: skip

@@ -1,4 +1,10 @@
-"""A processor that puts slots before every image: the text's image placeholder is preceded by the reserved token, K times."""
+"""A processor that puts placeholders before every image.
+
+The base's processor does its work on the caller's text alone, so that all that it says of the text (offsets, masks of answers, what it
+cut off) is its own. A mark of one character in the text, which the tokenizer never sees, says where each image starts; placeholders are
+put into the tokens there. Processors that put images before the text themselves leave no place for a mark: there, runs of image tokens
+tell.
+"""
 
 from __future__ import annotations
 
@@ -10,84 +16,62 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-
-from spatial_tokens.adapters.huggingface import slots
-from spatial_tokens.adapters.huggingface.anatomy import Anatomy
-from spatial_tokens.adapters.huggingface.features import tiles_of
+from spatial_tokens.adapters.huggingface import placeholders
+from spatial_tokens.adapters.huggingface.layouts import tiles_of
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts
+from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
 from spatial_tokens.errors import SpatialTokensError, shown
 
 TOKEN = "<|spatial|>"
+MARK = "\U0010fffd"  # the last character for private use
+SANITIZED = "\U000f0000"  # transformers puts it before a user's words that look like a token (sanitize_control_tokens)
 
 
 @dataclass(frozen=True)
-class SlotWriter:
-    """How slots are written, into texts or into what a processor made of them.
+class Inserter:
+    """How placeholders are put into what a processor returns.
 
     Args:
-        token: The reserved token.
-        token_id: Its id.
-        count: Slots of an image (or tile), `K`.
-        placeholder: What stands for an image in a text.
+        token: The reserved token's text; None where image tokens are the placeholders.
+        token_id: What marks a place in `input_ids`.
+        count: Placeholders of an image (or tile), `K`.
+        image_token: What stands for an image in a text.
         image_token_id: What stands for it in `input_ids`.
         opening_ids: Tokens that may stand right before it and belong to it, and
         openings: the same as text.
         pad_token_id: What pads.
-        as_image: Whether slots become image tokens in `input_ids`: spatial tokens ride among these.
-        per_tile: Whether every tile has slots, and
+        per_tile: Whether every tile has placeholders, and
         tile_length: how many image tokens it has; None where `image_sizes` and the model's
         config: tell how many tiles an image has.
     """
 
-    token: str
+    token: str | None
     token_id: int
     count: int
-    placeholder: str
+    image_token: str
     image_token_id: int
     opening_ids: tuple[int, ...]
     openings: tuple[str, ...]
     pad_token_id: int
-    as_image: bool
     per_tile: bool
     tile_length: int | None
     config: Any
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """Slots, if any, and the image that they belong to."""
+        """An image in a text."""
         opening = "|".join(re.escape(each) for each in self.openings)
-        return re.compile(f"((?:{re.escape(self.token)})*)((?:{opening})?{re.escape(self.placeholder)})")
+        return re.compile(f"(?:{opening})?(?<!{SANITIZED}){re.escape(self.image_token)}")
 
-    def write(self, texts: Sequence[str]) -> list[str]:
-        """The texts with exactly K slots before each placeholder, and none elsewhere; what is there already stays.
-
-        Raises:
-            SpatialTokensError: If one has slots elsewhere, or another number of them.
-        """
-        run, written = self.token * self.count, []
+    def check(self, texts: Sequence[str]) -> None:
+        """Raises SpatialTokensError if a text holds what only this processor may write."""
         for row, text in enumerate(texts):
-            found = self.pattern.findall(text)
-            in_place = "".join(there for there, _ in found).count(self.token)
-            if any(there not in ("", run) for there, _ in found) or text.count(self.token) != in_place:
-                raise SpatialTokensError(
-                    f"text {row} has {self.token}, but not {self.count} times before an image {self.placeholder}; leave it out"
-                )
-            written.append(self.pattern.sub(lambda match: run + match[2], text))
-        return written
-
-    def insert(self, outputs: Any) -> Any:
-        """A processor's outputs with slots before the image tokens."""
-        if not isinstance(outputs["input_ids"], torch.Tensor):
-            raise SpatialTokensError("slots are put into tensors here; give return_tensors='pt'")
-        count: int | list[int] = self.count
-        if self.per_tile and self.tile_length is None:
-            count = [self.count * tiles for tiles in tiles_of(outputs, self.config)]
-        made = slots.insert(
-            outputs, token_id=self.token_id, count=count, image_token_id=self.image_token_id, opening_ids=self.opening_ids,
-            tokens_per_image=self.tile_length if self.per_tile else None, pad_token_id=self.pad_token_id,
-        )  # fmt: skip
-        outputs.update(made)
-        return outputs
+            for word in filter(None, (self.token, MARK)):
+                if re.search(f"(?<!{SANITIZED}){re.escape(word)}", text):
+                    raise SpatialTokensError(
+                        f"text {row} holds {word!r}, which marks the places of spatial tokens; leave it out: the processor puts "
+                        "it before every image"
+                    )
 
     def check_counts(self, texts: Sequence[str], images: Any) -> None:
         """Raises SpatialTokensError, naming the row, unless every image has its placeholder."""
@@ -96,39 +80,101 @@ class SlotWriter:
         if isinstance(given, list) and len(given) == len(places):
             for row, (place, image) in enumerate(zip(places, given, strict=True)):
                 if place != image:
-                    raise SpatialTokensError(f"text {row} has {self.placeholder} {place} times for {image} images")
+                    raise SpatialTokensError(f"text {row} has {self.image_token} {place} times for {image} images")
         total = sum(given) if isinstance(given, list) else given
         if sum(places) != total:
-            raise SpatialTokensError(f"the texts have {self.placeholder} {places} times, for {total} images in all")
+            raise SpatialTokensError(f"the texts have {self.image_token} {places} times, for {total} images in all")
+
+    def at_runs(self, outputs: Any) -> list[placeholders.Runs]:
+        """Before runs of image tokens: of an image, or of a tile."""
+        rows = placeholders.rows_of(outputs["input_ids"])
+        lengths = self.tile_length if self.per_tile else None
+        count: int | list[int] = self.count
+        if self.per_tile and self.tile_length is None:
+            count = [self.count * tiles for tiles in tiles_of(outputs, self.config)]
+        return placeholders.find_runs(rows, count, self.image_token_id, self.opening_ids, lengths)
+
+
+class _Noted:
+    """Where the marks of each text were, when it was ready to be tokenized, and what became of it."""
+
+    def __init__(self) -> None:
+        self.marks: list[list[int]] = []
+        self.encoding: Any = None
+
+    def take(self, texts: list[str]) -> list[str]:
+        """The texts without their marks."""
+        if any(MARK in each for each in texts):
+            self.marks = [_positions(each) for each in texts]
+        return [each.replace(MARK, "") for each in texts]
+
+
+class _MarkedTokenizer:
+    """Mixed into the class of a tokenizer's copy for one call: it takes the marks out of the text."""
+
+    _noted: _Noted
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(text, str):
+            text = self._noted.take([text])[0]
+        elif isinstance(text, (list, tuple)) and all(isinstance(each, str) for each in text):
+            text = self._noted.take(list(text))
+        encoding = super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+        if self._noted.marks and self._noted.encoding is None:
+            self._noted.encoding = encoding
+        return encoding
+
+
+class _MarkedReplacements:
+    """Mixed into the class of a processor's copy for one call: where it says how it expands images, the text is the caller's."""
+
+    _noted: _Noted
+
+    def get_text_with_replacements(self, text: list[str], *args: Any, **kwargs: Any) -> Any:
+        given = [_positions(each) for each in text]
+        text, replacements = super().get_text_with_replacements(text, *args, **kwargs)  # type: ignore[misc]
+        plain = self._noted.take(text)
+        for row, found in enumerate(replacements):
+            for each in found:
+                for name, marks in (("span", given[row]), ("new_span", self._noted.marks[row])):
+                    starts = [place + number for number, place in enumerate(marks)]
+                    each[name] = tuple(place - sum(start < place for start in starts) for place in each[name])
+        return plain, replacements
 
 
 class _SpatialProcessor:
-    """Mixed into a processor's class: the text gets its slots before the processor sees it, or the ids after."""
+    """Mixed into a processor's class: what it returns gets its placeholders."""
 
-    _slot_writer: SlotWriter
+    _inserter: Inserter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        writer, call = self._slot_writer, super().__call__  # type: ignore[misc]
-        given = inspect.signature(call).bind_partial(*args, **kwargs)
+        inserter, kind = self._inserter, type(self).__mro__[2]
+        given = inspect.signature(kind.__call__).bind_partial(self, *args, **kwargs)
         text, images = given.arguments.get("text"), given.arguments.get("images")
         if text is None:
-            return call(*args, **kwargs)
+            return kind.__call__(self, *args, **kwargs)
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
             raise SpatialTokensError(f"text must be a string or a list of strings, got {shown(text)}")
-        has_places = any(writer.placeholder in each for each in texts)
+        inserter.check(texts)
+        has_places = any(inserter.pattern.search(each) for each in texts)
+        if not has_places and images is None:
+            return kind.__call__(self, *args, **kwargs)
         if has_places:
-            writer.check_counts(texts, images)
-        if has_places and not writer.per_tile:
-            written = writer.write(texts)
-            given.arguments["text"] = written[0] if isinstance(text, str) else written
-        outputs = call(*given.args, **given.kwargs)
-        if images is not None and (writer.per_tile or not has_places):  # some processors put images before the text themselves
-            if not has_places and not (torch.as_tensor(outputs["input_ids"]) == writer.image_token_id).any():
-                raise SpatialTokensError(f"images were given, but no text has {writer.placeholder!r}; write it where an image goes")
-            outputs = writer.insert(outputs)
-        if writer.as_image:
-            outputs["input_ids"] = _replaced(outputs["input_ids"], writer.token_id, writer.image_token_id)
+            inserter.check_counts(texts, images)
+        processor, noted = _for_one_call(self)
+        marked = [inserter.pattern.sub(lambda match: MARK + match[0], each) for each in texts]
+        given.arguments["text"] = marked[0] if isinstance(text, str) else marked
+        given.arguments["self"] = processor
+        outputs = kind.__call__(*given.args, **given.kwargs)
+        if not any(inserter.image_token_id in row for row in placeholders.rows_of(outputs["input_ids"])):
+            raise SpatialTokensError(f"images were given, but no text has {inserter.image_token!r}; write it where an image goes")
+        if has_places and not inserter.per_tile:
+            runs = _at_marks(noted, inserter.count)
+        else:
+            runs = inserter.at_runs(outputs)
+        multiple = _option("pad_to_multiple_of", kwargs)
+        placeholders.insert_runs(outputs, runs, inserter.token_id, inserter.pad_token_id, multiple=multiple)
         return outputs
 
     def __reduce__(self) -> Any:
@@ -136,27 +182,64 @@ class _SpatialProcessor:
 
 
 @cache
-def _with_slots(kind: type) -> type:
-    return type(kind.__name__, (_SpatialProcessor, kind), {"__module__": kind.__module__})
+def _with(mixin: type, kind: type) -> type:
+    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
 def _rebuild(kind: type) -> Any:
-    return object.__new__(_with_slots(kind))
+    return object.__new__(_with(_SpatialProcessor, kind))
 
 
-def add_token(processor: Any, token: str) -> tuple[Any, int]:
-    """A copy of a processor whose tokenizer knows the token, and the token's id.
+def _for_one_call(processor: Any) -> tuple[Any, _Noted]:
+    """A shallow copy of a processor that takes marked texts, and what it notes of them."""
+    from transformers import PreTrainedTokenizerBase
+
+    noted, kind = _Noted(), type(processor).__mro__[2]
+    processor = copy.copy(processor)
+    processor._noted = noted
+    processor.__class__ = _with(_MarkedReplacements, kind) if hasattr(kind, "get_text_with_replacements") else kind
+    for name, each in vars(processor).items():
+        if isinstance(each, PreTrainedTokenizerBase):
+            tokenizer: Any = copy.copy(each)
+            tokenizer.__class__ = _with(_MarkedTokenizer, type(each))
+            tokenizer._noted = noted if name == "tokenizer" else _Noted()
+            setattr(processor, name, tokenizer)
+    return processor, noted
+
+
+def add_token(processor: Any, token: str | None) -> tuple[Any, int | None]:
+    """A copy of a processor whose tokenizer knows the token, and the token's id; without a token, the copy alone.
 
     Raises:
-        SpatialTokensError: If it has no tokenizer.
+        SpatialTokensError: If it has no tokenizer, or the token has another use in it.
     """
     if not hasattr(processor, "tokenizer"):
         raise SpatialTokensError(f"a processor with a tokenizer is expected, got a {type(processor).__name__}")
-    processor = without_slots(copy.copy(processor))
-    processor.tokenizer = copy.deepcopy(processor.tokenizer)
-    if token not in processor.tokenizer.get_vocab():
-        processor.tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    return processor, int(processor.tokenizer.convert_tokens_to_ids(token))
+    processor = without_placeholders(copy.copy(processor))
+    if token is None:
+        return processor, None
+    processor.tokenizer = tokenizer = copy.deepcopy(processor.tokenizer)
+    if not isinstance(token, str) or not token.strip() or token != token.strip() or MARK in token:
+        raise SpatialTokensError(f"token must be the text of a token, without spaces around it, got {shown(token)}")
+    if token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    elif not _is_unused(processor, token):
+        raise SpatialTokensError(
+            f"{token!r} has a use of its own in the tokenizer; give a token that it does not have, or leave token out ({TOKEN!r})"
+        )
+    return processor, int(tokenizer.convert_tokens_to_ids(token))
+
+
+def _is_unused(processor: Any, token: str) -> bool:
+    """Whether a token of the vocabulary is a special one that was added, and that neither a name nor a chat template uses."""
+    tokenizer = processor.tokenizer
+    added = next((each for each in tokenizer.added_tokens_decoder.values() if str(each) == token), None)
+    templates = [getattr(each, "chat_template", None) for each in (processor, tokenizer)]
+    named = [value for name, value in vars(processor).items() if name.endswith("_token")]
+    named += [value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)]
+    if added is None or not added.special or token in map(str, named):
+        return False
+    return not any(token in str(each) for each in templates)
 
 
 def placeholder_of(processor: Any) -> str | None:
@@ -165,58 +248,96 @@ def placeholder_of(processor: Any) -> str | None:
     return None if found is None else str(found)
 
 
-def slot_id_of(processor: Any) -> int | None:
+def reserved_id_of(processor: Any) -> int | None:
     """The reserved token that a processor puts before images; None if it puts none, or the image's own token."""
-    writer: SlotWriter | None = getattr(processor, "_slot_writer", None)
-    return None if writer is None or writer.as_image else writer.token_id
+    inserter: Inserter | None = getattr(processor, "_inserter", None)
+    return None if inserter is None or inserter.token is None else inserter.token_id
 
 
-def with_slots(processor: Any, anatomy: Anatomy, token: str, token_id: int, count: int, *, as_image: bool, per_tile: bool) -> Any:
-    """The processor, now inserting slots.
+def with_placeholders(processor: Any, parts: ModelParts, token: ReservedToken, count: int, *, per_tile: bool) -> Any:
+    """The processor, now inserting placeholders.
 
     Raises:
-        SpatialTokensError: If it has no placeholder for an image, or slots for each tile are asked for and it does not say how
-            many image tokens a tile has.
+        SpatialTokensError: If it has no image token, its tokenizer is not a fast one, or placeholders for each tile are asked for
+            and it does not say how many image tokens a tile has.
     """
-    placeholder = placeholder_of(processor)
-    if placeholder is None:
+    image_token = placeholder_of(processor)
+    name, tokenizer = type(processor).__name__, processor.tokenizer
+    if image_token is None:
         raise SpatialTokensError(
-            f"{type(processor).__name__} has no image_token to put slots before; attach without a processor, and use insert_slots()"
+            f"{name} has no image_token to put placeholders before; attach without a processor, and use insert_placeholders()"
         )
     tile_length = getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None)
-    by_sizes = anatomy.family.tiles == "anyres"
+    by_sizes = parts.family.tiles == "anyres"
     if per_tile and not by_sizes and tile_length is None:
         raise SpatialTokensError(
-            f"{type(processor).__name__} does not say how many tokens a tile has; attach without it, and use insert_slots()"
+            f"{name} does not say how many tokens a tile has; attach without it, and use insert_placeholders()"
         )
-    tokenizer = processor.tokenizer
-    openings = [str(each) for each in tokenizer.convert_ids_to_tokens(anatomy.opening_ids) if each is not None]
-    writer = SlotWriter(
-        token=token,
-        token_id=token_id,
+    if not getattr(tokenizer, "is_fast", False):
+        raise SpatialTokensError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, which alone tells where its tokens are in a text; attach without "
+            "a processor, and use insert_placeholders()"
+        )
+    openings = [str(each) for each in tokenizer.convert_ids_to_tokens(parts.opening_ids) if each is not None]
+    inserter = Inserter(
+        token=token.text or None,
+        token_id=token.id,
         count=count,
-        placeholder=placeholder,
-        image_token_id=anatomy.image_token_id,
-        opening_ids=tuple(anatomy.opening_ids),
-        openings=tuple(each for each in openings if each != placeholder),
+        image_token=image_token,
+        image_token_id=parts.image_token_id,
+        opening_ids=tuple(parts.opening_ids),
+        openings=tuple(each for each in openings if each != image_token),
         pad_token_id=tokenizer.pad_token_id or 0,
-        as_image=as_image,
         per_tile=per_tile,
         tile_length=None if by_sizes else tile_length,
-        config=anatomy.model.config if per_tile and by_sizes else None,
+        config=parts.model.config if per_tile and by_sizes else None,
     )
     kind: type = type(processor)
-    processor.__class__ = _with_slots(kind)
-    processor._slot_writer = writer
+    processor.__class__ = _with(_SpatialProcessor, kind)
+    processor._inserter = inserter
     return processor
 
 
-def without_slots(processor: Any) -> Any:
+def without_placeholders(processor: Any) -> Any:
     """The processor's own class again; its tokenizer keeps the token."""
     if isinstance(processor, _SpatialProcessor):
         processor.__class__ = type(processor).__mro__[2]
-        del processor._slot_writer
+        del processor._inserter
     return processor
+
+
+def _positions(text: str) -> list[int]:
+    """Where the marks of a text would be without them."""
+    return [match.start() - number for number, match in enumerate(re.finditer(MARK, text))]
+
+
+def _at_marks(noted: _Noted, count: int) -> list[placeholders.Runs]:
+    """Before the first token that starts at, or after, each mark.
+
+    Raises:
+        SpatialTokensError: If that was cut off.
+    """
+    marks, encoding = noted.marks, noted.encoding
+    samples = encoding.get("overflow_to_sample_mapping")
+    rows = []
+    for row in range(len(encoding.encodings)):
+        runs = []
+        for place in marks[row if samples is None else int(samples[row])]:
+            index = encoding.char_to_token(row, place)
+            if index is None:
+                if samples is None:
+                    raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
+                continue  # it is in another part of the text
+            span = encoding.token_to_chars(row, index)
+            runs.append((index + (span is not None and span.start < place), count))
+        rows.append(runs)
+    return rows
+
+
+def _option(name: str, kwargs: dict[str, Any]) -> Any:
+    """A tokenizer's option, as a processor takes it."""
+    groups = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
+    return next((group[name] for group in groups if group.get(name) is not None), None)
 
 
 def _counts(images: Any) -> int | list[int]:
@@ -228,15 +349,3 @@ def _counts(images: Any) -> int | list[int]:
     if any(isinstance(each, (list, tuple)) or each is None for each in images):
         return [len(each) if isinstance(each, (list, tuple)) else int(each is not None) for each in images]
     return len(images)
-
-
-def _replaced(ids: Any, old: int, new: int) -> Any:
-    if isinstance(ids, torch.Tensor):
-        return ids.masked_fill(ids == old, new)
-    if isinstance(ids, list):
-        return [_replaced(each, old, new) for each in ids]
-    if isinstance(ids, int):
-        return new if ids == old else ids
-    ids = ids.copy()  # numpy
-    ids[ids == old] = new
-    return ids

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spatial_tokens.adapters.huggingface.api import attach
 from spatial_tokens.adapters.huggingface.assembly import (
     assembled,
     language_model,
@@ -27,8 +28,7 @@ from spatial_tokens.adapters.huggingface.assembly import (
     vision_config,
     vision_tower,
 )
-from spatial_tokens.adapters.huggingface.attach import attach
-from spatial_tokens.adapters.huggingface.attachment import NAME
+from spatial_tokens.adapters.huggingface.hooks import NAME
 from spatial_tokens.adapters.huggingface.saving import save_adapter
 from spatial_tokens.checkpoint import from_llava_sp
 from spatial_tokens.config import SPProjectorConfig

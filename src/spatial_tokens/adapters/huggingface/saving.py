@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +12,8 @@ from typing import Any, get_args
 import torch
 
 from spatial_tokens import __version__
-from spatial_tokens.adapters.huggingface.attach import attach, attachment_of, detach, unwrapped
-from spatial_tokens.adapters.huggingface.attachment import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.api import attach, attachment_of, detach, unwrapped
+from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
@@ -22,7 +23,7 @@ from spatial_tokens.storage.pretrained import assign, gathered
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KIND = "SPATIAL_TOKENS"
-ROW = "reserved_token."  # and the name of the base model's parameter that gained this row
+ROW = "reserved_token."  # of files that 0.1 wrote: a row of the embeddings, which needs none any more
 MODULE = "module."  # and the name of a parameter of a module of the base that was trained too
 
 
@@ -38,8 +39,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         SpatialTokensError: If the model has none, they are wrapped, or the files cannot be written.
     """
     inner, attachment = unwrapped(model), attachment_of(model)
-    rows = {f"{ROW}{name}": inner.get_parameter(name).detach()[attachment.token_id].clone() for name in attachment.grown}
-    tensors = gathered({**trained_tensors(model), **rows})
+    tensors = gathered(trained_tensors(model))
     if not tensors:
         return
     values = {
@@ -50,10 +50,10 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         "mode": attachment.mode,
         "unit": attachment.unit,
         "resize": attachment.resize,
-        "token": attachment.token,
+        "token": attachment.token.text,
         "token_id": attachment.token_id,
         "modules_to_save": attachment.modules_to_save,
-        "projector": attachment.config.to_dict(),
+        "projector": getattr(inner, NAME).config.to_dict(),
     }
     text = json.dumps(values, indent=2) + "\n"
     if (Path(directory) / "config.json").is_file():
@@ -102,29 +102,17 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         raise SpatialTokensError(
             f"{folder} is an adapter of a {values['base_model_type']} model, not of a {inner.config.model_type}"
         )
-    rows = {name.removeprefix(ROW): tensors.pop(name) for name in list(tensors) if name.startswith(ROW)}
+    tensors = {name: each for name, each in tensors.items() if not name.startswith(ROW)}
     modules = {name.removeprefix(MODULE): tensors.pop(name) for name in list(tensors) if name.startswith(MODULE)}
     paths: list[str] = values.get("modules_to_save", [])
     projector = SPProjector.from_config(config, device="meta")
     assign(projector, tensors, str(folder / WEIGHTS_NAME))
-    own = values["mode"] == "own"
+    token_id = values["token_id"] if values["mode"] == "own" and processor is None else None
     model, processor = attach(
-        model, processor, config, mode=values["mode"], unit=values["unit"], resize=values["resize"], token=values["token"],
-        token_id=values["token_id"] if own else None,
+        model, processor, projector, mode=values["mode"], unit=values["unit"], resize=values["resize"],
+        token=values["token"], token_id=token_id,
     )  # fmt: skip
-    try:
-        for name in attachment_of(inner).grown:
-            if name in rows:
-                if rows[name].shape != inner.get_parameter(name).shape[1:]:
-                    raise RuntimeError(
-                        f"{name} has rows of {tuple(inner.get_parameter(name).shape[1:])}, not {tuple(rows[name].shape)}"
-                    )
-                inner.get_parameter(name).detach()[values["token_id"]] = rows[name]
-        made = getattr(inner, NAME).to(dtype=next(projector.parameters()).dtype)
-        made.load_state_dict(tensors)  # a copy: a mapped file's alignment would change the last bits of products
-    except (AttributeError, IndexError, RuntimeError) as error:
-        detach(model)
-        raise SpatialTokensError(f"the reserved token's embedding in {folder} does not fit the model: {reason(error)}") from error
+    attachment_of(inner).is_new = False
     try:
         _load_modules(inner, paths, modules)
     except (AttributeError, RuntimeError) as error:
@@ -143,19 +131,11 @@ def _load_modules(inner: Any, paths: list[str], tensors: dict[str, torch.Tensor]
     for path in paths:
         module = inner.get_submodule(path)
         own = {name.removeprefix(f"{path}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
-        attachment.undo.append(_GiveBack(module, {name: each.clone() for name, each in module.state_dict().items()}))
+        attachment.undo.append(partial(module.load_state_dict, {name: each.clone() for name, each in module.state_dict().items()}))
         module.load_state_dict(own)
         attachment.modules_to_save.append(path)
     if tensors:
         raise RuntimeError(f"unexpected: {', '.join(tensors)}")
-
-
-class _GiveBack:
-    def __init__(self, module: Any, tensors: dict[str, torch.Tensor]) -> None:
-        self.module, self.tensors = module, tensors
-
-    def __call__(self) -> None:
-        self.module.load_state_dict(self.tensors)
 
 
 def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:

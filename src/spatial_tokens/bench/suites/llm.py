@@ -136,10 +136,10 @@ def _entry(
     prompt = torch.randint(1, model.vocabulary - 2, (batch, model.prompt))
     inputs = {"input_ids": torch.cat([image, prompt], dim=1)}
     if config is not None:
-        from spatial_tokens.adapters.huggingface import attach, insert_slots
+        from spatial_tokens.adapters.huggingface import attach, insert_placeholders
 
         llava, _ = attach(_same_weights(llava), config=config, token_id=model.vocabulary - 1)
-        inputs = insert_slots(llava, inputs)
+        inputs = insert_placeholders(llava, inputs)
         with torch.inference_mode():
             features = options.features(batch, DTYPES[dtype])
             verified(lambda: llava.spatial_tokens(features), llava.spatial_tokens, TOLERANCE[dtype])

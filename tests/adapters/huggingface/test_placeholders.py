@@ -1,4 +1,4 @@
-"""Slots in ready `input_ids`, against a row-by-row reference in plain Python."""
+"""Placeholders in ready `input_ids`, against a row-by-row reference in plain Python."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface.slots import Places, find_places, insert
+from spatial_tokens.adapters.huggingface.placeholders import Places, find_places, insert
 
 PAD, IMAGE, OPEN, SLOT = 0, 7, 8, 9
 WORDS = st.lists(st.integers(1, 6), max_size=3)
@@ -134,15 +134,15 @@ def test_a_number_of_slots_for_each_image():
         {"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2, 1], image_token_id=IMAGE, padding_side="right"
     )
     assert made["input_ids"].tolist() == [[SLOT, IMAGE, 1, SLOT, SLOT, IMAGE], [SLOT, IMAGE, 2, 3, PAD, PAD]]
-    with pytest.raises(SpatialTokensError, match=r"the rows have \[2, 1\] images, slots are given for 2"):
+    with pytest.raises(SpatialTokensError, match=r"the rows have \[2, 1\] images, placeholders are given for 2"):
         insert({"input_ids": ids, "attention_mask": mask}, token_id=SLOT, count=[1, 2], image_token_id=IMAGE)
 
 
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
-        ([[1, SLOT, IMAGE]], {}, "row 0 has slots already"),
-        ([[1, 2, IMAGE], [1, SLOT, IMAGE]], {}, "row 1 has slots already"),
+        ([[1, SLOT, IMAGE]], {}, "row 0 has placeholders already"),
+        ([[1, 2, IMAGE], [1, SLOT, IMAGE]], {}, "row 1 has placeholders already"),
         ([[IMAGE, 1], [1, IMAGE]], {"tokens_per_image": [1, 2]}, "row 1 has 1 image tokens"),
         ([[IMAGE, 1]], {"tokens_per_image": 0}, "row 0 has 1 image tokens"),
         ([[IMAGE, IMAGE], [IMAGE, 1]], {"tokens_per_image": 2}, "row 1 has 1 image tokens"),

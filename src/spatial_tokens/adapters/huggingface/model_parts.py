@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import nn
 
-from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL, REFUSED, TAPS, Family
-from spatial_tokens.adapters.huggingface.features import OF_ANY_SIZE
+from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL, PROJECTORS, REFUSED, Family
+from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
 
 
 @dataclass
-class Anatomy:
+class ModelParts:
     """The parts of a model.
 
     Args:
         model: The model, as the user has it.
         base: What encodes images (`get_image_features`) and joins them with the text.
         language_model: What reads the joined sequence, as `inputs_embeds`.
-        tap: The module whose input is the patch features.
-        tap_path: Its name below `base`.
+        projector: The module whose input is the patch features.
+        projector_path: Its name below `base`.
         family: What is known of its family.
         vision_config: The vision encoder's config.
         image_token_id: The placeholder that image features take the place of.
@@ -32,8 +32,8 @@ class Anatomy:
     model: nn.Module
     base: nn.Module
     language_model: nn.Module
-    tap: nn.Module
-    tap_path: str
+    projector: nn.Module
+    projector_path: str
     family: Family
     vision_config: Any
     image_token_id: int
@@ -46,16 +46,21 @@ class Anatomy:
     @property
     def text_hidden_size(self) -> int:
         """The language model's width."""
-        return int(self.embeddings.weight.shape[1])
+        return int(getattr(self.embeddings, "embedding_dim", None) or self.embeddings.weight.shape[1])
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that have a word embedding."""
+        return int(getattr(self.embeddings, "num_embeddings", None) or self.embeddings.weight.shape[0])
 
     @property
     def vision_hidden_size(self) -> int | None:
-        """Channels of the patch features; None where neither the config nor the tap's first layer says."""
-        channels, hidden_size = _in_features(self.tap), getattr(self.vision_config, "hidden_size", None)
+        """Channels of the patch features; None where neither the config nor the projector's first layer says."""
+        channels, hidden_size = _in_features(self.projector), getattr(self.vision_config, "hidden_size", None)
         if self.family.layout == "class token":
             return int(self.vision_config.hidden_size)
         if channels and hidden_size and not self.family.joined and _merge(channels, hidden_size):
-            return int(hidden_size)  # the tap joins patches, after they have passed
+            return int(hidden_size)  # the projector joins patches, after they have passed
         return channels
 
     @property
@@ -67,7 +72,8 @@ class Anatomy:
         if image is None or patch is None:
             return None
         height, width = image[0] // patch[0], image[1] // patch[1]
-        merge = _merge(_in_features(self.tap) or 0, getattr(self.vision_config, "hidden_size", 0)) if self.family.joined else 1
+        channels, hidden_size = _in_features(self.projector) or 0, getattr(self.vision_config, "hidden_size", 0)
+        merge = _merge(channels, hidden_size) if self.family.joined else 1
         smaller = self.family.reduced * max(1, merge)
         return height // smaller, width // smaller
 
@@ -83,7 +89,7 @@ class Anatomy:
         return self.family.layout in OF_ANY_SIZE
 
 
-def dissect(model: nn.Module) -> Anatomy:
+def find_parts(model: nn.Module) -> ModelParts:
     """The parts of a model.
 
     Raises:
@@ -102,8 +108,8 @@ def dissect(model: nn.Module) -> Anatomy:
         )
     vision_config = _vision_config(config)
     family = FAMILIES.get(str(getattr(vision_config, "model_type", ""))) or FAMILIES.get(kind, GENERAL)
-    path, tap = _find_tap(base, family, kind)
-    return Anatomy(model, base, _language_model(model), tap, path, family, vision_config, _image_token_id(config, kind))
+    path, projector = _find_projector(base, family, kind)
+    return ModelParts(model, base, _language_model(model), projector, path, family, vision_config, _image_token_id(config, kind))
 
 
 def _vision_config(config: Any) -> Any:
@@ -113,13 +119,14 @@ def _vision_config(config: Any) -> Any:
     return found
 
 
-def _find_tap(base: nn.Module, family: Family, kind: str) -> tuple[str, nn.Module]:
-    for path in (family.tap,) if family.tap else TAPS:
+def _find_projector(base: nn.Module, family: Family, kind: str) -> tuple[str, nn.Module]:
+    for path in (family.projector,) if family.projector else PROJECTORS:
         try:
             return path, base.get_submodule(path)
         except AttributeError:
             continue
-    raise SpatialTokensError(f"found no projector in {kind}; looked in {type(base).__name__} for: {family.tap or ', '.join(TAPS)}")
+    looked_for = family.projector or ", ".join(PROJECTORS)
+    raise SpatialTokensError(f"found no projector in {kind}; looked in {type(base).__name__} for: {looked_for}")
 
 
 def _language_model(model: nn.Module) -> nn.Module:
@@ -150,8 +157,9 @@ def _in_features(module: nn.Module) -> int | None:
             if isinstance(getattr(part, name, None), int):
                 return int(getattr(part, name))
         weight = getattr(part, "weight", None)
-        if weight is not None and weight.ndim == 1:  # a norm
-            return int(weight.shape[0])
+        shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # the former where DeepSpeed has partitioned it
+        if len(shape) == 1:  # a norm
+            return int(shape[0])
     return None
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from spatial_tokens.adapters.huggingface.anatomy import dissect
-from spatial_tokens.adapters.huggingface.attach import config_for
+from spatial_tokens.adapters.huggingface.api import config_for
+from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.modules import SPProjector
@@ -34,7 +34,7 @@ def replace_projector(model: Any, config: SPProjectorConfig | str = "llava-sp-cr
     Raises:
         SpatialTokensError: If the model has no such projector, or the config does not fit it.
     """
-    base = dissect(model).base
+    base = find_parts(model).base
     old = getattr(base, NAME, None)
     first, second = getattr(old, "linear_1", None), getattr(old, "linear_2", None)
     if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear) or len(list(old.parameters())) != 4:  # type: ignore[union-attr]
@@ -42,7 +42,7 @@ def replace_projector(model: Any, config: SPProjectorConfig | str = "llava-sp-cr
             f"{type(model).__name__} has no {NAME} of Linear, GELU, Linear with biases, as LLaVA's; use attach(model, ...)"
         )
     ours = config if isinstance(config, SPProjectorConfig) else None
-    fitted = config_for(dissect(model), config, None, fields)
+    fitted = config_for(find_parts(model), config, None, fields)
     values: Mapping[str, Any] = {**fitted.to_dict(), "patch_head": "mlp" if ours is None else ours.patch_head}
     projector = SPProjector.from_config(
         SPProjectorConfig.from_dict(dict(values)), device=first.weight.device, dtype=first.weight.dtype

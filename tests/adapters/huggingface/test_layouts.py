@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface.features import maps_of, tiles_of
+from spatial_tokens.adapters.huggingface.layouts import maps_of, tiles_of
 
 CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=32), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
 

@@ -226,3 +226,34 @@ def tiles_of(arguments: Arguments, config: Any) -> list[int]:
     in_row = [1] * len(sizes) if counts is None else [n for n in torch.as_tensor(counts).tolist() for _ in range(n)]
     # LLaVA-OneVision cuts the one image of a row, and none of several
     return [int(image_size_to_num_patches(size, pinpoints, side)) if n == 1 else 1 for size, n in zip(sizes, in_row, strict=True)]
+
+
+def joined(outputs: Any, tokens: torch.Tensor) -> Any:
+    """An encoder's outputs with each image's spatial tokens before its own."""
+    own = outputs.pooler_output
+    if len(own) != len(tokens):
+        raise SpatialTokensError(f"the model gives {len(own)} images' tokens for {len(tokens)} maps; use mode='own'")
+    if isinstance(own, torch.Tensor):
+        outputs.pooler_output = torch.cat([tokens.to(own), own], dim=1)
+    else:
+        outputs.pooler_output = type(own)(torch.cat([ours.to(theirs), theirs]) for ours, theirs in zip(tokens, own, strict=True))
+    deep = getattr(outputs, "deepstack_features", None)
+    if deep is not None:
+        outputs.deepstack_features = [_after_zeros(layer, tokens.shape[1], [len(each) for each in own]) for layer in deep]
+    return outputs
+
+
+def _after_zeros(layer: Any, count: int, lengths: list[int]) -> Any:
+    """What an encoder's layer adds to the image tokens, with nothing for the `count` spatial tokens before each image."""
+    images = torch.split(layer, lengths) if isinstance(layer, torch.Tensor) else layer
+    joined = [torch.cat([each.new_zeros(count, each.shape[-1]), each]) for each in images]
+    return torch.cat(joined) if isinstance(layer, torch.Tensor) else joined
+
+
+def thumbnails(maps: Maps, arguments: Arguments, config: Any) -> Maps:
+    """The first tile of each image."""
+    counts = tiles_of(arguments, config)
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    if sum(counts) != len(maps):
+        raise SpatialTokensError(f"{len(maps)} tiles were encoded, but image_sizes tell of {sum(counts)}")
+    return [maps[start] for start in starts]

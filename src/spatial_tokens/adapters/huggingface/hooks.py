@@ -1,0 +1,411 @@
+"""The hooks that put spatial tokens into a model that does not know of them. Nothing of a call is kept on the model.
+
+What runs when, in one call of an attached model (`mode="own"`):
+
+| when | hook | reads | leaves |
+|---|---|---|---|
+| around `generate` | `generate` | the prompt | a `Call` that knows the prompt's placeholders; a prompt without the reserved token |
+| before the model | `mask_labels` | `labels` | labels of -100 at placeholders |
+| before the base model | `start_call` | `input_ids`, `mm_encoder_outputs` | a `Call`; `input_ids` without the reserved token |
+| around `get_image_features` | `encode` | what was recorded in it | `Call.features`; also on the outputs, as `generate` encodes first |
+| before the model's projector | `record` | its input | the patch features |
+| after the model's projector | `count` | its output | how many image tokens they became |
+| before the language model | `scatter_tokens` | `Call.features`, the placeholders | spatial tokens in `inputs_embeds` |
+| after the base model, also if it failed | `end_call` | | the `Call` before it, if any |
+
+Where the caller looks up word embeddings himself, `mask_ids` and `mark_embeddings` give placeholders a row that no other token has.
+With `mode="image"` tokens are joined to what `get_image_features` returns, and `scatter_tokens` is not needed.
+
+A `Call` lies in an object that each thread has for itself (`PerThread`): a `ContextVar` would do, but torch.compile cannot trace one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spatial_tokens.adapters.huggingface.around import Around
+from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording
+from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts
+from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places
+from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
+from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import Size
+from spatial_tokens.modules import SPProjector
+
+Mode = Literal["own", "image"]
+Unit = Literal["image", "tile"]
+Resize = Literal["pool", "interpolate"]
+NAME = "spatial_tokens"  # of the projector in the model
+CARRIED = "_spatial_features"  # on what get_image_features returns: generate() encodes images before it calls the model
+PEFT_EXCLUDE_MODULES = rf"(.*\.)?{NAME}\..*"
+
+
+class Attachment:
+    """What `attach` leaves in a model. Its methods are the hooks, so that a deep copy of the model has a copy of its own.
+
+    Args:
+        parts: The model's parts.
+        projector: The spatial tokens' own.
+        token: The reserved token; the image token in mode "image".
+        mode: "own": the places are of a token of ours; "image": of the model's own image token.
+        unit: Spatial tokens for each "image" (of tiles: for its thumbnail) or for each "tile".
+        resize: How maps of another size are brought to the projector's grid; None: they are refused.
+        is_new: Whether the projector's weights are random.
+    """
+
+    def __init__(
+        self, parts: ModelParts, projector: SPProjector, token: ReservedToken, mode: Mode, unit: Unit, resize: Resize | None,
+        *, is_new: bool,
+    ) -> None:  # fmt: skip
+        self.parts, self.token, self.mode, self.unit, self.resize, self.is_new = parts, token, mode, unit, resize, is_new
+        self.num_spatial_tokens = int(projector.extractor.num_spatial_tokens)  # type: ignore[arg-type]
+        self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None)
+        self.vision_hidden_size: int | None = getattr(projector.extractor, "vision_hidden_size", None)
+        self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
+        self.undo: list[Callable[[], Any]] = []  # in order; called from the last to the first
+        self.threads = PerThread()
+
+    @property
+    def token_id(self) -> int:
+        """What marks the places in `input_ids`."""
+        return self.token.id
+
+    @property
+    def projector(self) -> nn.Module:
+        """Looked up at every use: another library may have wrapped it."""
+        return getattr(self.parts.model, NAME)  # type: ignore[no-any-return]
+
+    def install(self) -> None:
+        """Registers the hooks."""
+        base, tap, model = self.parts.base, self.parts.projector, self.parts.model
+        hooks = [
+            tap.register_forward_pre_hook(self.record, with_kwargs=True),
+            tap.register_forward_hook(self.count),
+            base.register_forward_pre_hook(self.start_call, with_kwargs=True),
+            base.register_forward_hook(self.end_call, always_call=True),
+        ]
+        around = {(base, "get_image_features"): self.encode, (base, "get_video_features"): self.encode_video}
+        if self.mode == "own":
+            hooks += [
+                model.register_forward_pre_hook(self.mask_labels, with_kwargs=True),
+                self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
+                self.parts.embeddings.register_forward_pre_hook(self.mask_ids),
+                self.parts.embeddings.register_forward_hook(self.mark_embeddings),
+            ]
+            around[(model, "generate")] = self.generate
+        self.undo += [hook.remove for hook in hooks]
+        for (owner, name), method in around.items():
+            if hasattr(owner, name):
+                self.replace(owner, name, Around(owner, name, method))
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute, until `remove`."""
+        before = vars(owner).get(name)
+        setattr(owner, name, value)
+        self.undo.append(partial(delattr, owner, name) if before is None else partial(setattr, owner, name, before))
+
+    def remove(self) -> None:
+        """Undoes everything."""
+        while self.undo:
+            self.undo.pop()()
+
+    # generate
+
+    def generate(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `generate`, which sees ids of the base's vocabulary alone: for penalties, drafts and assistants as without us."""
+        current, call = self.threads.current, Call(generating=True)
+        call.outer = before = current.call if current.call is not None and current.call.generating else None
+        name = next((name for name in ("input_ids", "inputs") if _is_ids(arguments.get(name))), None)
+        ids: Any = None if name is None else arguments[name]
+        if name is not None:
+            mask = ids == self.token.id
+            call.placeholders = mask.cpu()
+            arguments = {**arguments, name: ids.masked_fill(mask, self.token.stand_in)}
+            if arguments.get("streamer") is not None:
+                arguments["streamer"] = PromptStreamer(arguments["streamer"], ids)
+        arguments["logits_processor"] = self.token.never_generated(arguments.get("logits_processor"))
+        current.call = call
+        try:
+            made = original(**arguments)
+        finally:
+            current.call = before
+        return made if name is None else with_prompt(made, arguments[name], ids)
+
+    # One call of the model
+
+    def mask_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the model: a placeholder is not a target, and is not counted as one."""
+        labels = kwargs.get("labels")
+        if not isinstance(labels, torch.Tensor):
+            return None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_training()
+        mask = labels == self.token.id
+        replaced = {"labels": labels.masked_fill(mask, IGNORED)}
+        if kwargs.get("num_items_in_batch") is not None:
+            replaced["num_items_in_batch"] = _without_placeholders(kwargs["num_items_in_batch"], labels, mask)
+        return args, {**kwargs, **replaced}
+
+    def start_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the base model: a new call; `input_ids` without the reserved token."""
+        if module is not self.parts.base:
+            raise SpatialTokensError("nn.DataParallel copies modules but not their hooks; use DistributedDataParallel")
+        current = self.threads.current
+        outer = current.call
+        if outer is not None and not outer.generating:
+            outer = outer.outer  # it was interrupted, by Ctrl-C for example, and never ended
+        current.call = call = Call(outer)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        call.features = getattr(encoded, CARRIED, None)
+        if outer is not None and call.features is not None:
+            outer.features = None
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        if not _is_ids(ids):
+            return None
+        call.input_ids = ids
+        if outer is not None or self.mode == "image":
+            return None  # generate() was given others
+        call.placeholders = ids == self.token.id
+        hidden = ids.masked_fill(call.placeholders, self.token.stand_in)
+        return (args, {**kwargs, "input_ids": hidden}) if "input_ids" in kwargs else ((hidden, *args[1:]), kwargs)
+
+    def end_call(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        """After the base model: drops the call."""
+        current = self.threads.current
+        if current.call is not None and not current.call.generating:
+            current.call = current.call.outer
+
+    def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `get_image_features`: keeps the patches, or joins their tokens with the image's."""
+        current, recording = self.threads.current, Recording()
+        if current.in_video:
+            return original(**arguments)
+        current.recording = recording
+        try:
+            outputs = original(**arguments)
+        finally:
+            current.recording = None
+        maps = maps_of(self.parts.family.layout, recording.inputs, arguments, self.parts.vision_config)
+        if self.parts.family.tiles == "anyres" and self.unit == "image":
+            maps = thumbnails(maps, arguments, self.parts.model.config)
+        if self.mode == "image":
+            return joined(outputs, self.tokens(maps))
+        features = Features(maps, recording.num_tokens // max(1, len(maps)))
+        if current.call is not None:
+            current.call.features = features
+        if not isinstance(outputs, (tuple, list, torch.Tensor)):
+            setattr(outputs, CARRIED, features)
+        return outputs
+
+    def encode_video(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `get_video_features`, which in some families calls `get_image_features`: frames are left alone."""
+        current = self.threads.current
+        current.in_video = True
+        try:
+            return original(**arguments)
+        finally:
+            current.in_video = False
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model's projector: records its input."""
+        current = self.threads.current
+        if current.recording is None and not (self.parts.family.own_generate and current.call is not None):
+            return
+        inputs = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]
+        if current.recording is not None:
+            current.recording.inputs.append(inputs)
+        elif current.call is not None:
+            current.call.features = Features(maps_of(self.parts.family.layout, [inputs], {}, self.parts.vision_config), 0)
+
+    def count(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the model's projector: counts the tokens that it returned."""
+        recording = self.threads.current.recording
+        if recording is not None and isinstance(output, torch.Tensor):
+            recording.num_tokens += output.numel() // output.shape[-1]
+
+    def scatter_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the language model: spatial tokens in their places."""
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is None:
+            return None
+        call = self.threads.current.call or Call()
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # of that name before transformers 5.24
+        features, call.features = call.features, None
+        if features is None:
+            self._require_no_places(call, embeddings, cache)
+            if not self._must_take_part():
+                return None
+            return args, {**kwargs, "inputs_embeds": embeddings + self._no_tokens(embeddings)}
+        mask = self._mask(call, embeddings, cache)
+        for each in (call, call.outer):
+            if each is not None:
+                each.prefilled = True
+        if torch.compiler.is_compiling():
+            tokens = self.tokens(features.maps)
+            places = len(features.maps) * self.num_spatial_tokens
+            torch._assert_async(mask.sum() == places, "not as many places for spatial tokens as maps of patches")
+        else:
+            tiles = self.parts.family.tiles if self.unit == "image" else None
+            found = self._places(call, mask).units(len(features.maps), tiles if tiles != "anyres" else None, features.tile_length)
+            distinct = sorted(set(found))
+            if not distinct:
+                return None
+            tokens = self.tokens([features.maps[i] for i in distinct])[[distinct.index(i) for i in found]]
+        written = embeddings.masked_scatter(mask.unsqueeze(-1), tokens.flatten(0, 1).to(embeddings))
+        return args, {**kwargs, "inputs_embeds": written}
+
+    def mask_ids(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Before the word embeddings, where the caller looks ids up himself: the reserved token has no row."""
+        current = self.threads.current
+        if current.call is not None or not args or not _is_ids(args[0], dimensions=None):
+            return None
+        current.marked = args[0] == self.token.id
+        return (args[0].masked_fill(current.marked, self.token.stand_in), *args[1:])
+
+    def mark_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+        """After them: the placeholders' rows, by which `scatter_tokens` finds them."""
+        current = self.threads.current
+        marked, current.marked = current.marked, None
+        return None if marked is None else torch.where(marked.unsqueeze(-1), self.token.row.to(output), output)
+
+    # The tokens and their places
+
+    def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
+        patches = torch.stack([self._fitted(each).flatten(0, 1) for each in maps])
+        if self.vision_hidden_size not in (None, patches.shape[-1]):
+            raise SpatialTokensError(
+                f"the patch features have {patches.shape[-1]} channels, the projector's config says "
+                f"{self.vision_hidden_size}; attach with vision_hidden_size of the former"
+            )
+        weight = next(self.projector.parameters())
+        return self.projector(patches.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
+
+    def _fitted(self, each: torch.Tensor) -> torch.Tensor:
+        grid = self.grid_size
+        if grid is None or tuple(each.shape[:2]) == tuple(grid):
+            return each
+        if self.resize is None:
+            raise SpatialTokensError(
+                f"an image has {each.shape[0]}x{each.shape[1]} patches, the projector's grid is {grid[0]}x{grid[1]}; attach with "
+                "resize='pool' or 'interpolate', or with a config of that grid"
+            )
+        planes = each.movedim(-1, 0)[None].float()  # torch interpolates no 16 bits on a CPU
+        planes = (
+            functional.adaptive_avg_pool2d(planes, grid)
+            if self.resize == "pool"
+            else functional.interpolate(planes, grid, mode="bilinear", antialias=True)
+        )
+        return planes[0].movedim(0, -1).to(each)
+
+    def _mask(self, call: Call, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Where the placeholders are in a sequence `(B, L)`."""
+        generate = call if call.generating else call.outer
+        if generate is not None and generate.placeholders is not None:
+            prompt, length = generate.placeholders, embeddings.shape[1]
+            start = 0 if cache is None or call.generating else int(cache.get_seq_length())
+            part = functional.pad(prompt, (0, max(0, start + length - prompt.shape[1])))[:, start : start + length]
+            return part.repeat_interleave(embeddings.shape[0] // prompt.shape[0], dim=0).to(embeddings.device)
+        if call.placeholders is not None and call.placeholders.shape == embeddings.shape[:2]:
+            return call.placeholders
+        return (embeddings == self.token.row.to(embeddings)).all(-1)  # the caller embedded the ids
+
+    def _places(self, call: Call, mask: torch.Tensor) -> Places:
+        """Where the tokens go, row by row."""
+        ids = call.input_ids
+        images = None if ids is None or ids.shape != mask.shape else ids == self.parts.image_token_id
+        side_by_side = self.unit == "tile" and self.parts.family.tiles == "anyres"
+        return find_places(mask, images, self.num_spatial_tokens, side_by_side=side_by_side)
+
+    def _require_no_places(self, call: Call, embeddings: torch.Tensor, cache: Any) -> None:
+        generate = call if call.generating else call.outer
+        if generate is not None and (generate.prefilled or generate.placeholders is None):
+            return
+        if torch.compiler.is_compiling():
+            if call.placeholders is not None:
+                torch._assert_async(~call.placeholders.any(), "places for spatial tokens, but no image was encoded in this call")
+            return
+        if embeddings.shape[1] == 1 and call.placeholders is None:
+            return
+        found = self._mask(call, embeddings, cache).sum(1).tolist()
+        row = next((row for row, count in enumerate(found) if count), None)
+        if row is not None:
+            raise SpatialTokensError(
+                f"row {row} has {found[row]} places for spatial tokens, but no image was encoded in this call; give the images "
+                "with their text (generate() separates them with prefill_chunk_size)"
+            )
+
+    # Training
+
+    def _must_take_part(self) -> bool:
+        """A batch without images must still give every parameter a gradient, of zeros: DDP and FSDP wait for it."""
+        weights = self.projector.parameters()
+        return self.projector.training and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+    def _no_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
+        weight = next(self.projector.parameters())
+        channels = self.vision_hidden_size or self.parts.vision_hidden_size or weight.shape[-1]
+        blank = embeddings.new_zeros(*(self.grid_size or self.parts.grid_size or (1, 1)), channels)
+        own = self._own_without_images(embeddings)  # first, as in a batch with images: engines reduce gradients as they come
+        return own + self.tokens([blank])[:, :0].sum().to(embeddings)
+
+    def _own_without_images(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Zero, of what trains in the base's own projector."""
+        if not self.modules_to_save:
+            return embeddings.new_zeros(())
+        tap: Any = self.parts.projector
+        if isinstance(getattr(tap, "linear_1", None), nn.Linear):  # LLaVA's
+            blank = torch.zeros(1, 1, tap.linear_1.in_features).to(tap.linear_1.weight)
+            return tap(blank)[..., :0].sum().to(embeddings)  # type: ignore[no-any-return]
+        trained = [each for each in tap.parameters() if each.requires_grad]
+        return torch.stack([0 * each.sum() for each in trained]).sum() if trained else embeddings.new_zeros(())
+
+    def _warn_of_training(self) -> None:
+        projector = self.projector
+        if not projector.training:
+            return
+        if self.is_new and not any(weight.requires_grad for weight in projector.parameters()):
+            warnings.warn(
+                f"the spatial tokens are random and frozen; unfreeze model.{NAME}, or name {NAME!r} in PEFT's modules_to_save",
+                stacklevel=2,
+            )
+        if any(hasattr(module, "base_layer") for module in projector.modules()):
+            warnings.warn(
+                "an adapter such as LoRA wraps layers of the spatial tokens, which save_adapter cannot save; give PEFT "
+                f"exclude_modules={PEFT_EXCLUDE_MODULES!r}",
+                stacklevel=2,
+            )
+
+
+def _without_placeholders(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Trainer's `num_items_in_batch`, which a collator that leaves placeholders among the labels made too large.
+
+    Raises:
+        SpatialTokensError: If it is of more batches than this one, whose placeholders are not known here.
+    """
+    in_batch, placeholders = torch.stack([(labels != IGNORED).sum(), mask.sum()]).tolist()
+    if not placeholders:
+        return counted
+    if int(counted) != in_batch:
+        raise SpatialTokensError(
+            f"the labels of {placeholders} placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), which "
+            "is of several batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
+        )
+    return counted - placeholders
+
+
+def _is_ids(value: Any, dimensions: int | None = 2) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and not value.is_floating_point()
+        and value.dtype != torch.bool
+        and dimensions in (None, value.ndim)
+    )

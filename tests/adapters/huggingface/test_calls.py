@@ -1,0 +1,198 @@
+"""Calls of one attached model do not meet: several threads, interruptions, turns, copies for several devices, compiled code."""
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import DynamicCache
+
+from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface import attach, detach
+from spatial_tokens.adapters.huggingface.api import attachment_of
+from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
+
+GREEDY = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", params=["llava-own", "llava-image", "qwen-own", "qwen-image"])
+def ready(request):
+    """An attached model, and the inputs of two requests: one image, and two."""
+    family, mode = request.param.split("-")
+    base, plain = llava() if family == "llava" else qwen()
+    model, processor = attach(base, plain, mode=mode, resize=None if family == "llava" else "pool", **FIELDS)
+    place = "<image>" if family == "llava" else "<|vision_start|><|image_pad|><|vision_end|>"
+    texts = [f"{place} is", f"What {place} is {place}", "is this"]
+    images = pictures(3)
+    given = [images[:1], images[1:], None]
+    return model, [
+        processor(images=each, text=[text], return_tensors="pt") for text, each in zip(texts, given, strict=True)
+    ]  # fmt: skip
+
+
+def alone(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_one_model_in_several_threads(ready):
+    model, requests = ready
+    expected = [alone(model, each) for each in requests]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: alone(model, requests[i % 3]), range(24)))
+    assert all(torch.equal(each, expected[i % 3]) for i, each in enumerate(found))
+
+
+def test_one_model_that_generates_in_several_threads(ready):
+    model, requests = ready
+    expected = [model.generate(**each, **GREEDY) for each in requests]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda i: model.generate(**requests[i % 3], **GREEDY), range(9)))
+    assert all(torch.equal(each, expected[i % 3]) for i, each in enumerate(found))
+
+
+@pytest.mark.parametrize("call", [alone, lambda model, inputs: model.generate(**inputs, **GREEDY)], ids=["forward", "generate"])
+def test_a_request_at_its_language_model_when_another_has_encoded(ready, call):
+    """The first request waits before its language model until the second has encoded its image."""
+    model, (first, second, _) = ready
+    expected = [call(model, each) for each in (first, second)]
+    arrived, encoded, names = threading.Event(), threading.Event(), {}
+
+    def wait(*_):
+        if names.get("first") == threading.get_ident() and not arrived.is_set():
+            arrived.set()
+            assert encoded.wait(20)
+
+    def tell(*_):
+        if names.get("second") == threading.get_ident():
+            encoded.set()
+
+    hooks = [
+        model.get_decoder().register_forward_pre_hook(wait, prepend=True),
+        attachment_of(model).parts.projector.register_forward_hook(tell),
+    ]
+
+    def run(name, inputs):
+        names[name] = threading.get_ident()
+        if name == "second":
+            assert arrived.wait(20)
+        return call(model, inputs)
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(run, ("first", "second"), (first, second)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert arrived.is_set()
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("generating", [False, True])
+def test_an_interrupted_call_keeps_no_features(ready, error, generating):
+    model, (inputs, _, text) = ready
+    expected = [alone(model, each) for each in (inputs, text)]
+    seen = []
+
+    def fail(*_):
+        raise error
+
+    hooks = [
+        attachment_of(model).parts.projector.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0]))),
+        model.get_decoder().layers[0].register_forward_hook(fail),
+    ]
+    try:
+        with pytest.raises(error):
+            model.generate(**inputs, **GREEDY) if generating else alone(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gc.collect()
+    assert seen
+    assert not any(each() is not None for each in seen)
+    assert all(torch.equal(alone(model, each), logits) for each, logits in zip((inputs, text), expected, strict=True))
+
+
+def test_a_second_turn_with_a_literal_token():
+    """The cache holds the first turn. The words of the second hold the reserved token; there is no image to it."""
+    model, processor = attach(*llava(), **FIELDS)
+    first = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    for call in (lambda **given: model(**given), lambda **given: model.generate(**given, **GREEDY)):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**first, past_key_values=cache)
+        words = torch.full((1, 6), attachment_of(model).token_id)
+        ids = words if call.__code__.co_names[0] == "model" and "generate" not in call.__code__.co_names else (
+            torch.cat([first["input_ids"], words], dim=1)
+        )  # fmt: skip
+        with pytest.raises(SpatialTokensError, match="row 0 has 6 places for spatial tokens, but no image was encoded"):
+            call(input_ids=ids, past_key_values=cache)
+
+
+def replicated(model):
+    """What nn.DataParallel makes for another device: modules copied without their hooks' objects."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, made in copies.items():
+        for name, child in module._modules.items():
+            made._modules[name] = copies.get(child)
+        for name, each in module._parameters.items():
+            setattr(made, name, each)
+    return copies[model]
+
+
+def test_data_parallel_is_refused(ready):
+    model, (inputs, _, _) = ready
+    with pytest.raises(SpatialTokensError, match=r"nn\.DataParallel copies modules but not their hooks; use Distributed"):
+        replicated(model)(**inputs)
+
+
+# Compiled code
+
+
+def test_attached_to_a_model_that_runs_compiled():
+    """torch.compile does not look whether a module has gained hooks: code of the plain model would run on without the tokens."""
+    torch._dynamo.reset()
+    attached, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    torch.compile(attached, backend="eager")(**inputs)
+    base, plain = llava(1)
+    before = plain(images=pictures(1), text="<image> is", return_tensors="pt")
+    compiled = torch.compile(base, backend="eager")
+    of_base = compiled(**before).logits
+    attach(base, **FIELDS)
+    with torch.no_grad():
+        expected, found = base(**inputs).logits, compiled(**inputs).logits
+        assert not torch.allclose(expected[:, 6:], of_base, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    detach(base)
+    torch.testing.assert_close(compiled(**before).logits, of_base, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_attached_to_what_torch_compile_returned():
+    base, plain = llava()
+    torch._dynamo.reset()
+    compiled, processor = attach(torch.compile(base, backend="eager"), plain, **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    torch.testing.assert_close(compiled(**inputs).logits, base(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert isinstance(compiled, torch._dynamo.eval_frame.OptimizedModule)
+    assert not hasattr(detach(compiled)._orig_mod, "spatial_tokens")
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_in_several_threads():
+    model, processor = attach(*llava(), **FIELDS)
+    requests = [processor(images=pictures(1, seed=i), text="<image> is", return_tensors="pt") for i in range(3)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    expected = [alone(compiled, each) for each in requests]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda i: alone(compiled, requests[i % 3]), range(12)))
+    for i, each in enumerate(found):
+        torch.testing.assert_close(each, expected[i % 3], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
