@@ -222,7 +222,7 @@ def _require_all_kernels(sizes: list[int], grid_size: int, pooled: bool, origin:
         fault = f"missing: {', '.join(names)}"
     raise SpatialTokensError(
         f"{origin} has the kernels {', '.join(map(str, sizes))} on a grid of {grid_size} x {grid_size}: {fault}; find the whole "
-        "checkpoint or, if it is meant to be so, give the config that it must hold"
+        "checkpoint or, if its grid or kernels are others, give the config that it must hold"
     )
 
 

@@ -53,8 +53,8 @@ class FolderFormat(NamedTuple):
             raise SpatialTokensError(f"the config in the metadata of {folder / self.weights_name}: {error}") from error
         if own != config:
             warnings.warn(
-                f"{folder / self.config_name} is not the config that {self.weights_name} was saved with (a save was interrupted, or "
-                f"it was edited); the copy in {self.weights_name} is used, and saving again rewrites {self.config_name}",
+                f"{folder / self.config_name} is not the config that {self.weights_name} was saved with (an interrupted save, or "
+                f"an edit); the copy in {self.weights_name} is used, and saving again rewrites {self.config_name}",
                 stacklevel=3,
             )
         return own, tensors
