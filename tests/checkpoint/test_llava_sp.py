@@ -544,6 +544,18 @@ def test_several_dtypes_need_a_choice(other):
     same(to_llava_sp(load(tensors, dtype=torch.float16)), {name: tensor.half() for name, tensor in tensors.items()})
 
 
+@pytest.mark.parametrize("suffix", [".bin", "state dict"])
+def test_weights_without_values(tmp_path, suffix):
+    source = SOURCES[suffix]({**released(), "conv_8.weight": torch.ones(5, 3, 8, 8, device="meta")}, tmp_path)
+    refused("^cannot use .*: conv_8.weight is on the meta device, without values", source)
+
+
+def test_packed_weights_are_named():
+    """As bitsandbytes keeps a linear layer of the MLP of the patches."""
+    packed = {"mm_projector.0.weight": torch.ones(11, 1, dtype=torch.uint8), "mm_projector.0.weight.absmax": torch.ones(1)}
+    refused(r"the state dict holds 4-bit weights of bitsandbytes \(mm_projector.0.weight\)", {**released(), **packed})
+
+
 @pytest.mark.parametrize("given_dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_weights_that_are_not_floating(given_dtype, dtype):
@@ -627,6 +639,12 @@ def test_a_wrapped_projector_is_not_exported():
     projector = SPProjector.from_config(CONFIG)
     projector.extractor.kernels[1] = nn.Sequential(projector.extractor.kernels[1])
     with pytest.raises(SpatialTokensError, match=r"missing: extractor.kernels.1.weight; unexpected: extractor.kernels.1.0.weight"):
+        to_llava_sp(projector)
+
+
+@pytest.mark.parametrize("projector", [None, nn.Linear(2, 2), {}])
+def test_what_is_no_projector(projector):
+    with pytest.raises(SpatialTokensError, match=f"projector must be an SPProjector, got a {type(projector).__name__}"):
         to_llava_sp(projector)
 
 
