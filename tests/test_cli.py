@@ -190,7 +190,8 @@ def test_convert_there_and_back(capsys, tmp_path, projector, prefix, name):
     assert told["config"] == json.loads(json.dumps(TINY.to_dict()))
     released = load_file(tmp_path / name) if name.endswith("safetensors") else torch.load(tmp_path / name, weights_only=True)
     assert released.keys() == to_llava_sp(projector, prefix=prefix).keys()
-    assert "wrote" in run(capsys, "convert", tmp_path / name, tmp_path / "again")
+    assert "missing: conv_" in run(capsys, "convert", tmp_path / name, tmp_path / "again", code=2), "it is no grid of 24 x 24"
+    assert "wrote" in run(capsys, "convert", tmp_path / name, tmp_path / "again", "--config", tmp_path / "own")
     again = SPProjector.from_pretrained(tmp_path / "again")
     assert again.config == TINY
     assert all(torch.equal(tensor, projector.state_dict()[key]) for key, tensor in again.state_dict().items())
@@ -213,6 +214,21 @@ def test_convert_overwrites_only_when_told(capsys, tmp_path, projector):
     assert target.read_text() == "precious"
     run(capsys, "convert", tmp_path / "own", target, "--overwrite")
     assert "conv_4.weight" in torch.load(target, weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoint-3/optimizer.pt", "config.json"])
+def test_convert_never_overwrites_files_of_others(capsys, tmp_path, projector, name):
+    save_file(to_llava_sp(projector), tmp_path / "released.safetensors")
+    arguments = ("convert", tmp_path / "released.safetensors", tmp_path / "out", "--config", tmp_path / "own", "--overwrite")
+    run(capsys, *arguments)
+    run(capsys, *arguments)
+    precious = tmp_path / "out" / name
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("{}")
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert f"files that a conversion does not write, {name.split('/')[0]}; move" in run(capsys, *arguments, code=2)
+    assert precious.read_text() == "{}"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
 def test_convert_mistakes(capsys, tmp_path, projector):

@@ -23,6 +23,7 @@ from spatial_tokens.modules import SPProjector
 from spatial_tokens.presets import PRESETS
 from spatial_tokens.storage.files import read_text, write_tensors
 from spatial_tokens.storage.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from spatial_tokens.storage.staging import is_staging
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--vision", metavar="DIR", help="with --base: the vision tower (default: what the folder's config names)")
     convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
     convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
     return parser
 
 
@@ -262,6 +263,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
             raise SpatialTokensError(
                 f"{source} becomes a directory of {CONFIG_NAME} and {WEIGHTS_NAME}; OUT must not be a file's name"
             )
+        _require_own_files(target)
         projector = from_llava_sp(source, config=config)
         projector.save_pretrained(target)
     _print_converted(arguments, projector.config)
@@ -291,9 +293,28 @@ def _print_converted(arguments: argparse.Namespace, config: SPProjectorConfig) -
     print(f"wrote {target}: {described}")
 
 
+def _require_own_files(target: Path) -> None:
+    """Raises SpatialTokensError if a directory holds files that a conversion does not write, or the config of something else."""
+    if not target.is_dir():
+        return
+    others = sorted(
+        path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME) and not is_staging(path.name)
+    )
+    if (target / CONFIG_NAME).exists() and not _is_own_config(target / CONFIG_NAME):
+        others.append(CONFIG_NAME)
+    if others:
+        raise SpatialTokensError(
+            f"{target} is not overwritten: it holds files that a conversion does not write, {', '.join(others[:20])}; "
+            "move them away, or choose another OUT"
+        )
+
+
 def _is_own_format(path: Path) -> bool:
-    config = path / CONFIG_NAME
-    return config.is_file() and (path / WEIGHTS_NAME).is_file() and "spatial_hidden_size" in read_text(config)
+    return (path / WEIGHTS_NAME).is_file() and _is_own_config(path / CONFIG_NAME)
+
+
+def _is_own_config(path: Path) -> bool:
+    return path.is_file() and "spatial_hidden_size" in read_text(path)
 
 
 def _read_config(name: str) -> SPProjectorConfig:

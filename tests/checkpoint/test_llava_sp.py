@@ -3,6 +3,7 @@ import pickle
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.tolerances import assert_close
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 PREFIXES = ["", "model.", "base_model.model.model."]
+load = partial(from_llava_sp, grid_size=8)
 TOKENS = {1: (24,), 3: (8, 16, 24), 6: (4, 8, 12, 16, 20, 24), 12: (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24)}
 
 
@@ -88,7 +90,7 @@ def rest_of_model(prefix):
 
 def refused(message, source=None, **kwargs):
     with pytest.raises(SpatialTokensError, match=message) as caught:
-        from_llava_sp(released() if source is None else source, **kwargs)
+        load(released() if source is None else source, **kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -169,7 +171,7 @@ def test_an_imported_projector_computes_what_the_released_one_does(variant, deta
 @pytest.mark.parametrize("detail", [None, 4])
 def test_an_import_is_exported_bit_for_bit(variant, detail, prefix, dtype):
     tensors = released(variant, (2, 4, 6, 8), detail, dtype=dtype, prefix=prefix)
-    exported = to_llava_sp(from_llava_sp(tensors), prefix=prefix)
+    exported = to_llava_sp(load(tensors), prefix=prefix)
     same(exported, tensors)
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in exported.values())
 
@@ -202,7 +204,7 @@ def holdable(draw):
 @settings(max_examples=60)
 def test_an_export_is_imported_bit_for_bit(config, dtype, prefix):
     projector = SPProjector.from_config(config, dtype=dtype)
-    back = from_llava_sp(to_llava_sp(projector, prefix=prefix), config=config)
+    back = load(to_llava_sp(projector, prefix=prefix), config=config)
     assert back.config == config
     same(back.state_dict(), projector.state_dict())
 
@@ -210,15 +212,15 @@ def test_an_export_is_imported_bit_for_bit(config, dtype, prefix):
 def test_nan_stays_nan():
     tensors = released()
     tensors["conv_4.weight"][1, 2, 3, 0] = tensors["mm_projector.0.bias"][2] = float("nan")
-    projector = from_llava_sp(tensors)
+    projector = load(tensors)
     same(to_llava_sp(projector), tensors)
     assert projector(torch.randn(1, 64, 3)).isnan().any()
 
 
 def test_the_callers_tensors_are_not_touched():
-    source = {name: nn.Parameter(tensor) for name, tensor in released(kernels=(1, 3), detail=1, widths=(1, 1, 1)).items()}
+    source = {name: nn.Parameter(tensor) for name, tensor in released(kernels=(1,), detail=1, widths=(1, 1, 1)).items()}
     before = {name: tensor.detach().clone() for name, tensor in source.items()}
-    projector = from_llava_sp(source)
+    projector = from_llava_sp(source, grid_size=1)
     with torch.no_grad():
         for parameter in projector.parameters():
             parameter.fill_(17)
@@ -228,7 +230,7 @@ def test_the_callers_tensors_are_not_touched():
 
 def test_an_imported_projector_can_be_trained():
     tensors = released()
-    projector = from_llava_sp(tensors)
+    projector = load(tensors)
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in projector.parameters())
     projector(torch.randn(2, 64, 3)).square().mean().backward()
     torch.optim.SGD(projector.parameters(), lr=0.1).step()
@@ -237,8 +239,8 @@ def test_an_imported_projector_can_be_trained():
 
 def test_dtype_and_device_can_be_chosen():
     tensors = released()
-    same(to_llava_sp(from_llava_sp(tensors, dtype=torch.bfloat16, device="cpu")), {n: t.bfloat16() for n, t in tensors.items()})
-    assert {parameter.device.type for parameter in from_llava_sp(tensors, device="meta").parameters()} == {"meta"}
+    same(to_llava_sp(load(tensors, dtype=torch.bfloat16, device="cpu")), {n: t.bfloat16() for n, t in tensors.items()})
+    assert {parameter.device.type for parameter in load(tensors, device="meta").parameters()} == {"meta"}
 
 
 def as_state_dict(tensors, folder):
@@ -301,7 +303,7 @@ SOURCES = {
 @pytest.mark.parametrize("variant", ["cropping", "pooling"])
 def test_every_source_amid_a_whole_model(tmp_path, source, prefix, variant):
     tensors = released(variant, prefix=prefix)
-    projector = from_llava_sp(SOURCES[source](tensors | rest_of_model(prefix), tmp_path))
+    projector = load(SOURCES[source](tensors | rest_of_model(prefix), tmp_path))
     same(to_llava_sp(projector, prefix=prefix), tensors)
 
 
@@ -322,6 +324,9 @@ def test_the_rest_of_a_model_is_not_read(tmp_path, monkeypatch):
         def keys(self):
             return self.file.keys()
 
+        def metadata(self):
+            return self.file.metadata()
+
         def get_tensor(self, name):
             read.append(name)
             return self.file.get_tensor(name)
@@ -329,14 +334,14 @@ def test_the_rest_of_a_model_is_not_read(tmp_path, monkeypatch):
     safe_open = files.safe_open
     save_file(tensors | rest_of_model("model."), tmp_path / "model.safetensors")
     monkeypatch.setattr(files, "safe_open", Recorder)
-    from_llava_sp(tmp_path)
+    load(tmp_path)
     assert sorted(read) == sorted(tensors)
 
 
 def test_a_projector_read_from_a_file_outlives_it(tmp_path):
     tensors = released()
     save_file(tensors, tmp_path / "model.safetensors")
-    projector = from_llava_sp(tmp_path)
+    projector = load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     same(to_llava_sp(projector), tensors)
 
@@ -420,13 +425,40 @@ def test_a_missing_tensor_is_listed(prefix, name):
         refused(f"missing: {name}$", given_names)
 
 
-def test_a_missing_kernel_is_noticed():
-    six = released(kernels=TOKENS[6], widths=(1, 1, 1))
-    refused(r"has the kernels \[4, 8, 16, 20, 24\], in unequal steps: one may be missing", without(six, "conv_12.weight"))
-    config = SPProjectorConfig.from_preset(
-        "llava-sp-cropping", vision_hidden_size=1, spatial_hidden_size=1, text_hidden_size=1, detail_kernel_size=4
-    )
-    refused("missing: conv_12.weight$", without(six, "conv_12.weight"), config=config)
+SIX = TOKENS[6]
+
+
+@pytest.mark.parametrize("variant", ["cropping", "pooling"])
+@pytest.mark.parametrize("kept", [kept for count in range(1, 6) for kept in combinations(SIX, count)])
+def test_lost_kernels_are_named(variant, kept):
+    """Every subset of the released kernels but those that are a model of table 4."""
+    tensors = released(variant, SIX, None, widths=(1, 1, 1))
+    lost = [f"conv_{k}.1.weight" if variant == "pooling" and k < 24 else f"conv_{k}.weight" for k in SIX if k not in kept]
+    if kept in TOKENS.values():
+        assert from_llava_sp(without(tensors, *lost)).config.kernel_sizes == kept
+        return
+    message = f"has the kernels {', '.join(map(str, kept))} on a grid of 24 x 24: missing: {', '.join(lost)}; find the whole"
+    refused(message, without(tensors, *lost), grid_size=24)
+    preset = "llava-sp-cropping" if variant == "cropping" else "llava-sp-pooling"
+    sizes = {"vision_hidden_size": 1, "spatial_hidden_size": 1, "text_hidden_size": 1}
+    config = SPProjectorConfig.from_preset(preset, **sizes, spatial_head_bias=True, detail_kernel_size=None)
+    refused(f"missing: {', '.join(lost)}$", without(tensors, *lost), config=config)
+    as_kept = replace(config, kernel_sizes=kept)
+    assert from_llava_sp(without(tensors, *lost), config=as_kept).config == as_kept
+
+
+def test_a_checkpoint_of_another_grid_says_so():
+    tensors = released(kernels=(4, 8, 12, 16))
+    refused(r"on a grid of 24 x 24: missing: conv_20.weight, conv_24.weight; .* give the config", tensors, grid_size=24)
+    assert from_llava_sp(tensors, grid_size=16).config.grid_size == (16, 16)
+    refused("on a grid of 12 x 12: no released model has these;", tensors, grid_size=12)
+    refused("grid_size must be a positive integer, got 0", tensors, grid_size=0)
+
+
+def test_a_stage_1_step_checkpoint():
+    """The released code keeps `conv_4` and the MLP of the patches, and nothing else of the projector (REFERENCE section 9)."""
+    tensors = {name: each for name, each in released(kernels=SIX, widths=(1, 1, 1)).items() if name.startswith(("conv_4.", "mm_"))}
+    refused("missing: conv_8.weight, conv_12.weight, conv_16.weight, conv_20.weight, conv_24.weight;", tensors, grid_size=24)
 
 
 @pytest.mark.parametrize("name", ["conv_6.bias", "mm_projector.1.weight", "conv_linear.0.weight", "optimizer"])
@@ -509,7 +541,19 @@ def test_mixed_prefixes(moved, prefix, other, twice):
 def test_several_dtypes_need_a_choice(other):
     tensors = {**released(), "mm_projector.0.bias": torch.ones(7, dtype=other)}
     refused(rf"the state dict has tensors of .*{other}.*; give the dtype that all should have", tensors)
-    same(to_llava_sp(from_llava_sp(tensors, dtype=torch.float16)), {name: tensor.half() for name, tensor in tensors.items()})
+    same(to_llava_sp(load(tensors, dtype=torch.float16)), {name: tensor.half() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("suffix", [".bin", "state dict"])
+def test_weights_without_values(tmp_path, suffix):
+    source = SOURCES[suffix]({**released(), "conv_8.weight": torch.ones(5, 3, 8, 8, device="meta")}, tmp_path)
+    refused("^cannot use .*: conv_8.weight is on the meta device, without values", source)
+
+
+def test_packed_weights_are_named():
+    """As bitsandbytes keeps a linear layer of the MLP of the patches."""
+    packed = {"mm_projector.0.weight": torch.ones(11, 1, dtype=torch.uint8), "mm_projector.0.weight.absmax": torch.ones(1)}
+    refused(r"the state dict holds 4-bit weights of bitsandbytes \(mm_projector.0.weight\)", {**released(), **packed})
 
 
 @pytest.mark.parametrize("given_dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
@@ -519,21 +563,17 @@ def test_weights_that_are_not_floating(given_dtype, dtype):
     refused(rf"the state dict has tensors of {given_dtype}; all must be floating point", tensors, dtype=dtype)
 
 
-def test_a_pooled_largest_kernel_needs_a_config():
-    tensors = released("pooling", (2, 4, 8))
-    pooled = without(tensors, "conv_8.weight")
-    refused(r"the grid of the state dict is unknown: its largest kernel conv_4.1.weight is pooled; give the config", pooled)
-    config = replace(CONFIG, variant="pooling", kernel_sizes=(2, 4))
-    assert from_llava_sp(pooled, config=config).config == config
-
-
-def test_unequal_steps_need_a_config():
+def test_other_kernels_need_a_config():
     tensors = released(kernels=(2, 4, 8))
-    refused(r"has the kernels \[2, 4, 8\], in unequal steps: one may be missing; give the config", tensors)
+    refused(r"has the kernels 2, 4, 8 on a grid of 8 x 8: missing: conv_6.weight; .* give the config", tensors)
     config = replace(CONFIG, kernel_sizes=(2, 4, 8))
     projector = from_llava_sp(tensors, config=config)
     assert projector.config == config
     same(to_llava_sp(projector), tensors)
+    pooled = released("pooling", (2, 4))
+    pooled["conv_4.1.weight"] = pooled.pop("conv_4.weight")
+    config = replace(CONFIG, variant="pooling", kernel_sizes=(2, 4))
+    assert from_llava_sp(pooled, config=config).config == config
 
 
 CONFIG = SPProjectorConfig(
@@ -549,7 +589,7 @@ CONFIG = SPProjectorConfig(
 
 def test_a_config_tells_what_no_weight_does():
     config = replace(CONFIG, grid_size=(12, 12), detail_stride=3)
-    projector = from_llava_sp(released(), config=config)
+    projector = load(released(), config=config)
     assert projector.config == config
     assert projector(torch.randn(1, 144, 3)).shape == (1, 146, 7)
 
@@ -566,7 +606,10 @@ def test_a_config_tells_what_no_weight_does():
         ({"detail_kernel_size": None, "detail_stride": None}, r"unexpected: conv_CM.weight, query_projector.0.weight, "),
         ({"detail_kernel_size": 6}, r"wrongly shaped: conv_CM.weight \(5, 3, 4, 4\) instead of \(5, 3, 6, 6\)$"),
         ({"spatial_head_bias": False}, r"unexpected: conv_linear.1.bias$"),
-        ({"spatial_head": "mlp"}, r"the released names hold square kernels and spatial_head='linear', got .*spatial_head='mlp'"),
+        (
+            {"spatial_head": "mlp"},
+            r"the released names hold square kernels, spatial_head='linear' and patch_head='mlp', got .*spatial_head='mlp'",
+        ),
     ],
 )
 def test_a_config_that_the_checkpoint_contradicts(changes, message):
@@ -579,13 +622,15 @@ def test_a_config_that_the_checkpoint_contradicts(changes, message):
         {"spatial_head": "mlp"},
         {"kernel_sizes": ((4, 6), 8)},
         {"kernel_sizes": ((2, 4), (4, 8))},
+        {"patch_head": None},
         {"detail_kernel_size": (4, 3)},
     ],
 )
 def test_projectors_that_the_released_names_cannot_hold(changes):
     projector = SPProjector.from_config(replace(CONFIG, **changes))
     with pytest.raises(
-        SpatialTokensError, match=r"the released names hold square kernels and spatial_head='linear', got .*save_pretrained"
+        SpatialTokensError,
+        match=r"the released names hold square kernels, spatial_head='linear' and patch_head='mlp', got .*save_pretrained",
     ):
         to_llava_sp(projector)
 
@@ -594,6 +639,12 @@ def test_a_wrapped_projector_is_not_exported():
     projector = SPProjector.from_config(CONFIG)
     projector.extractor.kernels[1] = nn.Sequential(projector.extractor.kernels[1])
     with pytest.raises(SpatialTokensError, match=r"missing: extractor.kernels.1.weight; unexpected: extractor.kernels.1.0.weight"):
+        to_llava_sp(projector)
+
+
+@pytest.mark.parametrize("projector", [None, nn.Linear(2, 2), {}])
+def test_what_is_no_projector(projector):
+    with pytest.raises(SpatialTokensError, match=f"projector must be an SPProjector, got a {type(projector).__name__}"):
         to_llava_sp(projector)
 
 

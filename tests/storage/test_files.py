@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import pickle
@@ -13,8 +14,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from spatial_tokens import SpatialTokensError
-from spatial_tokens.storage.files import atomic_write, read_tensors, read_text, write_tensors, write_text
+from spatial_tokens import SpatialTokensError, SPProjector
+from spatial_tokens.storage.directories import new_directory
+from spatial_tokens.storage.files import (
+    atomic_write,
+    check_writable,
+    make_directory,
+    read_safetensors,
+    read_tensors,
+    read_text,
+    write_tensors,
+    write_text,
+)
+from spatial_tokens.training.checkpoints import check_complete, last_complete, mark_complete
+from tests.storage.test_pretrained import build
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 legacy_save = partial(torch.save, _use_new_zipfile_serialization=False)
@@ -36,7 +49,7 @@ SUFFIXES = {".safetensors": save_file, ".bin": torch.save, ".pt": legacy_save}
 @contextmanager
 def refused(message):
     with pytest.raises(SpatialTokensError, match=message) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value)
 
 
@@ -51,14 +64,14 @@ class Payload:
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
-    target = tmp_path / "file"
+    target = tmp_path / "file.txt"
     target.write_text("old")
     with atomic_write(target) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == tmp_path
+        assert temporary.suffix == target.suffix
         assert target.read_text() == "old"
     assert target.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert os.listdir(tmp_path) == ["file.txt"]
 
 
 @pytest.mark.parametrize(
@@ -180,25 +193,61 @@ def test_truncated_files(tmp_path, suffix):
             read_tensors(path)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+
+
+def stored(value, save):
+    with tempfile.TemporaryDirectory() as folder:
+        save(value, Path(folder, "file"))
+        return Path(folder, "file").read_bytes()
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
-    "text",
+    ("content", "kind"),
     [
-        b"",
-        b".",
-        b"hello\n",
-        b"<html>not found</html>",
-        b"version https://git-lfs.github.com/spec/v1\n",
-        b"\x80\x02.",
-        b"{}",
-        b"\xff" * 64,
+        (b"", "it is empty: download or write it again"),
+        (b"\0" * 2000, "it is zeros where its header should be: download or copy it again"),
+        (LFS, "it is a Git LFS pointer instead of the file: run 'git lfs pull' in its repository"),
+        (b"../.git/annex/objects/a/b\n", r"it is text instead of weights: '\.\./\.git/annex"),
+        (b"/annex/objects/SHA256E-s1--2\n", "it is a git-annex pointer instead of the file: run 'git annex get'"),
+        (b"<html>not found</html>", "it is a web page instead of the file: log in, "),
+        (b"\xef\xbb\xbf\n <!DOCTYPE html>\n<html>", "it is a web page instead of the file: log in, "),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it is an XML document, such as a server's error"),
+        (b'{"error": "Repository not found"}', r"""it is JSON instead of weights: '\{"error": "Repository not found"\}'"""),
+        (b"{}", r"it is JSON instead of weights: '\{\}'"),
+        ("Entry not found ☃".encode() * 99, "it is text instead of weights: 'Entry not found ☃Entry"),
+        (gzip.compress(b"weights"), "it is a gzip archive: unpack it first"),
+        (b"PK\x03\x04" + b"\0" * 40, "it is a zip archive: unpack it first"),
+        (b"\0" * 257 + b"ustar\0", "it is a tar archive: unpack it first"),
+        (b"GGUF\3\0\0\0", "it is a GGUF file"),
+        (b"\x80\x02.", "PyTorch file"),
+        (b"\xff" * 64, ""),
     ],
-)
-def test_files_of_another_kind(tmp_path, suffix, text):
+)  # fmt: skip
+def test_files_of_another_kind_are_named(tmp_path, suffix, content, kind):
     path = tmp_path / f"file{suffix}"
-    path.write_bytes(text)
-    with refused(rf"{re.escape(str(path))} is not a whole"):
+    path.write_bytes(content)
+    with refused(f"^{re.escape(str(path))} is not a whole .*{kind}") as caught:
         read_tensors(path)
+    assert "weights_only" not in str(caught.value)
+    assert "header" not in str(caught.value) or content[:1] in b"\0\xff"
+
+
+def test_weights_under_a_name_of_another_kind(tmp_path):
+    (tmp_path / "a.bin").write_bytes(stored(TENSORS, save_file))
+    with refused("it is a safetensors file: rename it to end in .safetensors"):
+        read_tensors(tmp_path / "a.bin")
+    for save in (torch.save, legacy_save):
+        (tmp_path / "a.safetensors").write_bytes(stored(TENSORS, save))
+        with refused("it is a PyTorch file: rename it to end in .bin"):
+            read_tensors(tmp_path / "a.safetensors")
+
+
+def test_a_pointer_instead_of_text(tmp_path):
+    (tmp_path / "config.json").write_bytes(LFS)
+    with refused("cannot read .*config.json: it is a Git LFS pointer instead of the file: run 'git lfs pull'"):
+        read_text(tmp_path / "config.json")
 
 
 @given(
@@ -234,12 +283,54 @@ def test_no_damage_raises_anything_else(suffix, data):
 def test_code_in_a_pickle_is_not_run(tmp_path, save, nested):
     trace, path = tmp_path / "trace", tmp_path / "file.bin"
     save({"a": Payload(trace)} if nested else Payload(trace), path)
-    with refused("is not a whole PyTorch file of tensors alone"):
+    with refused("is not a whole PyTorch file of tensors alone") as caught:
         read_tensors(path)
+    named = "it is damaged, or was not" if save is plain_pickle else "it holds io.open, which needs code to be run"
+    assert named in str(caught.value)
+    assert "weights_only" not in str(caught.value)
     assert not trace.exists()
     with suppress(RuntimeError):
         torch.load(path, weights_only=False)
     assert trace.exists(), "the payload is not live, so the test shows nothing"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_programs_are_not_run(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), tmp_path / "file.pt")
+    with refused("it is a TorchScript program; get the state dict that it was made of"):
+        read_tensors(tmp_path / "file.pt")
+
+
+def test_tensors_without_values_are_not_read(tmp_path):
+    torch.save({"a": torch.ones(2), "b": torch.ones(2, device="meta")}, tmp_path / "file.bin")
+    with refused(r"cannot use .*file\.bin: b is on the meta device, without values"):
+        read_tensors(tmp_path / "file.bin")
+    same(read_tensors(tmp_path / "file.bin", lambda name: name == "a"), {"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_was_read_does_not_change_with_its_file(tmp_path, suffix):
+    """A mapped file's values would, and reading them would end the process once the file is cut."""
+    path = tmp_path / f"file{suffix}"
+    SUFFIXES[suffix](TENSORS, path)
+    read = read_tensors(path)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    same(read, TENSORS)
+    os.truncate(path, 0)
+    same(read, TENSORS)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"file", ["file"]])
+@pytest.mark.parametrize(
+    "call",
+    [read_text, read_tensors, read_safetensors, make_directory, check_writable, partial(write_text, text=""),
+     partial(write_tensors, tensors={}, metadata={}), lambda path: new_directory(path, print).__enter__(),
+     mark_complete, check_complete, last_complete, SPProjector.from_pretrained, build().save_pretrained],
+)  # fmt: skip
+def test_what_is_no_path(call, path):
+    with refused("^expected a path, as a string or pathlib.Path, got "):
+        call(path)
 
 
 @pytest.mark.parametrize(

@@ -164,16 +164,48 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path, failure):
     same(loaded.state_dict(), first.state_dict())
 
 
-def test_a_save_cut_between_its_two_files_never_mixes_checkpoints(tmp_path):
+def test_a_save_cut_between_its_two_files_is_the_new_one(tmp_path):
     first, second = build(), build(SPProjectorConfig(**{**SMALL.to_dict(), "variant": "pooling"}))
     first.save_pretrained(tmp_path)
     with patch.object(os, "replace", renames(failing=1)), pytest.raises(SpatialTokensError, match="cannot write "):
         second.save_pretrained(tmp_path)
-    try:
+    said = r"config\.json is not the config that model\.safetensors was saved with .* saving again rewrites config\.json"
+    with pytest.warns(UserWarning, match=said):
         loaded = SPProjector.from_pretrained(tmp_path)
-    except SpatialTokensError:
-        return
-    same(loaded.state_dict(), (first if loaded.config == SMALL else second).state_dict())
+    assert loaded.config == second.config
+    same(loaded.state_dict(), second.state_dict())
+    loaded.save_pretrained(tmp_path)
+    assert SPProjectorConfig.from_json((tmp_path / "config.json").read_text()) == second.config
+    same(SPProjector.from_pretrained(tmp_path).state_dict(), second.state_dict())  # without a warning
+
+
+def test_a_damaged_copy_of_the_config(tmp_path):
+    projector = build()
+    projector.save_pretrained(tmp_path)
+    save_file(projector.state_dict(), tmp_path / "model.safetensors", {"config": "{"})
+    with pytest.raises(SpatialTokensError, match=r"config in the metadata of .*model\.safetensors: the config is not valid JSON"):
+        SPProjector.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("added", "kind"),
+    [
+        ("patch_head.fc1.weight.absmax", "4-bit weights of bitsandbytes"),
+        ("patch_head.fc1.weight.quant_state.bitsandbytes__nf4", "4-bit weights of bitsandbytes"),
+        ("patch_head.fc1.SCB", "8-bit weights of bitsandbytes"),
+        ("patch_head.fc1.qweight", "packed weights of GPTQ or AWQ"),
+        ("patch_head.fc1.weight_packed", "quantized weights of compressed-tensors"),
+        (None, "4-bit weights of bitsandbytes"),
+    ],
+)
+def test_quantized_weights_are_named(tmp_path, added, kind):
+    projector = build()
+    projector.save_pretrained(tmp_path)
+    name = added or "patch_head.fc1.weight"
+    save_file({**projector.state_dict(), name: torch.ones(18, 1, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    said = rf"holds {kind} \({re.escape(name)}\); use the checkpoint before quantization, or dequantize it and save it again"
+    with pytest.raises(SpatialTokensError, match=said):
+        SPProjector.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("failure", FAILURES)

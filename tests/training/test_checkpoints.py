@@ -29,6 +29,7 @@ def damage(name):
     return {
         "no manifest": lambda folder: (folder / MANIFEST).unlink(),
         "half a manifest": lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:30]),
+        "no files": lambda folder: (folder / MANIFEST).write_text(json.dumps({"files": {}})),
         "another manifest": lambda folder: (folder / MANIFEST).write_text(json.dumps({"files": [1, 2]})),
         "missing": lambda folder: (folder / "optimizer.pt").unlink(),
         "cut": lambda folder: (folder / "optimizer.pt").write_bytes(bytes(range(50))),
@@ -41,7 +42,7 @@ def damage(name):
     ("name", "said"),
     [("no manifest", "was not written to its end"), ("half a manifest", "cannot be read"), ("another manifest", "cannot be read"),
      ("missing", "optimizer.pt cannot be read"), ("cut", "has 50 bytes, 100 were written"), ("one bit", "weights is damaged"),
-     ("empty", "was not written to its end")],
+     ("empty", "was not written to its end"), ("no files", "lists no files: it is not of a whole checkpoint")],
 )  # fmt: skip
 def test_a_damaged_one_is_named_and_passed_over(output, name, said):
     damage(name)(output / "checkpoint-100")
@@ -63,6 +64,12 @@ def test_other_names_are_no_checkpoints(output):
     (output / "checkpoint-best").mkdir()
     (output / "checkpoint-100.tmp").mkdir()
     assert last_complete(output).name == "checkpoint-100"
+
+
+def test_a_checkpoint_of_nothing_is_none(tmp_path):
+    with pytest.raises(SpatialTokensError, match="holds no files; write the checkpoint first"):
+        mark_complete(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_file_is_a_file(tmp_path):

@@ -14,7 +14,6 @@ In a whole model these names start with `model.`, in `non_lora_trainables.bin` w
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -23,12 +22,14 @@ from einops import rearrange
 
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import Size, as_size
+from spatial_tokens.grid import Size, as_size, check_positive
 from spatial_tokens.modules import SPProjector
-from spatial_tokens.storage.files import Tensors, is_state_dict, read_tensors
-from spatial_tokens.storage.pretrained import assign, require_exactly
+from spatial_tokens.storage.files import Tensors, is_state_dict, read_tensors, require_values
+from spatial_tokens.storage.pretrained import assign, require_exactly, require_unquantized
 
 PREFIXES = ("base_model.model.model.", "model.", "")
+GRID = 24  # patches along a side, in all released models
+STEPS = (4, 2, 8)  # between the kernels of table 4, the released models' first; its fourth model has one kernel, of the grid's size
 
 _REST_OF_MODEL = re.compile(
     r"(base_model\.model\.)?(model\.)?(layers|embed_tokens|norm|vision_tower|image_newline|rotary_emb|lm_head)(\.|$)"
@@ -40,6 +41,7 @@ def from_llava_sp(
     source: Mapping[str, torch.Tensor] | str | PathLike[str],
     *,
     config: SPProjectorConfig | None = None,
+    grid_size: int = GRID,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> SPProjector:
@@ -51,13 +53,15 @@ def from_llava_sp(
     Args:
         source: A state dict; a `.bin` or safetensors file; an index of shards; or a folder that holds one of them.
         config: What the checkpoint must hold. Inferred from the names and shapes when left out, with what no weight tells taken
-            as in all released models: the largest kernel covers the grid, and the detail stride is 2.
+            as in all released models: kernels in steps of 2, 4 or 8 up to the whole grid, or of the whole grid alone (table 4), and
+            a detail stride of 2.
+        grid_size: Patches along a side of the vision encoder's grid, to infer the config.
         device: Where the projector goes; the tensors' own when left out.
         dtype: Its dtype; the tensors' own when left out.
 
     Raises:
-        SpatialTokensError: If the file cannot be read, a tensor is missing, unexpected or wrongly shaped (they are listed), or
-            no config can be inferred.
+        SpatialTokensError: If the file cannot be read, a tensor is missing, unexpected or wrongly shaped (they are listed), is
+            quantized or has no values, or no config can be inferred, as kernels are missing.
 
     Example:
         >>> config = SPProjectorConfig(vision_hidden_size=8, text_hidden_size=8, grid_size=8, kernel_sizes=(4, 8),
@@ -65,18 +69,21 @@ def from_llava_sp(
         >>> released = to_llava_sp(SPProjector.from_config(config))
         >>> released["conv_4.weight"].shape
         torch.Size([4, 8, 4, 4])
-        >>> from_llava_sp(released).config == config
+        >>> from_llava_sp(released, grid_size=8).config == config
         True
     """
     origin = "the state dict" if isinstance(source, Mapping) else str(source)
     tensors = _without_prefix(_projector_tensors(source), origin)
-    config = _infer_config(tensors, origin) if config is None else config
+    require_values(tensors, f"cannot use {origin}")
+    require_unquantized(tensors, origin)
+    config = _infer_config(tensors, origin, grid_size) if config is None else config
 
     projector = SPProjector.from_config(config, device="meta")
     names = _released_names(config)
     shapes = {names[name]: _released_shape(config, name, tensor.shape) for name, tensor in projector.state_dict().items()}
     require_exactly(shapes, tensors, origin)
-    assign(projector, {name: _from_convolution(tensors[released]) for name, released in names.items()}, origin, dtype)
+    own = {name: _from_convolution(tensors.pop(released)) for name, released in names.items()}  # pop: few are in memory twice
+    assign(projector, own, origin, dtype)
     return projector.to(device=device)
 
 
@@ -90,6 +97,8 @@ def to_llava_sp(projector: SPProjector, *, prefix: str = "") -> Tensors:
     Raises:
         SpatialTokensError: If the released names cannot hold the projector, or the prefix is none of theirs.
     """
+    if not isinstance(projector, SPProjector):
+        raise SpatialTokensError(f"projector must be an SPProjector, got a {type(projector).__name__}")
     if prefix not in PREFIXES:
         raise SpatialTokensError(f"prefix must be one of {', '.join(map(repr, PREFIXES))}, got {prefix!r}")
     config = projector.config
@@ -113,10 +122,10 @@ def _released_names(config: SPProjectorConfig) -> dict[str, str]:
     """Our names to the released ones, for every tensor of the projector."""
     detail = config.detail_kernel_size
     sizes = [*config.kernel_sizes, *([detail] if detail is not None else [])]
-    if config.spatial_head != "linear" or any(isinstance(size, tuple) for size in sizes):
+    if config.spatial_head != "linear" or config.patch_head is None or any(isinstance(size, tuple) for size in sizes):
         raise SpatialTokensError(
-            "the released names hold square kernels and spatial_head='linear', "
-            f"got kernel sizes {sizes} and spatial_head={config.spatial_head!r}; save_pretrained holds every projector"
+            f"the released names hold square kernels, spatial_head='linear' and patch_head='mlp', got kernel sizes {sizes}, "
+            f"spatial_head={config.spatial_head!r} and patch_head={config.patch_head!r}; save_pretrained holds every projector"
         )
     names = {}
     for i, k in enumerate(config.kernel_sizes):
@@ -179,27 +188,41 @@ def _without_prefix(tensors: Mapping[str, torch.Tensor], origin: str) -> Tensors
     return {name.removeprefix(found[0]): tensor for name, tensor in tensors.items()}
 
 
-def _infer_config(tensors: Tensors, origin: str) -> SPProjectorConfig:
+def _infer_config(tensors: Tensors, origin: str, grid_size: int) -> SPProjectorConfig:
     kernels = {int(match[2]): match[0] for match in map(_KERNEL.fullmatch, tensors) if match}
     sizes, pooled = sorted(kernels), any(name.endswith(".1.weight") for name in kernels.values())
+    _require_all_kernels(sizes, grid_size, pooled, origin)
     largest = kernels[sizes[-1]]
-    hint = "give the config that the checkpoint must hold"
-    if largest.endswith(".1.weight"):
-        raise SpatialTokensError(f"the grid of {origin} is unknown: its largest kernel {largest} is pooled; {hint}")
-    if len({after - before for before, after in pairwise(sizes)}) > 1:
-        raise SpatialTokensError(f"{origin} has the kernels {sizes}, in unequal steps: one may be missing; {hint}")
     detail = tensors.get("conv_CM.weight")
     text_hidden_size, vision_hidden_size = _shape(tensors, "mm_projector.0.weight", 2, origin)
     return SPProjectorConfig(
         vision_hidden_size=vision_hidden_size,
         text_hidden_size=text_hidden_size,
-        grid_size=as_size(sizes[-1], "grid_size"),
+        grid_size=as_size(grid_size, "grid_size"),
         variant="pooling" if pooled else "cropping",
         kernel_sizes=tuple(sizes),
         spatial_hidden_size=_shape(tensors, largest, 4, origin)[0],
         detail_kernel_size=None if detail is None else _shape(tensors, "conv_CM.weight", 4, origin)[2],
         spatial_head="linear",
         spatial_head_bias="conv_linear.1.bias" in tensors,
+    )
+
+
+def _require_all_kernels(sizes: list[int], grid_size: int, pooled: bool, origin: str) -> None:
+    """Raises SpatialTokensError, naming those that are missing, unless the kernels are all of a model of table 4."""
+    check_positive(grid_size=grid_size)
+    models = [range(step, grid_size + 1, step) for step in (*STEPS, grid_size) if grid_size % step == 0]
+    if any(sizes == list(model) for model in models):
+        return
+    model = next((model for model in models if set(sizes) < set(model)), None)
+    if model is None:
+        fault = "no released model has these"
+    else:
+        names = [f"conv_{k}.1.weight" if pooled and k != grid_size else f"conv_{k}.weight" for k in model if k not in sizes]
+        fault = f"missing: {', '.join(names)}"
+    raise SpatialTokensError(
+        f"{origin} has the kernels {', '.join(map(str, sizes))} on a grid of {grid_size} x {grid_size}: {fault}; find the whole "
+        "checkpoint or, if its grid or kernels are others, give the config that it must hold"
     )
 
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard
 
@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spatial_tokens.errors import SpatialTokensError, reason
+from spatial_tokens.errors import SpatialTokensError, reason, shown
+from spatial_tokens.storage.contents import LFS_POINTER, described
+from spatial_tokens.storage.staging import staging, sync
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,70 +29,48 @@ FOLDER_NAMES = (
 )
 
 
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary file beside `path`, renamed to it when the block ends well and removed when it does not.
-
-    The file has the permissions of any new file, whatever writes it.
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path, as the standard library takes it.
 
     Raises:
-        SpatialTokensError: If the file cannot be written; what was at `path` is still there.
+        SpatialTokensError: If it is something else, such as None.
     """
-    target = Path(path)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
-        temporary.touch()
-        permissions = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(permissions)
-        os.replace(temporary, target)
+        return Path(path)
+    except TypeError as error:
+        raise SpatialTokensError(f"expected a path, as a string or pathlib.Path, got {shown(path)}") from error
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raises errors of the file system as SpatialTokensErrors that say what could not be written."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, SpatialTokensError):
             raise
         raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
-    finally:
-        with suppress(OSError, ValueError):
-            temporary.unlink()
 
 
 @contextmanager
-def new_directory(path: str | os.PathLike[str], replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Gives a temporary directory beside `path`, which takes its place when the block ends well, and is removed if not.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary file, renamed to `path` when the block ends well and removed when it does not.
 
-    Args:
-        path: Where it is to be.
-        replaceable: Whether what is there may be replaced.
+    The file is on the disk before it is renamed. It has the permissions of any new file, whatever writes it.
 
     Raises:
-        SpatialTokensError: If it cannot be written, or something else is there; what was there is still there.
+        SpatialTokensError: If the file cannot be written; what was at `path` is still there.
     """
-    target = Path(path)
-    if target.exists() and not replaceable(target):
-        raise SpatialTokensError(
-            f"{target} is there already, and is not what would be written; remove it, or choose another folder"
-        )
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    try:
-        with _writing(target):
-            temporary.mkdir()
+    target = as_path(path)
+    with writing(target), staging(target) as folder:
+        temporary = folder / f"new{target.suffix}"
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
-        with _writing(target):
-            if target.exists():
-                os.replace(target, old)
-            os.replace(temporary, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
+        temporary.chmod(permissions)
+        sync(temporary)
+        os.replace(temporary, target)
+        sync(target.parent)
 
 
 def make_directory(path: str | os.PathLike[str]) -> Path:
@@ -99,11 +79,15 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     Raises:
         SpatialTokensError: If it cannot be made.
     """
+    folder = as_path(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in new:
+            sync(each.parent)
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot make the directory {path}: {reason(error)}") from error
-    return Path(path)
+    return folder
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -112,15 +96,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         SpatialTokensError: If it could not.
     """
-    target = Path(path)
+    target = as_path(path)
     if os.path.isdir(target):
         raise SpatialTokensError(f"cannot write {target}: it is a directory")
-    probe = target.parent / f".{target.name}.{os.getpid()}.probe"
-    try:
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        raise SpatialTokensError(f"cannot write {target}: {reason(error)}") from error
+    with writing(target), staging(target):
+        pass
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -136,9 +116,14 @@ def read_text(path: str | os.PathLike[str]) -> str:
         SpatialTokensError: If it is missing, unreadable or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = as_path(path).read_text(encoding="utf-8")
+    except SpatialTokensError:
+        raise
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot read {path}: {reason(error)}") from error
+    if text.startswith(LFS_POINTER):
+        raise SpatialTokensError(f"cannot read {path}: it is {described(Path(path))}")
+    return text
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -147,13 +132,11 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
     Raises:
         SpatialTokensError: If it cannot be written.
     """
-    on_meta = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if on_meta:
-        raise SpatialTokensError(f"cannot write {path}: {on_meta[0]} is on the meta device, without values; load or initialise it")
+    require_values(tensors, f"cannot write {path}")
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         try:
-            if Path(path).suffix in (".bin", ".pt"):
+            if temporary.suffix in (".bin", ".pt"):
                 torch.save(whole, temporary)
             else:
                 save_file(whole, temporary, metadata={"format": "pt", **metadata})
@@ -171,7 +154,7 @@ def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = l
     Raises:
         SpatialTokensError: If a file is missing, truncated, of another kind, or would need code to be run.
     """
-    path = Path(path)
+    path = as_path(path)
     if os.path.isdir(path):
         found = [path / name for name in FOLDER_NAMES if (path / name).is_file()]
         if not found:
@@ -182,41 +165,66 @@ def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = l
     return _read_index(path, wanted) if path.name.endswith(".index.json") else _read_file(path, wanted)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a safetensors file.
+def read_safetensors(
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, in memory of their own, and its metadata, both of the same save.
 
     Raises:
-        SpatialTokensError: If it is missing or not whole.
+        SpatialTokensError: If it is missing, or not whole.
     """
+    path = as_path(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            # A tensor of `safe_open` is a view of the mapped file, and changes with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise SpatialTokensError(f"{path} is not a whole safetensors file: {reason(error)}") from error
+        if not os.path.lexists(path):
+            raise SpatialTokensError(f"{path} does not exist") from error
+        raise SpatialTokensError(f"{path} is not a whole safetensors file: {_fault(path, reason(error))}") from error
+
+
+def require_values(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raises SpatialTokensError, which begins with `what`, if a tensor has no values."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise SpatialTokensError(f"{what}: {name} is on the meta device, without values; load or initialize it before saving")
 
 
 def _read_file(path: Path, wanted: Callable[[str], bool]) -> Tensors:
-    return _read_safetensors(path, wanted) if path.suffix == ".safetensors" else _read_pickle(path, wanted)
-
-
-def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SpatialTokensError(f"{path} is not a whole safetensors file: {reason(error)}") from error
+    return read_safetensors(path, wanted)[0] if path.suffix == ".safetensors" else _read_pickle(path, wanted)
 
 
 def _read_pickle(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise SpatialTokensError(
-            f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {reason(error)}"
+            f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {_fault(path, _of_pickle(error))}"
         ) from error
     if not is_state_dict(values):
         raise SpatialTokensError(f"{path} holds a {type(values).__name__} that is not a state dict of tensors")
-    return {name: tensor for name, tensor in values.items() if wanted(name)}
+    tensors = {name: tensor for name, tensor in values.items() if wanted(name)}
+    require_values(tensors, f"cannot use {path}")
+    return tensors
+
+
+def _fault(path: Path, otherwise: str) -> str:
+    kind = described(path)
+    return otherwise if kind is None else f"it is {kind}"
+
+
+def _of_pickle(error: Exception) -> str:
+    """What is wrong with a pickle, without PyTorch's advice to run its code."""
+    text = str(error)
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds {named[1]}, which needs code to be run; get a safetensors file, or one of the state dict alone"
+    if "TorchScript" in text:
+        return "it is a TorchScript program; get the state dict that it was made of"
+    if isinstance(error, (OSError, RuntimeError)) and "weights_only" not in text:
+        return reason(error)
+    return "it is damaged, or was not written by torch.save"
 
 
 def is_state_dict(values: object) -> TypeGuard[Mapping[str, torch.Tensor]]:

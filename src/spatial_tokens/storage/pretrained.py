@@ -1,40 +1,37 @@
 """The library's own format: a directory with `config.json` and `model.safetensors`, strict both ways."""
 
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.storage.files import (
-    Tensors,
-    atomic_write,
-    make_directory,
-    read_metadata,
-    read_tensors,
-    read_text,
-    write_tensors,
-)
+from spatial_tokens.storage.files import Tensors, require_values
+from spatial_tokens.storage.folder_format import FolderFormat
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+_FORMAT = FolderFormat(CONFIG_NAME, WEIGHTS_NAME, "config")
+
+# What quantizers add to a layer's weight, and what it is called then.
+_QUANTIZED = {
+    re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$"): "4-bit weights of bitsandbytes",
+    re.compile(r"\.(SCB|weight_format)$"): "8-bit weights of bitsandbytes",
+    re.compile(r"\.(qweight|qzeros|g_idx)$"): "packed weights of GPTQ or AWQ",
+    re.compile(r"\.(weight_scale|weight_packed)$"): "quantized weights of compressed-tensors",
+}
 
 
 def save(directory: str | PathLike[str], config: SPProjectorConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes both files; neither takes its place before both are whole.
-
-    The weights name the config that they belong to, so that `load` can tell if a process died between the two renames.
+    """Writes both files; whenever the process is killed, `load` gives what was there before, or this, whole.
 
     Raises:
         SpatialTokensError: If they cannot be written; a file that was not replaced is as it was.
     """
-    folder = make_directory(directory)
-    with atomic_write(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(config.to_json(), encoding="utf-8")
-        write_tensors(folder / WEIGHTS_NAME, tensors, {"config": config.to_json()})
+    _FORMAT.save(directory, config.to_json(), tensors)
 
 
 def gathered(tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -53,29 +50,22 @@ def gathered(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def load(directory: str | PathLike[str]) -> tuple[SPProjectorConfig, Tensors]:
-    """Reads both files.
+    """Reads both files; if they are of different saves, the weights and the config in them, with a warning.
 
     Raises:
-        SpatialTokensError: If one is missing or damaged, or they are of two different saves.
+        SpatialTokensError: If one is missing or damaged.
     """
-    folder = Path(directory)
-    config = SPProjectorConfig.from_json(read_text(folder / CONFIG_NAME))
-    tensors = read_tensors(folder / WEIGHTS_NAME)
-    written_with = read_metadata(folder / WEIGHTS_NAME).get("config")
-    if written_with is not None and SPProjectorConfig.from_json(written_with) != config:
-        raise SpatialTokensError(
-            f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are of different saves; the config of the weights is {written_with}"
-        )
-    return config, tensors
+    return _FORMAT.load(directory, SPProjectorConfig.from_json)
 
 
 def assign(module: nn.Module, tensors: Tensors, source: str, dtype: torch.dtype | None = None) -> None:
     """Makes the tensors a module's parameters, cast to a dtype or as they are.
 
     Raises:
-        SpatialTokensError: If names or shapes are not exactly the module's, a tensor is not floating, or they are of several
-            dtypes and none is given.
+        SpatialTokensError: If names or shapes are not exactly the module's, a tensor is not floating or has no values, or they are
+            of several dtypes and none is given.
     """
+    require_values(tensors, f"cannot use {source}")
     require_exactly({name: tensor.shape for name, tensor in module.state_dict().items()}, tensors, source)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     named = ", ".join(sorted(map(str, dtypes)))
@@ -88,6 +78,7 @@ def assign(module: nn.Module, tensors: Tensors, source: str, dtype: torch.dtype 
 
 def require_exactly(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Raises SpatialTokensError, listing them, if a tensor is missing, unexpected or of the wrong shape."""
+    require_unquantized(tensors, source)
     faults = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
@@ -100,6 +91,18 @@ def require_exactly(expected: Mapping[str, Sequence[int]], tensors: Mapping[str,
     found = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
     if found:
         raise SpatialTokensError(f"the tensors of {source} do not fit: {'; '.join(found)}")
+
+
+def require_unquantized(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raises SpatialTokensError if tensors are packed by a quantizer."""
+    for name, tensor in tensors.items():
+        kinds = [kind for pattern, kind in _QUANTIZED.items() if pattern.search(name)]
+        if not kinds and tensor.dtype == torch.uint8 and tensor.shape[1:] == (1,):
+            kinds = ["4-bit weights of bitsandbytes"]
+        if kinds:
+            raise SpatialTokensError(
+                f"{source} holds {kinds[0]} ({name}); use the checkpoint before quantization, or dequantize it and save it again"
+            )
 
 
 def _some(names: list[str]) -> str:

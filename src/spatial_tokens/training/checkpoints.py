@@ -10,7 +10,8 @@ from os import PathLike
 from pathlib import Path
 
 from spatial_tokens.errors import SpatialTokensError, reason
-from spatial_tokens.storage.files import atomic_write
+from spatial_tokens.storage.files import as_path, atomic_write
+from spatial_tokens.storage.staging import is_staging, sync
 
 MANIFEST = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -18,15 +19,25 @@ _CHUNK = 2**24
 
 
 def mark_complete(folder: str | PathLike[str]) -> None:
-    """Lists what is in a folder, with sizes and CRC-32; to be called when all of it has been written."""
-    files = {name: list(_fingerprint(Path(folder) / name)) for name in _files(Path(folder))}
-    with atomic_write(Path(folder) / MANIFEST) as temporary:
+    """Lists what is in a folder, with sizes and CRC-32, once it is on the disk; to be called when all of it has been written.
+
+    Raises:
+        SpatialTokensError: If there is nothing, or the list cannot be written.
+    """
+    folder = as_path(folder)
+    names = _files(folder)
+    if not names:
+        raise SpatialTokensError(f"{folder} holds no files; write the checkpoint first")
+    for name in names:
+        sync(folder / name)
+    files = {name: list(_fingerprint(folder / name)) for name in names}
+    with atomic_write(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def check_complete(folder: str | PathLike[str]) -> None:
     """Raises SpatialTokensError if a checkpoint was not written to its end, or is no longer what was written."""
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         listed = {str(name): (int(size), int(checksum)) for name, (size, checksum) in files.items()}
@@ -34,6 +45,8 @@ def check_complete(folder: str | PathLike[str]) -> None:
         raise SpatialTokensError(f"{folder} has no {MANIFEST}: it was not written to its end") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SpatialTokensError(f"{folder / MANIFEST} cannot be read: {reason(error)}") from error
+    if not listed:
+        raise SpatialTokensError(f"{folder / MANIFEST} lists no files: it is not of a whole checkpoint")
     for name, (size, checksum) in listed.items():
         try:
             found = _fingerprint(folder / name)
@@ -59,13 +72,13 @@ def last_complete(directory: str | PathLike[str]) -> Path | None:
 
 def checkpoints_in(directory: str | PathLike[str]) -> list[Path]:
     """The folders `checkpoint-N` of a directory, in the order of their steps."""
-    found = [(int(match[1]), path) for path in Path(directory).glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in as_path(directory).glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def _files(folder: Path) -> list[str]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if path.as_posix() != MANIFEST and not any(map(is_staging, path.parts)))
 
 
 def _fingerprint(path: Path) -> tuple[int, int]:

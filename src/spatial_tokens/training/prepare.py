@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
-from spatial_tokens.adapters.huggingface.saving import WEIGHTS_NAME, save_adapter, trained_tensors
+from spatial_tokens.adapters.huggingface.saving import FORMAT, WEIGHTS_NAME, save_adapter, trained_tensors
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
-from spatial_tokens.storage.files import make_directory, read_tensors, write_tensors
+from spatial_tokens.storage.files import as_path, read_tensors, read_text
 from spatial_tokens.storage.pretrained import gathered, require_exactly
 from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze
 
@@ -68,11 +69,13 @@ def save_trained(model: Any, directory: str | PathLike[str]) -> None:
     Raises:
         SpatialTokensError: If the files cannot be written.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     save_adapter(model, folder / SPATIAL)
     if _is_peft(model) and (tensors := gathered(_lora_tensors(model))):
-        write_tensors(make_directory(folder / LORA) / WEIGHTS_NAME, tensors, {})
-        model.peft_config[model.active_adapter].save_pretrained(str(folder / LORA))
+        with TemporaryDirectory() as temporary:
+            model.peft_config[model.active_adapter].save_pretrained(temporary)
+            config = read_text(Path(temporary) / FORMAT.config_name)
+        FORMAT.save(folder / LORA, config, tensors)
 
 
 def load_trained(model: Any, directory: str | PathLike[str], *, lora: bool = True) -> None:
@@ -86,7 +89,7 @@ def load_trained(model: Any, directory: str | PathLike[str], *, lora: bool = Tru
     Raises:
         SpatialTokensError: If a file is missing or damaged, or holds other tensors than the model.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     parts = {SPATIAL: trained_tensors(model)} | ({LORA: _lora_tensors(model)} if lora and _is_peft(model) else {})
     for name, tensors in parts.items():
         path = folder / name / WEIGHTS_NAME

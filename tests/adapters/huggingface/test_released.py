@@ -18,6 +18,7 @@ import transformers
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach, from_released, llava_from_parts, load_adapter
+from spatial_tokens.adapters.huggingface import released as released_module
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
 from spatial_tokens.adapters.huggingface.released import convert_released
 from spatial_tokens.cli import main
@@ -433,30 +434,63 @@ def test_the_earlier_conversion_comes_back_if_the_new_one_cannot_take_its_place(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def fails(source, target):
-        if str(source).endswith(".tmp") and str(target) == str(out):
+        if str(source).endswith("new") and str(target) == str(out):
             raise PermissionError(13, "Permission denied")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr("spatial_tokens.storage.directories._exchange", lambda *_: False)
     with pytest.raises(SpatialTokensError, match=r"cannot write .*out: Permission denied"):
         convert_released(folder, parts / "base", out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(os.listdir(tmp_path)) == ["llava-sp-lora", "out"]
 
 
-def test_other_folders_are_not_replaced(parts, folder, tmp_path):
-    trained = tmp_path / "trained"
-    convert_released(folder, parts / "base", trained)
-    (trained / "checkpoint-12").mkdir()
-    for out in (folder, tmp_path, trained, folder / "config.json"):
+def test_other_files_are_named_and_never_deleted(parts, folder, tmp_path):
+    out = tmp_path / "out"
+    convert_released(folder, parts / "base", out)
+    for name in ("notes.txt", "checkpoint-12/", "spatial_tokens/notes.txt", "model.bin", "tokenizer.json.bak"):
+        other = out / name
+        other.mkdir() if name.endswith("/") else other.write_text("precious")
         before = sorted(out.rglob("*"))
-        with pytest.raises(
-            SpatialTokensError, match="is there already, and is not what would be written; remove it, or choose another folder"
-        ):
+        expected = f"out is not replaced: it holds files that a conversion does not write, {name.removesuffix('/')}; move them away"
+        with pytest.raises(SpatialTokensError, match=expected):
+            convert_released(folder, parts / "base", out)
+        assert sorted(out.rglob("*")) == before
+        other.rmdir() if name.endswith("/") else other.unlink()
+
+
+def test_files_that_come_while_a_conversion_runs_are_not_deleted(parts, folder, tmp_path, monkeypatch):
+    out, saving = tmp_path / "out", released_module.save_adapter
+    convert_released(folder, parts / "base", out)
+
+    def save(model, directory):
+        saving(model, directory)
+        (out / "notes.txt").write_text("precious")
+
+    monkeypatch.setattr(released_module, "save_adapter", save)
+    with pytest.raises(SpatialTokensError, match=r"does not write, notes\.txt;"):
+        convert_released(folder, parts / "base", out)
+    assert (out / "notes.txt").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["llava-sp-lora", "out"]
+
+
+def test_other_folders_are_not_replaced(parts, folder, tmp_path):
+    base = shutil.copytree(parts / "base", tmp_path / "base")
+    for out, message in [
+        (folder, "adapter_config.json, adapter_model.safetensors, non_lora_trainables.bin; move them away"),
+        (tmp_path, "does not write, base, llava-sp-lora;"),
+        (base, "base is not replaced: it is not a conversion, which has a config.json and spatial_tokens/"),
+        (folder / "config.json", "config.json is there already and is not a folder"),
+    ]:
+        before = sorted(out.rglob("*"))
+        with pytest.raises(SpatialTokensError, match=message):
             convert_released(folder, parts / "base", out)
         assert sorted(out.rglob("*")) == before
     with pytest.raises(SpatialTokensError, match=r"cannot write .*: No such file or directory"):
         convert_released(folder, parts / "base", tmp_path / "no" / "out")
+    with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+        convert_released(folder, parts / "base", None)
 
 
 # Training goes on
@@ -571,7 +605,7 @@ def test_a_lora_that_lacks_a_layer(parts, folder):
         (released("cropping", KERNELS, 4, widths=(15, S, D)), "clip is not the vision tower of .*: it has hidden_size 16, not 15"),
         (
             released("cropping", (4, 10), 4, widths=(C, S, D)),
-            r"clip is not the vision tower of .*: it has grid \(8, 8\), not \(10, 10\)",
+            "has the kernels 4, 10 on a grid of 8 x 8: no released model has these",
         ),
         (
             {**projector_tensors(), "layers.0.mlp.up_proj.weight": torch.ones(2)},
@@ -594,7 +628,7 @@ def test_a_config_says_what_the_projector_must_be(parts, folder):
 
 def test_a_config_without_a_patch_head_is_refused(parts, folder):
     config = SPProjectorConfig.from_preset("llava-sp-cropping", patch_head=None)
-    refused("unexpected: .*mm_projector.0.weight", folder, parts / "base", config=config)
+    refused("the released names hold .* patch_head='mlp', got .* patch_head=None", folder, parts / "base", config=config)
 
 
 def test_bases_that_do_not_go(parts, folder, tmp_path):
@@ -690,7 +724,9 @@ def test_the_commands_options(capsys, parts, tmp_path):
     assert "is already there" in command(capsys, folder, out, "--base", parts / "base", code=2)
     options = ("--base", parts / "base", "--vision", parts / "clip", "--overwrite")
     command(capsys, folder, out, *options)
-    assert "is there already, and is not what would be written" in command(capsys, folder, folder, *options, code=2)
+    assert "is not replaced: it holds files that a conversion does not write, adapter_config.json, " in command(
+        capsys, folder, folder, *options, code=2
+    )
     assert "--vision goes with --base" in command(capsys, folder, tmp_path / "other", "--vision", parts / "clip", code=2)
     wrong = command(capsys, folder, tmp_path / "other", *options, "--config", "llava-sp-pooling", code=2)
     assert "missing: conv_4.1.weight" in wrong

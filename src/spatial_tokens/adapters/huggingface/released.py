@@ -29,14 +29,16 @@ from spatial_tokens.adapters.huggingface.assembly import (
     vision_tower,
 )
 from spatial_tokens.adapters.huggingface.hooks import NAME
-from spatial_tokens.adapters.huggingface.saving import save_adapter
+from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
 from spatial_tokens.checkpoint import from_llava_sp
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import MLPHead, SPProjector
-from spatial_tokens.storage.files import new_directory, read_tensors, read_text
+from spatial_tokens.storage.directories import new_directory
+from spatial_tokens.storage.files import as_path, read_tensors, read_text
 from spatial_tokens.storage.pretrained import require_exactly
+from spatial_tokens.storage.staging import is_staging
 
 CONFIG_NAME = "config.json"
 LORA_CONFIG = "adapter_config.json"
@@ -63,6 +65,10 @@ FREE_IN_LORA = {
 
 _LANGUAGE = re.compile(r"(base_model\.model\.)?(model\.)?(layers|embed_tokens|norm|lm_head)\.")
 _TOWER = re.compile(r"(base_model\.model\.)?(model\.)?(vision_tower\.)+(vision_model\.)?")
+_WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_|processor_|preprocessor_)?config\.json|"
+    r"tokenizer\.(json|model)|(special_tokens_map|added_tokens|vocab|chat_template)\.json|merges\.txt|chat_template\.jinja"
+)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
@@ -111,7 +117,8 @@ def convert_released(
 ) -> SPProjectorConfig:
     """Writes what `from_released` makes: into `out` a LLaVA that loads alone, into `out/spatial_tokens` its adapter.
 
-    All of it or nothing: `out` appears when it is whole. An earlier conversion that is there is replaced.
+    All of it or nothing: `out` appears when it is whole. An earlier conversion that is there is replaced, unless there are other
+    files in it.
 
     Returns:
         The config of the spatial tokens.
@@ -119,7 +126,7 @@ def convert_released(
     Raises:
         SpatialTokensError: As `from_released`; and if `out` cannot be written, or holds something else.
     """
-    with new_directory(os.path.realpath(out), _is_replaceable) as directory, quiet_transformers() as transformers:
+    with new_directory(os.path.realpath(as_path(out)), _require_replaceable) as directory, quiet_transformers() as transformers:
         model, processor, projector = _assembled(transformers, Path(folder), base, vision, config)
         with saying(f"cannot write {out}"):
             processor.save_pretrained(directory)
@@ -144,12 +151,13 @@ def _assembled(
             f"{source} holds {len(strays)} tensors of the language model itself, such as {strays[0]}; "
             + ("only a LoRA can be merged into a base" if lora else f"it is a whole model, so give {folder} as its base too")
         )
-    projector = from_llava_sp(source, config=config, dtype=torch.float32)
+    clip_config = vision_config(transformers, vision)
+    grid_size = clip_config.image_size // clip_config.patch_size
+    projector = from_llava_sp(source, config=config, grid_size=grid_size, dtype=torch.float32)
     mlp = projector.patch_head
     if not isinstance(mlp, MLPHead):
         raise SpatialTokensError("the config's patch_head must be 'mlp', got None: a released folder's MLP becomes the LLaVA's own")
     llama_config = _own_text_config(transformers, settings) if whole else text_config(transformers, base)
-    clip_config = vision_config(transformers, vision)
     _require_fit(projector.config, llama_config, clip_config, settings, {"base": base, "vision": vision, "folder": folder})
 
     llama = language_model(transformers, base, llama_config, lambda name: not whole or bool(_LANGUAGE.match(name)))
@@ -303,9 +311,25 @@ def _require_values(values: Mapping[str, Any], allowed: Mapping[str, tuple[Any, 
             raise SpatialTokensError(f"{name} in {path} must be {known}, got {shown(values.get(name))}")
 
 
-def _is_replaceable(target: Path) -> bool:
-    """Whether a folder is empty, or holds what a conversion writes: no checkpoints of a training that went on in it, say."""
+def _require_replaceable(target: Path) -> None:
+    """Raises SpatialTokensError unless a folder is empty, or a conversion without other files (checkpoints of a training, say)."""
     if not target.is_dir():
-        return False
-    folders = [path.name for path in target.iterdir() if path.is_dir()]
-    return not any(target.iterdir()) or (folders == [NAME] and (target / CONFIG_NAME).is_file())
+        raise SpatialTokensError(f"{target} is there already and is not a folder; choose another one")
+    there = [path for path in target.iterdir() if not is_staging(path.name)]
+    if not there:
+        return
+    adapter = {FORMAT.config_name, FORMAT.weights_name}
+    others = [path.name for path in there if path.name != NAME and not (path.is_file() and _WRITTEN.fullmatch(path.name))]
+    if (target / NAME).is_dir():
+        others += [
+            f"{NAME}/{each.name}" for each in (target / NAME).iterdir() if not (each.name in adapter or is_staging(each.name))
+        ]
+    if others:
+        raise SpatialTokensError(
+            f"{target} is not replaced: it holds files that a conversion does not write, {', '.join(sorted(others)[:20])}; "
+            "move them away, or choose another folder"
+        )
+    if not all((target / name).is_file() for name in (CONFIG_NAME, f"{NAME}/{FORMAT.config_name}")):
+        raise SpatialTokensError(
+            f"{target} is not replaced: it is not a conversion, which has a {CONFIG_NAME} and {NAME}/; choose another folder"
+        )

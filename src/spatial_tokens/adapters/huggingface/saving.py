@@ -17,18 +17,20 @@ from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
-from spatial_tokens.storage.files import atomic_write, make_directory, read_metadata, read_tensors, read_text, write_tensors
+from spatial_tokens.storage.files import as_path
+from spatial_tokens.storage.folder_format import FolderFormat
 from spatial_tokens.storage.pretrained import assign, gathered
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+FORMAT = FolderFormat(CONFIG_NAME, WEIGHTS_NAME, "adapter_config")
 KIND = "SPATIAL_TOKENS"
 ROW = "reserved_token."  # of files that 0.1 wrote: a row of the embeddings, which needs none any more
 MODULE = "module."  # and the name of a parameter of a module of the base that was trained too
 
 
 def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
-    """Writes the spatial tokens' config and weights; each file whole or not at all.
+    """Writes the spatial tokens' config and weights; whenever the process is killed, the old or the new adapter is there, whole.
 
     Of the base model only what was trained with them goes in (`training.prepare`: the MLP of the patches), as in PEFT's
     `modules_to_save`.
@@ -56,14 +58,11 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         "projector": getattr(inner, NAME).config.to_dict(),
     }
     text = json.dumps(values, indent=2) + "\n"
-    if (Path(directory) / "config.json").is_file():
+    if (as_path(directory) / "config.json").is_file():
         raise SpatialTokensError(
             f"{directory} has a config.json: transformers would take an adapter beside it for PEFT's; give a folder of its own"
         )
-    folder = make_directory(directory)
-    with atomic_write(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-        write_tensors(folder / WEIGHTS_NAME, tensors, {"adapter_config": text})
+    FORMAT.save(directory, text, tensors)
 
 
 def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -87,15 +86,10 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         The model and a copy of the processor, as `attach` gives them.
 
     Raises:
-        SpatialTokensError: If a file is missing or damaged, the files are of two saves, or they do not fit the model; the model
-            is then as it was.
+        SpatialTokensError: If a file is missing or damaged, or does not fit the model; the model is then as it was.
     """
-    folder = Path(directory)
-    text = read_text(folder / CONFIG_NAME)
-    values = _checked(text, folder)
-    tensors = read_tensors(folder / WEIGHTS_NAME)
-    if read_metadata(folder / WEIGHTS_NAME).get("adapter_config", text) != text:
-        raise SpatialTokensError(f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are of different saves")
+    folder = as_path(directory)
+    values, tensors = FORMAT.load(folder, lambda text: _checked(text, folder))
     config = SPProjectorConfig.from_dict(values["projector"])
     inner = unwrapped(model)
     if inner.config.model_type != values["base_model_type"]:
