@@ -92,6 +92,7 @@ def test_every_orientation_of_a_camera(name):
         ("P", (200, 100, 50), "PNG", {"transparency": b"\x33"}, (244, 224, 214)),
         ("P", (200, 100, 50), "GIF", {}, (200, 100, 50)),
         ("P", (200, 100, 50), "GIF", {"transparency": 0}, (255, 255, 255)),
+        ("PA", (200, 100, 50), "TIFF", {}, (255, 255, 255)),
         ("CMYK", (0, 0, 0, 0), "JPEG", {}, (255, 255, 255)),
         ("CMYK", (255, 255, 0, 0), "JPEG", {}, (0, 0, 255)),
         ("CMYK", (0, 51, 255, 0), "TIFF", {}, (255, 204, 0)),
@@ -100,8 +101,8 @@ def test_every_orientation_of_a_camera(name):
     ],
 )
 def test_every_mode(mode, color, name, options, shown):
-    if mode == "P":
-        image = Image.new("P", (8, 6), 0)
+    if mode in ("P", "PA"):
+        image = Image.new(mode, (8, 6), 0)  # of PA, this is the alpha too
         image.putpalette(list(color))
     else:
         image = Image.new(mode, (8, 6), color)
@@ -121,10 +122,9 @@ def test_every_gray_of_16_bits(name):
     assert [pixel for row in pixels(read(data)) for pixel in row] == [(value,) * 3 for value in expected]
 
 
-def tiff(bits, data, *, photometric=1, sample_format=1, size=(2, 1)):
-    """A file of one strip of gray."""
-    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: size[1], 279: len(data)}
-    tags[339] = sample_format
+def tiff(bits, data, *, photometric=1, sample_format=1):
+    """A file of two pixels of gray."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 1, 279: len(data), 339: sample_format}
     tags[273] = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in sorted(tags.items()))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
@@ -157,6 +157,15 @@ def test_the_first_frame_of_an_animation(name):
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_palette_with_alpha_and_gray_multiplied_by_its_alpha():
+    pytest.importorskip("PIL", minversion="13.0")  # older ones refuse both
+    header = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 1, 32, 0, 0, 2, 1, 8, 0)
+    assert pixels(read(header + bytes([50, 100, 200, 51]) + bytes(2))) == [[(244, 224, 214)] * 2]  # a TGA; its colors are BGRA
+    data, extra_samples = encoded(Image.new("LA", (1, 1), (20, 51)), "TIFF"), struct.pack("<HHI", 338, 3, 1)
+    assert extra_samples + b"\2" in data
+    assert pixels(read(data.replace(extra_samples + b"\2", extra_samples + b"\1"))) == [[(224, 224, 224)]]
 
 
 def test_a_transparent_gray_of_16_bits():

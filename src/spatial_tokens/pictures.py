@@ -50,7 +50,6 @@ def read_picture(file: str | PathLike[str] | IO[bytes], *, extra: str = "viz") -
         with Image.open(file) as image:
             _check_size(image)
             image.load()
-            _check_size(image)  # icons have their size only now
             picture = _rgb(image)
             if image.format != "TIFF":  # Pillow turns a TIFF itself when it is loaded
                 picture = _upright(picture, image)
@@ -80,10 +79,10 @@ def _rgb(image: Image) -> Image:
         return _gray(image, transparency)
     if image.mode in ("I", "F"):
         raise SpatialTokensError(f"it has pixels of mode {image.mode}, whose range is unknown; save it with 8 or 16 bits")
-    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa") or (image.palette is not None and image.palette.mode == "RGBA")
+    has_alpha = image.mode in ("RGBA", "LA", "La", "PA") or (image.palette is not None and image.palette.mode == "RGBA")
     if has_alpha or (transparency is not None and image.mode in ("1", "L", "P", "RGB")):
-        white = PILImage.new("RGBA", image.size, "white")
-        return PILImage.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        colors = image.convert("LA") if image.mode == "La" else image  # Pillow does not take La to RGBA at once
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), colors.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 

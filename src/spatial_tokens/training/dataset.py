@@ -197,7 +197,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         except (BadSampleError, MissingExtraError):
             raise
         except SpatialTokensError as error:
-            raise BadSampleError(sample.sample_id, str(error)) from error
+            raise BadSampleError(sample.sample_id, f"the image {path} does not open: {error}") from error
 
     def _file(self, sample: Sample, path: str) -> str:
         """Where an image is. What is checked is what is opened: `..` is taken out of the path before any link is followed."""
