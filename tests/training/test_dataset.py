@@ -294,13 +294,20 @@ def test_many_bad_ones_are_not_all_listed(make):
     assert "'s10'" not in str(caught.value)
 
 
-def test_options_are_checked(make):
+def test_options_are_checked(make, processor):
     with pytest.raises(SpatialTokensError, match="on_bad_sample must be"):
         make(GOOD, on_bad_sample="ignore")
     with pytest.raises(SpatialTokensError, match="template must be"):
         make(GOOD, template="llama")
     with pytest.raises(SpatialTokensError, match="needs a bad_samples_file"):
         make(GOOD, on_bad_sample="skip", bad_samples_file=None)
+    for length in (0, -5, 20.0, "20", True):
+        with pytest.raises(SpatialTokensError, match=f"max_length must be a positive integer, got {length!r}"):
+            make(GOOD, max_length=length)
+    with pytest.raises(SpatialTokensError, match="image_folder must be a path, got None"):
+        ConversationDataset("data.json", None, processor)
+    with pytest.raises(SpatialTokensError, match="a processor with a fast tokenizer is expected, got"):
+        ConversationDataset("data.json", ".", processor.tokenizer)
 
 
 def test_a_processor_with_words_of_its_own_is_refused(make, processor):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from spatial_tokens.adapters.huggingface.processing import placeholder_of, slot_id_of
 from spatial_tokens.adapters.huggingface.slots import ALIGNED
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.pictures import read_picture
 from spatial_tokens.storage.files import read_text
 from spatial_tokens.training.conversations import (
@@ -54,7 +54,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             followed in any case.
 
     Raises:
-        SpatialTokensError: If the file cannot be read, has a bad sample and is to stop, or has no good one.
+        SpatialTokensError: If the file cannot be read, has a bad sample and is to stop, or has no good one; or an option is wrong.
     """
 
     def __init__(
@@ -75,6 +75,12 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             raise SpatialTokensError(f"template must be 'plain', 'vicuna' or 'chat', got {template!r}")
         if on_bad_sample == "skip" and bad_samples_file is None:
             raise SpatialTokensError("on_bad_sample='skip' needs a bad_samples_file to say what was left out")
+        if type(max_length) is not int or max_length < 1:
+            raise SpatialTokensError(f"max_length must be a positive integer, got {shown(max_length)}")
+        if not isinstance(image_folder, (str, PathLike)):
+            raise SpatialTokensError(f"image_folder must be a path, got {shown(image_folder)}")
+        if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
+            raise SpatialTokensError(f"a processor with a fast tokenizer is expected, got {type(processor).__name__}")
         self.image_folder, self.processor, self.template = Path(image_folder), processor, template
         self.max_length, self.on_bad_sample = max_length, on_bad_sample
         self.allow_images_outside = allow_images_outside
