@@ -6,6 +6,7 @@ python examples/attach_qwen_vl.py Qwen/Qwen2.5-VL-3B-Instruct photo.jpg "What is
 import sys
 
 from spatial_tokens.adapters.huggingface import attach
+from spatial_tokens.pictures import read_picture
 
 
 def main(model, processor, image, question, **fields):
@@ -18,9 +19,8 @@ def main(model, processor, image, question, **fields):
 
 
 if __name__ == "__main__":
-    from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     name, picture, question = sys.argv[1:]
     loaded = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
-    print(*main(loaded, AutoProcessor.from_pretrained(name), Image.open(picture), question))
+    print(*main(loaded, AutoProcessor.from_pretrained(name), read_picture(picture), question))

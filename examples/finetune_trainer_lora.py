@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from spatial_tokens.adapters.huggingface import attach, save_adapter
+from spatial_tokens.pictures import read_picture
 
 
 class Collator:
@@ -53,10 +54,9 @@ def main(model, processor, rows, output, *, steps=100, batch=4, **fields):
 
 
 if __name__ == "__main__":
-    from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     name, data, folder = sys.argv[1:]
     table = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    table = [{**row, "image": Image.open(row["image"]).convert("RGB")} for row in table]
+    table = [{**row, "image": read_picture(row["image"])} for row in table]
     main(AutoModelForImageTextToText.from_pretrained(name, dtype="auto"), AutoProcessor.from_pretrained(name), table, folder)

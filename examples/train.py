@@ -53,6 +53,7 @@ class Run:
         template: "plain" (the alignment's default), "vicuna" or "chat" (the model's own).
         max_length: The most tokens of a sample, image tokens included.
         on_bad_sample: "stop" or "skip".
+        allow_images_outside: Whether images' paths may leave `images`.
     """
 
     model: str
@@ -68,9 +69,10 @@ class Run:
     template: str | None = None
     max_length: int = 2048
     on_bad_sample: str = "stop"
+    allow_images_outside: bool = False
 
 
-KINDS = {str: str, dict: dict, int: int, str | None: (str, type(None))}
+KINDS = {str: str, dict: dict, int: int, bool: bool, str | None: (str, type(None))}
 
 
 def main(arguments):
@@ -92,6 +94,7 @@ def main(arguments):
         "max_length": run.max_length,
         "on_bad_sample": run.on_bad_sample,
         "bad_samples_file": bad_samples_file,
+        "allow_images_outside": run.allow_images_outside,
     }
     data = ConversationDataset(run.data, run.images, processor, **options)
     evaluation = None if run.eval_data is None else ConversationDataset(run.eval_data, run.images, processor, **options)

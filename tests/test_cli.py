@@ -81,17 +81,6 @@ def test_demo_leaves_the_random_state_alone(capsys, tmp_path):
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize(
-    ("mode", "name"), [("RGBA", "a.png"), ("L", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"), ("I;16", "a.png")]
-)
-def test_demo_reads_pictures_of_every_mode(capsys, tmp_path, mode, name):
-    picture = Image.effect_noise((120, 90), 60)
-    picture = picture.convert("I").convert("I;16") if mode == "I;16" else picture.convert("RGB").convert(mode)
-    picture.save(tmp_path / name)
-    report = json.loads(run(capsys, "demo", tmp_path / name, "--output", tmp_path, "--json"))
-    assert report["stages"][0]["shape"] == [90, 120, 3]
-
-
 def test_demo_scales_sixteen_bits(capsys, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("spatial_tokens.demo._run_stages", lambda picture, *rest: (seen.append(picture), (picture, None))[1])

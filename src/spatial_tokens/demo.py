@@ -13,9 +13,9 @@ from torch import nn
 from spatial_tokens import visualize
 from spatial_tokens.adapters.timm import TimmPatchEncoder
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.grid import crop_sizes
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.pictures import read_picture
 from spatial_tokens.storage.files import make_directory
 
 if TYPE_CHECKING:
@@ -139,27 +139,3 @@ def _fit(preset: str, encoder: TimmPatchEncoder, widths: dict[str, int], report:
             f"{base.grid_size[0]} x {base.grid_size[1]}: kernel sizes are {fitted['kernel_sizes']} here"
         )
     return SPProjectorConfig.from_preset(preset, **{**widths, **fitted})
-
-
-def read_picture(path: str) -> Image:
-    """A picture as eyes see it: upright, in RGB.
-
-    Raises:
-        SpatialTokensError: If it cannot be read.
-    """
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise MissingExtraError("pillow", "viz") from error
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # convert() would clip 16 bits to 8, not scale them
-                upright = upright.convert("I").point(lambda value: value / 256).convert("L")
-            if upright.mode in ("I", "F"):
-                raise SpatialTokensError(f"{path} has pixels of mode {upright.mode}, whose range is unknown; save it with 8 bits")
-            return upright.convert("RGB")
-    except SpatialTokensError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SpatialTokensError(f"cannot read the picture {path}: {reason(error)}") from error

@@ -14,7 +14,7 @@ from spatial_tokens.adapters.huggingface.api import ATTRIBUTE, attachment_of
 from spatial_tokens.adapters.huggingface.hooks import Resize
 from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
-from spatial_tokens.demo import read_picture
+from spatial_tokens.pictures import read_picture
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,13 +2,24 @@
 
 import json
 import pickle
+import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.training.conversations import SYSTEM, BadSampleError, Sample, parse, read_records, render
+from spatial_tokens.training.conversations import (
+    SYSTEM,
+    BadSampleError,
+    Sample,
+    check_words,
+    parse,
+    read_records,
+    render,
+    special_tokens,
+)
 
 
 def turn(who, text):
@@ -107,6 +118,38 @@ def test_vicuna_is_llavas():
 def test_vicuna_brings_the_image_to_the_front():
     sample = Sample("1", ("What is\n<image>", "x"), ("1.jpg",))
     assert told(sample, "vicuna", Processor())[0].endswith("USER: <img>\nWhat is ASSISTANT: x</s>")
+
+
+def test_vicuna_needs_an_end():
+    class Endless(Processor):
+        class tokenizer:  # noqa: N801
+            eos_token = None
+
+    with pytest.raises(SpatialTokensError, match="ends answers with the tokenizer's eos_token, and it has none"):
+        render(TWO, "vicuna", Endless())
+
+
+def added(content, special):
+    return SimpleNamespace(content=content, special=special)
+
+
+def test_special_tokens_of_any_tokenizer():
+    class tokenizer:  # noqa: N801
+        all_special_tokens = ("</s>", "", "[end]")
+        added_tokens_decoder = {7: added("<|im_end|>", True), 8: added("<tool>", False), 9: added("</s", True)}  # noqa: RUF012
+
+    special = special_tokens(SimpleNamespace(tokenizer=tokenizer, image_token="<img>", video_token="<video>", audio_token=None))
+    for token in ("</s>", "[end]", "<|im_end|>", "</s", "<img>", "<video>"):
+        for turns in ((f"a {token} b", "x"), ("a", f"{token}x")):
+            with pytest.raises(BadSampleError, match=re.escape(f"holds the special token {token!r}; remove or rewrite it")):
+                check_words(Sample("1", turns), special)
+    for words in ("<image>", "a < b > c [en d] <tool>", "", "\n", "</ s>", "<|IM_END|>"):
+        check_words(Sample("1", (words, words)), special)
+
+
+def test_a_tokenizer_without_special_tokens():
+    plain = SimpleNamespace(tokenizer=SimpleNamespace(all_special_tokens=[]))
+    check_words(Sample("1", ("", "</s>")), special_tokens(plain))
 
 
 def chat(messages, add_generation_prompt):

@@ -1,6 +1,8 @@
 """Samples as tensors, on the tiny LLaVA's processor: 576 image tokens and six slots an image, letters as words."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.errors import MissingExtraError
 from spatial_tokens.training.conversations import SYSTEM, BadSampleError
 from spatial_tokens.training.dataset import Collator, ConversationDataset
 
@@ -37,6 +40,7 @@ def make(tmp_path, processor):
     for i in (1, 2):
         Image.new("RGB", (40, 30), (i * 100, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("1", (100_000, 1)).save(tmp_path / "line.png")
     Image.effect_noise((40, 30), 50).save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -90,6 +94,51 @@ def test_plain(make, processor):
     assert (item["labels"] != -100).sum() == len("A dog.\nThere.\n")
 
 
+CHAT = """{% for turn in messages %}{{ 'U:' if turn.role == 'user' else 'A:' }}{% for part in turn.content -%}
+{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{{ '</s>' if turn.role == 'assistant' }}{% endfor -%}
+{{ 'A:' if add_generation_prompt }}"""
+TURNS = ("<image>No<image>Yes", "No", "Yes<image>", "Yes", "No", "NoYes")  # answers that say what the prompt says
+EXPECTED = {  # each piece of the text, and whether it is to be learned
+    "plain": [("<image><image>", False), ("No\n", True), ("<image>", False), ("Yes\n", True), ("NoYes\n", True)],
+    "vicuna": [
+        (f"{SYSTEM} USER: <image>\n<image>\nNoYes ASSISTANT:", False), (" No</s>", True),
+        ("USER: <image>\nYes ASSISTANT:", False), (" Yes</s>", True),
+        ("USER: No ASSISTANT:", False), (" NoYes</s>", True),
+    ],
+    "chat": [
+        ("U:<image>No<image>YesA:", False), ("No</s>", True), ("U:Yes<image>A:", False), ("Yes</s>", True),
+        ("U:NoA:", False), ("NoYes</s>", True),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", EXPECTED)
+def test_every_answer_and_nothing_else_is_learned(make, processor, monkeypatch, template):
+    monkeypatch.setattr(processor, "chat_template", CHAT)
+    item = make([sample("x", ["1.png", "2.png", "1.png"], *TURNS)], template=template, max_length=4096)[0]
+    tokens, labels = [], []
+    for text, is_learned in EXPECTED[template]:
+        for word in re.findall("<image>|</s>|.", text, re.DOTALL):
+            written = ["<|spatial|>"] * 6 + ["<image>"] * 576 if word == "<image>" else [word]
+            tokens += written
+            labels += [is_learned] * len(written)
+    ids = processor.tokenizer.convert_tokens_to_ids(tokens)
+    assert item["input_ids"].tolist() == ids
+    assert item["labels"].tolist() == [each if is_learned else -100 for each, is_learned in zip(ids, labels, strict=True)]
+    assert item["pixel_values"].shape[0] == 3
+
+
+def red(pixel_values):
+    """The red of a picture of one color, out of what CLIP makes of it."""
+    return [round(255 * (each[0].mean().item() * 0.26862954 + 0.48145466)) for each in pixel_values]
+
+
+def test_a_batch_keeps_the_order_of_the_samples_and_of_their_images(make):
+    data = make([GOOD[1], GOOD[2], sample("back", ["2.png", "1.png"], "<image><image>", "x"), GOOD[0]])
+    batch = Collator(0)([data[i] for i in (3, 1, 0, 2)])
+    assert red(batch["pixel_values"]) == [100, 100, 200, 200, 100]
+
+
 def test_a_batch_of_images_and_text(make, processor):
     data = make(GOOD)
     items = [data[i] for i in range(3)]
@@ -125,6 +174,7 @@ BAD = [
     (sample("no file", "3.png", "<image>", "x"), "the image 3.png is not in"),
     (sample("more", "1.png", "<image><image>", "x"), "2 placeholders <image> for 1 images"),
     (sample("garbage", "broken.png", "<image>", "x"), "the image broken.png does not open"),
+    (sample("shape", "line.png", "<image>", "x"), "the image line.png does not open"),
     (sample("truncated", "cut.png", "<image>", "x"), "the image cut.png does not open"),
     (sample("long", None, "q" * 3000, "x"), "no answer is left within max_length=2048 tokens"),
     (sample("many", ["1.png"] * 4, "<image>" * 4, "x"), "its images do not fit in max_length=2048 tokens"),
@@ -149,7 +199,7 @@ def test_a_bad_sample_is_left_out_and_counted(make, bad, said):
 def test_workers_tell_what_they_left_out(make):
     data = make([GOOD[0], *(bad for bad, _ in BAD), GOOD[1]], on_bad_sample="skip")
     loader = torch.utils.data.DataLoader(data, batch_size=1, num_workers=2, collate_fn=Collator(0))
-    assert sum(1 for _ in loader) == len(data) == 6
+    assert sum(1 for _ in loader) == len(data) == 7
     assert {error.sample_id for error in data.bad_samples.values()} == {bad["id"] for bad, _ in BAD}
 
 
@@ -160,12 +210,66 @@ def test_equal_ids_are_told_apart(make):
     assert sorted(data.bad_samples) == [0, 2, 3]
 
 
-@pytest.mark.parametrize("text", ["<|spatial|> hi", "\ud83d"])
-def test_text_that_no_processor_takes_is_a_bad_sample(make, text):
+def test_text_that_no_processor_takes_is_a_bad_sample(make):
     with pytest.raises(BadSampleError, match="sample 'odd'"):
-        make([sample("odd", None, text, "x")])[0]
+        make([sample("odd", None, "\ud83d", "x")])[0]
     with pytest.raises(BadSampleError, match="sample 'odd'"):
-        make([sample("odd", "1.png", f"<image>{text}", "x")])[0]
+        make([sample("odd", "1.png", "<image>\ud83d", "x")])[0]
+
+
+@pytest.mark.parametrize("token", ["</s>", "<pad>", "<s>", "<unk>", "<|spatial|>"])
+def test_a_special_token_in_the_words_is_a_bad_sample(make, token):
+    for number, turns in enumerate([(f"<image>a{token}b", "x"), ("<image>", f"{token}x"), (f"{token[:2]}<image>{token[2:]}", "x")]):
+        said = re.escape(
+            f"1 bad samples (on_bad_sample='skip' leaves them out): sample 'odd': turn {number % 2} holds the special "
+        )
+        with pytest.raises(SpatialTokensError, match=f"{said}token '{re.escape(token)}'"):
+            make([GOOD[0], sample("odd", "1.png", *turns)])
+    data = make([sample("odd", None, token, "x"), GOOD[1]], on_bad_sample="skip")
+    assert len(data) == 1
+    assert data.bad_samples[0].sample_id == "odd"
+
+
+def test_paths_that_leave_the_image_folder_are_refused(make, tmp_path, processor):
+    folder, outside = tmp_path / "images", tmp_path / "images-2"
+    for each in (folder / "sub", outside / "sub"):
+        each.mkdir(parents=True)
+    for path in (folder / "1.png", folder / "sub" / "1.png", outside / "1.png", outside / "sub" / "1.png"):
+        Image.new("RGB", (8, 6), (100 if folder in path.parents else 200, 0, 0)).save(path)
+    (folder / "link").symlink_to(outside / "sub", target_is_directory=True)
+
+    def seen(path, **options):
+        (tmp_path / "one.json").write_text(json.dumps([sample("x", path, "<image>", "y")]))
+        return red(ConversationDataset(tmp_path / "one.json", folder, processor, **options)[0]["pixel_values"])
+
+    for path in ("1.png", "sub/1.png", "./sub/../1.png", "../images/1.png", str(folder / "1.png"), "link/../1.png"):
+        assert seen(path) == [100]
+    assert seen("link/1.png") == [200]  # whoever made the folder made the link
+    for path in ("../images-2/1.png", str(outside / "1.png"), "sub/../../images-2/1.png", f"..//{folder.name}/../images-2/./1.png"):
+        with pytest.raises(
+            SpatialTokensError, match=f"sample 'x': the image {path} lies outside .*images; allow_images_outside=True"
+        ):
+            seen(path)
+        assert seen(path, allow_images_outside=True) == [200]
+    with pytest.raises(SpatialTokensError, match="lies outside"):  # nor whether it is there
+        seen("../gone.png")
+
+
+def test_pictures_are_trained_upright(make, tmp_path):
+    upright = Image.effect_noise((30, 40), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what it stored must be turned clockwise
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    turned, right = (make([sample("x", name, "<image>", "y")])[0]["pixel_values"] for name in ("turned.png", "upright.png"))
+    assert torch.equal(turned, right)
+
+
+def test_without_pillow_the_extra_is_named_and_no_sample_blamed(make, monkeypatch):
+    data = make(GOOD)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'spatial-tokens\[train\]'"):
+        data[0]
 
 
 def test_16_bits_are_not_cut_off(make, processor, tmp_path):
@@ -173,7 +277,7 @@ def test_16_bits_are_not_cut_off(make, processor, tmp_path):
     Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "16.png")
     Image.fromarray((ramp // 257).numpy().astype("uint8")).save(tmp_path / "8.png")
     pixels = [make([sample("x", name, "<image>", "y")])[0]["pixel_values"] for name in ("16.png", "8.png")]
-    torch.testing.assert_close(pixels[0], pixels[1], atol=0.03, rtol=0)
+    assert torch.equal(*pixels)
 
 
 def test_all_bad(make):
@@ -190,13 +294,20 @@ def test_many_bad_ones_are_not_all_listed(make):
     assert "'s10'" not in str(caught.value)
 
 
-def test_options_are_checked(make):
+def test_options_are_checked(make, processor):
     with pytest.raises(SpatialTokensError, match="on_bad_sample must be"):
         make(GOOD, on_bad_sample="ignore")
     with pytest.raises(SpatialTokensError, match="template must be"):
         make(GOOD, template="llama")
     with pytest.raises(SpatialTokensError, match="needs a bad_samples_file"):
         make(GOOD, on_bad_sample="skip", bad_samples_file=None)
+    for length in (0, -5, 20.0, "20", True):
+        with pytest.raises(SpatialTokensError, match=f"max_length must be a positive integer, got {length!r}"):
+            make(GOOD, max_length=length)
+    with pytest.raises(SpatialTokensError, match="image_folder must be a path, got None"):
+        ConversationDataset("data.json", None, processor)
+    with pytest.raises(SpatialTokensError, match="a processor with a fast tokenizer is expected, got"):
+        ConversationDataset("data.json", ".", processor.tokenizer)
 
 
 def test_a_processor_with_words_of_its_own_is_refused(make, processor):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,11 +313,14 @@ def test_bad_samples_are_counted_at_the_end(there, capsys):
     samples[2]["conversations"][0]["value"] = "<image><image>"
     (there / "tiny-data" / "images" / "broken.png").write_bytes(b"broken")
     samples[3]["image"] = "broken.png"
+    shutil.copy(there / "tiny-data" / "images" / "4.png", there / "tiny-data" / "outside.png")
+    samples[4]["image"] = "../outside.png"
     (there / "bad.json").write_text(json.dumps(samples))
     train = example("train")
-    with pytest.raises(SpatialTokensError, match=r"2 bad samples.*sample '1'.*gone.png.*sample '2'.*2 placeholders"):
+    with pytest.raises(SpatialTokensError, match=r"3 bad samples.*'1'.*gone.png.*'2'.*2 placeholders.*'4'.*lies outside"):
         train.main(small("bad", data="bad.json"))
-    train.main(small("bad", data="bad.json", on_bad_sample="skip", max_steps=8, save_strategy="no"))
+    skip = {"on_bad_sample": "skip", "allow_images_outside": "true"}
+    train.main(small("bad", data="bad.json", max_steps=8, save_strategy="no", **skip))
     shown = capsys.readouterr()
     assert "3 bad samples of bad.json were left out; bad/bad_samples.jsonl says which and why" in shown.err
     assert "8 steps, loss" in shown.out

@@ -7,6 +7,7 @@ this?"}, {"from": "gpt", "value": "A circle."}, ...]}`; a file is a JSON list of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -24,6 +25,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 Template = Literal["plain", "vicuna", "chat"]
+MEDIA_TOKENS = ("image_token", "boi_token", "eoi_token", "video_token", "audio_token")  # a tokenizer may not mark them as special
 
 
 class BadSampleError(SpatialTokensError):
@@ -123,6 +125,26 @@ def parse(record: Any, index: int) -> Sample:
     return Sample(sample_id, tuple(values), tuple(images))
 
 
+def special_tokens(processor: Any) -> re.Pattern[str]:
+    """Matches every special token of a processor and its tokenizer, whatever the tokenizer's class."""
+    tokenizer = processor.tokenizer
+    added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    of_media = [getattr(processor, name, None) for name in MEDIA_TOKENS]
+    names = {str(name) for name in (*tokenizer.all_special_tokens, *added, *of_media) if name}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")  # (?!) matches nothing
+
+
+def check_words(sample: Sample, special: re.Pattern[str]) -> None:
+    """Refuses words that the tokenizer would read as a special token, such as an end of sequence within an answer.
+
+    Raises:
+        BadSampleError: If a turn holds one other than its image placeholders.
+    """
+    for number, turn in enumerate(sample.turns):
+        if found := special.search(turn.replace(PLACEHOLDER, "")):  # joined, as the templates do: "</<image>s>" hides "</s>"
+            raise BadSampleError(sample.sample_id, f"turn {number} holds the special token {found[0]!r}; remove or rewrite it")
+
+
 def render(sample: Sample, template: Template, processor: Any) -> Rendered:
     """The text of a conversation.
 
@@ -134,6 +156,7 @@ def render(sample: Sample, template: Template, processor: Any) -> Rendered:
 
     Raises:
         BadSampleError: If the chat template cannot render it.
+        SpatialTokensError: If the template is "vicuna", and the tokenizer has no token that ends an answer.
     """
     placeholder = placeholder_of(processor) or PLACEHOLDER
     if template == "chat":
@@ -148,7 +171,9 @@ def _plain(sample: Sample) -> Iterator[tuple[str, bool]]:
         yield f"{answer}\n", True
 
 
-def _vicuna(sample: Sample, end: str) -> Iterator[tuple[str, bool]]:
+def _vicuna(sample: Sample, end: str | None) -> Iterator[tuple[str, bool]]:
+    if end is None:
+        raise SpatialTokensError("template 'vicuna' ends answers with the tokenizer's eos_token, and it has none; set one")
     yield f"{SYSTEM} ", False
     for question, answer in _rounds(sample):
         images = question.count(PLACEHOLDER)

@@ -14,9 +14,21 @@ from torch.utils.data import Dataset
 
 from spatial_tokens.adapters.huggingface.placeholders import ALIGNED
 from spatial_tokens.adapters.huggingface.processing import placeholder_of, reserved_id_of
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
+from spatial_tokens.pictures import read_picture
 from spatial_tokens.storage.files import read_text
-from spatial_tokens.training.conversations import BadSampleError, Rendered, Sample, Template, num_words, parse, read_records, render
+from spatial_tokens.training.conversations import (
+    BadSampleError,
+    Rendered,
+    Sample,
+    Template,
+    check_words,
+    num_words,
+    parse,
+    read_records,
+    render,
+    special_tokens,
+)
 
 IGNORED = -100
 SHOWN = 10  # bad samples that an error names
@@ -26,9 +38,9 @@ OnBadSample = Literal["stop", "skip"]
 class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
     """The samples of a file in LLaVA's format, each ready for the model.
 
-    A bad sample (see `conversations.parse`; an image that does not open; a text longer than `max_length`) stops the run, or is left
-    out: those known from the file at once, those found later by giving the next good one in their place. `bad_samples` tells all,
-    also those that a data loader's processes found.
+    A bad sample (see `conversations.parse`; words that are a special token; an image that does not open or lies outside the folder;
+    a text longer than `max_length`) stops the run, or is left out: those known from the file at once, those found later by giving
+    the next good one in their place. `bad_samples` tells all, also those that a data loader's processes found.
 
     Args:
         path: The file.
@@ -38,9 +50,11 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         max_length: The most tokens of a sample, image tokens and slots included; what is beyond is cut off.
         on_bad_sample: "stop" or "skip".
         bad_samples_file: Where "skip" writes what it leaves out, a JSON line each.
+        allow_images_outside: Whether an image's path may leave `image_folder` (`../1.jpg`, `/data/1.jpg`). Links in the folder are
+            followed in any case.
 
     Raises:
-        SpatialTokensError: If the file cannot be read, has a bad sample and is to stop, or has no good one.
+        SpatialTokensError: If the file cannot be read, has a bad sample and is to stop, or has no good one; or an option is wrong.
     """
 
     def __init__(
@@ -53,6 +67,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         max_length: int = 2048,
         on_bad_sample: OnBadSample = "stop",
         bad_samples_file: str | PathLike[str] | None = None,
+        allow_images_outside: bool = False,
     ) -> None:
         if on_bad_sample not in ("stop", "skip"):
             raise SpatialTokensError(f"on_bad_sample must be 'stop' or 'skip', got {on_bad_sample!r}")
@@ -60,17 +75,26 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             raise SpatialTokensError(f"template must be 'plain', 'vicuna' or 'chat', got {template!r}")
         if on_bad_sample == "skip" and bad_samples_file is None:
             raise SpatialTokensError("on_bad_sample='skip' needs a bad_samples_file to say what was left out")
+        if type(max_length) is not int or max_length < 1:
+            raise SpatialTokensError(f"max_length must be a positive integer, got {shown(max_length)}")
+        if not isinstance(image_folder, (str, PathLike)):
+            raise SpatialTokensError(f"image_folder must be a path, got {shown(image_folder)}")
+        if not getattr(getattr(processor, "tokenizer", None), "is_fast", False):
+            raise SpatialTokensError(f"a processor with a fast tokenizer is expected, got {type(processor).__name__}")
         self.image_folder, self.processor, self.template = Path(image_folder), processor, template
         self.max_length, self.on_bad_sample = max_length, on_bad_sample
+        self.allow_images_outside = allow_images_outside
         self.bad_samples_file = None if bad_samples_file is None else Path(bad_samples_file)
         self.path = str(path)
         self.samples: list[Sample] = []
         self.indices: list[int] = []  # their places in the file
         self._noted: set[int] = set()
+        special = special_tokens(processor)
         bad: list[tuple[int, BadSampleError]] = []
         for index, record in enumerate(read_records(path)):
             try:
                 sample = parse(record, index)
+                check_words(sample, special)
                 self._require_files(sample)
                 self.samples.append(sample)
                 self.indices.append(index)
@@ -175,20 +199,25 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _open(self, sample: Sample, path: str) -> Any:
         try:
-            from PIL import Image
-        except ImportError as error:
-            raise MissingExtraError("pillow", "train") from error
-        try:
-            with Image.open(self.image_folder / path) as image:
-                if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-                    return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
-                return image.convert("RGB")
-        except Exception as error:  # a decoder may raise anything on a damaged file
-            raise BadSampleError(sample.sample_id, f"the image {path} does not open: {reason(error)}") from error
+            return read_picture(self._file(sample, path), extra="train")
+        except (BadSampleError, MissingExtraError):
+            raise
+        except SpatialTokensError as error:
+            raise BadSampleError(sample.sample_id, f"the image {path} does not open: {error}") from error
+
+    def _file(self, sample: Sample, path: str) -> str:
+        """Where an image is. What is checked is what is opened: `..` is taken out of the path before any link is followed."""
+        folder = os.path.abspath(self.image_folder)
+        file = os.path.abspath(os.path.join(folder, path))
+        if not (self.allow_images_outside or Path(file).is_relative_to(folder)):
+            raise BadSampleError(
+                sample.sample_id, f"the image {path} lies outside {self.image_folder}; allow_images_outside=True reads it"
+            )
+        return file
 
     def _require_files(self, sample: Sample) -> None:
         for path in sample.images:
-            if not os.path.isfile(self.image_folder / path):
+            if not os.path.isfile(self._file(sample, path)):
                 raise BadSampleError(sample.sample_id, f"the image {path} is not in {self.image_folder}")
 
     def _note(self, index: int, error: BadSampleError) -> None:
