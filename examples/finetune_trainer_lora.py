@@ -40,7 +40,8 @@ def main(model, processor, rows, output, *, steps=100, batch=4, **fields):
     model, processor = attach(model, processor, "llava-sp-cropping", **fields)
     lora = LoraConfig(r=8, target_modules=r".*language_model.*\.(q_proj|v_proj)", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
-    model.base_model.model.spatial_tokens.requires_grad_(True)  # PEFT has frozen all but its own weights
+    # PEFT has frozen all but its own weights, which it keeps in float32: an optimizer's steps are too small for bfloat16.
+    model.base_model.model.spatial_tokens.float().requires_grad_(True)
 
     arguments = TrainingArguments(
         output_dir=output, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, logging_steps=1,

@@ -3,8 +3,8 @@
 python examples/train.py examples/configs/llava-1.5-7b/alignment.yaml
 accelerate launch --config_file examples/engines/zero2.yaml examples/train.py examples/configs/llava-1.5-7b/alignment.yaml --seed 1
 
-A config holds the fields of `Run` and of transformers' TrainingArguments; `--name value` replaces one. The same command again goes
-on from the last whole checkpoint in output_dir. docs/training.md says more.
+A config holds the fields of `Run` and of transformers' TrainingArguments; `--name value` replaces one. The same command again
+resumes from the last whole checkpoint in output_dir. docs/training.md says more.
 """
 
 import atexit
@@ -13,17 +13,22 @@ import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from enum import Enum
+from inspect import getdoc
+from math import ceil, isfinite
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 
-from spatial_tokens import SpatialTokensError
+from spatial_tokens import SpatialTokensError, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach, llava_from_parts, load_adapter
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
-from spatial_tokens.errors import reason
-from spatial_tokens.storage.files import read_text
+from spatial_tokens.errors import reason, shown
+from spatial_tokens.storage.files import make_directory, read_text
 from spatial_tokens.training import STAGES, LoRA
 from spatial_tokens.training.checkpoints import last_complete
 from spatial_tokens.training.dataset import Collator, ConversationDataset
@@ -54,6 +59,7 @@ class Run:
         max_length: The most tokens of a sample, image tokens included.
         on_bad_sample: "stop" or "skip".
         allow_images_outside: Whether images' paths may leave `images`.
+        on_nan: "stop" at a loss or gradient that is NaN or infinite, or "continue".
     """
 
     model: str
@@ -70,21 +76,38 @@ class Run:
     max_length: int = 2048
     on_bad_sample: str = "stop"
     allow_images_outside: bool = False
+    on_nan: str = "stop"
 
 
-KINDS = {str: str, dict: dict, int: int, bool: bool, str | None: (str, type(None))}
+POSITIVE = (
+    "max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "logging_steps", "save_steps",
+    "eval_steps", "eval_accumulation_steps", "save_total_limit",
+)  # fmt: skip
+RANGES = {
+    **dict.fromkeys(POSITIVE, (", greater than 0", lambda value: value > 0)),
+    **dict.fromkeys(("seed", "data_seed"), (" from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)),
+    "max_steps": (", greater than 0, or -1 to train for num_train_epochs", lambda value: value > 0 or value == -1),
+    "local_rank": ("", lambda value: True),
+}
+NOT_NEGATIVE = (", at least 0", lambda value: value >= 0)
+WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list", dict: "a mapping"} | {
+    type(None): "null"
+}
 
 
 def main(arguments):
     """Runs a stage, and gives its Trainer."""
     run, stage, training = read_config(arguments)
+    output_dir = make_directory(training.output_dir)
     set_seed(training.seed)
     model, processor = build(run)
-    model = prepare(model.to(torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32), stage)
+    if not getattr(model, "is_quantized", False):
+        model = model.to(torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32)
+    model = prepare(model, stage)
     if run.start_from is not None:  # once more, for what was rounded to the model's dtype; and its LoRA, if it has one
         load_trained(model, run.start_from, lora=(Path(run.start_from) / "lora").is_dir())
-    checkpoint = last_complete(training.output_dir) if Path(training.output_dir).is_dir() else None
-    bad_samples_file = Path(training.output_dir) / "bad_samples.jsonl"
+    checkpoint = last_complete(output_dir)
+    bad_samples_file = output_dir / "bad_samples.jsonl"
     with training.main_process_first():
         if checkpoint is None and training.process_index == 0:
             bad_samples_file.unlink(missing_ok=True)  # of an earlier run
@@ -98,28 +121,97 @@ def main(arguments):
     }
     data = ConversationDataset(run.data, run.images, processor, **options)
     evaluation = None if run.eval_data is None else ConversationDataset(run.eval_data, run.images, processor, **options)
-    trainer = SpatialTokensTrainer(
-        stage=stage, model=model, args=training, train_dataset=data, eval_dataset=evaluation,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer = SpatialTokensTrainer(
+            stage=stage, on_nan=run.on_nan, model=model, args=training, train_dataset=data, eval_dataset=evaluation,
+            data_collator=Collator(processor.tokenizer.pad_token_id),
+        )  # fmt: skip
+        num_steps = steps_of(trainer)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise as_ours(error, arguments[0]) from error
+
+    state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if finished := state is not None and state.global_step >= num_steps:
+        trainer.state = state
+        best = state.best_model_checkpoint if training.load_best_model_at_end else None
+        load_trained(model, best or checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
-    results = {} if evaluation is None else trainer.evaluate()
+    results = {} if evaluation is None or finished else trainer.evaluate()
     if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(Path(training.output_dir) / "trainer_state.json"))
-        report(trainer, checkpoint, results)
+        if not finished:
+            trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+        report(trainer, checkpoint, finished, results)
     return trainer
+
+
+def steps_of(trainer):
+    """The optimizer steps of a whole run."""
+    training = trainer.args
+    steps_of_epoch = ceil(len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps)
+    return training.max_steps if training.max_steps > 0 else ceil(training.num_train_epochs * steps_of_epoch)
 
 
 def read_config(arguments):
     """The run, its stage, and the TrainingArguments that follow from both."""
     path, *changes = arguments
     values = parsed(read_text(path), path)
-    if not isinstance(values, dict):
-        raise SpatialTokensError(f"{path} must hold names and values")
-    if len(changes) % 2 or not all(name.startswith("--") for name in changes[::2]):
-        raise SpatialTokensError(f"after the config come --name value pairs, got {' '.join(changes)}")
-    values |= {name[2:]: parsed(value, name) for name, value in zip(changes[::2], changes[1::2], strict=True)}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise SpatialTokensError(f"{path} must hold names and values, got {shown(values)}")
+    values |= changes_of(changes)
+    require_known(path, values)
+    lacking = [name for name in ("model", "stage", "data", "images", "output_dir") if values.get(name) in (None, "")]
+    if lacking:
+        raise SpatialTokensError(f"{path} lacks {', '.join(lacking)}")
+    values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}  # YAML's no
+    require_values(path, values)
+    stage = stage_of(values["stage"], dict(values.get("recipe", {})))
+
+    at_once = values.setdefault("per_device_train_batch_size", 16)
+    per_step = at_once * num_processes()
+    if stage.global_batch_size % per_step:
+        raise SpatialTokensError(
+            f"the stage's global_batch_size {stage.global_batch_size} is no multiple of the {per_step} samples that "
+            f"{num_processes()} processes take at once; change per_device_train_batch_size"
+        )
+    defaults = {
+        "num_train_epochs": stage.num_epochs, "learning_rate": stage.projector_learning_rate, "logging_steps": 1,
+        "report_to": "none", "remove_unused_columns": False, "label_names": ["labels"],
+        "gradient_accumulation_steps": stage.global_batch_size // per_step,
+    }  # fmt: skip
+    if values.get("eval_strategy", "no") != "no" and values.get("eval_data") is None:
+        raise SpatialTokensError(f"{path}: eval_strategy needs eval_data")
+    of_run = {each.name for each in fields(Run)}
+    run = Run(**{name: value for name, value in values.items() if name in of_run})
+    try:
+        training = TrainingArguments(**{**defaults, **{name: value for name, value in values.items() if name not in of_run}})
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise as_ours(error, path) from error
+    if training.fp16 and training.device.type == "cpu":
+        raise SpatialTokensError(f"{path}: fp16 needs a GPU; leave it out, or use bf16")
+    if training.dataloader_persistent_workers:
+        raise SpatialTokensError(f"{path}: a run with dataloader_persistent_workers cannot be resumed exactly")
+    return run, stage, training
+
+
+def as_ours(error, path):
+    """What transformers said about a config, on one line."""
+    return error if isinstance(error, SpatialTokensError) else SpatialTokensError(f"{path}: {reason(error)}")
+
+
+def changes_of(words):
+    """The values that `--name value` pairs give."""
+    if len(words) % 2 or not all(name.startswith("--") for name in words[::2]):
+        raise SpatialTokensError(f"after the config come --name value pairs, got {' '.join(words)}")
+    names = [name[2:] for name in words[::2]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SpatialTokensError(f"--{twice[0]} is given twice")
+    return {name: parsed(value, f"--{name}") for name, value in zip(names, words[1::2], strict=True)}
+
+
+def require_known(path, values):
+    """Raises SpatialTokensError at a name that is no field, or not one to be set."""
     known = [each.name for kind in (Run, TrainingArguments) for each in fields(kind) if each.init]
     for name in values:
         if name not in known:
@@ -127,48 +219,56 @@ def read_config(arguments):
             raise SpatialTokensError(f"{path}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         if name in OF_THE_STAGE:
             raise SpatialTokensError(f"{path}: {name} follows from the stage; change its numbers under recipe:")
-    lacking = [name for name in ("model", "stage", "data", "images", "output_dir") if name not in values]
-    if lacking:
-        raise SpatialTokensError(f"{path} lacks {', '.join(lacking)}")
-    for each in fields(Run):
-        if each.name in values and not isinstance(values[each.name], KINDS[each.type]):
-            raise SpatialTokensError(f"{path}: {each.name} must be {each.type}, got {values[each.name]!r}")
-    stage = stage_of(values["stage"], dict(values.get("recipe", {})))
+    if values.get("resume_from_checkpoint") is not None:
+        raise SpatialTokensError(f"{path}: leave resume_from_checkpoint out; a run resumes from the last checkpoint in output_dir")
 
-    at_once = values.setdefault("per_device_train_batch_size", 16)
-    if type(at_once) is not int or at_once < 1:
-        raise SpatialTokensError(f"{path}: per_device_train_batch_size must be a positive integer, got {at_once!r}")
-    per_step = at_once * num_processes()
-    if stage.global_batch_size % per_step:
-        raise SpatialTokensError(
-            f"the stage's global_batch_size {stage.global_batch_size} is no multiple of the {per_step} samples that "
-            f"{num_processes()} processes take at once; change per_device_train_batch_size"
-        )
-    values["gradient_accumulation_steps"] = stage.global_batch_size // per_step
-    defaults = {
-        "num_train_epochs": stage.num_epochs, "learning_rate": stage.projector_learning_rate, "logging_steps": 1,
-        "report_to": "none", "remove_unused_columns": False, "label_names": ["labels"],
-    }  # fmt: skip
-    values = {name: "no" if value is False and name.endswith("_strategy") else value for name, value in values.items()}  # YAML's no
-    if values.get("eval_strategy", "no") != "no" and values.get("eval_data") is None:
-        raise SpatialTokensError(f"{path}: eval_strategy needs eval_data")
-    try:
-        run, training = HfArgumentParser((Run, TrainingArguments)).parse_dict({**defaults, **values})
-    except (TypeError, ValueError) as error:
-        raise SpatialTokensError(f"{path}: {reason(error)}") from error
-    wrong = [
-        f"{name} must be a number, got {getattr(training, name)!r}" for name in ("max_steps", "save_steps", "logging_steps", "seed")
-        if not isinstance(getattr(training, name), (int, float))
-    ]  # fmt: skip
-    if wrong or training.dataloader_persistent_workers:
-        raise SpatialTokensError(
-            f"{path}: {'; '.join(wrong) or 'a run with dataloader_persistent_workers cannot be resumed exactly'}"
-        )
-    return run, stage, training
+
+def require_values(path, values):
+    """Raises SpatialTokensError at a value of another type than its field's, or a number out of range."""
+    hints = get_type_hints(TrainingArguments) | get_type_hints(Run)
+    for name, value in values.items():
+        words, allows = RANGES.get(name, NOT_NEGATIVE)
+        if not fits(value, hints[name]) or (type(value) in (int, float) and not allows(value)):
+            expected = described(hints[name])
+            limits = words if "integer" in expected or "number" in expected else ""
+            raise SpatialTokensError(f"{path}: {name} must be {expected}{limits}, got {shown(value)}")
+
+
+def fits(value, hint):
+    """Whether a value of YAML is of a type; what YAML cannot write is left to transformers."""
+    origin = get_origin(hint) or hint
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is float:
+        return type(value) in (int, float) and abs(value) < 2**63 and isfinite(value)
+    if origin is int:
+        return type(value) is int and abs(value) < 2**63
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return isinstance(value, str)
+    return type(value) is origin if origin in (bool, str, list, dict, type(None)) else True
+
+
+def described(hint):
+    """A type in words."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    words = [WORDS.get(get_origin(each) or each) for each in kinds]
+    return " or ".join(dict.fromkeys(word for word in words if word)) or str(hint)
 
 
 class Loader(yaml.SafeLoader):
-    """YAML that reads 2e-5 as the number that it is."""
+    """YAML that reads 2e-5 as the number that it is, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node, deep=False):
+        """A mapping of YAML."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
@@ -178,13 +278,16 @@ def parsed(text, where):
     """The value of a YAML text."""
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise SpatialTokensError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def num_processes():
     """As torchrun and accelerate tell it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise SpatialTokensError(f"WORLD_SIZE must be a positive integer, as torchrun and accelerate set it, got {told!r}")
+    return int(told)
 
 
 def stage_of(name, changes):
@@ -202,6 +305,9 @@ def stage_of(name, changes):
 
 def build(run):
     """The model and its processor, with the spatial tokens of the earlier stage or with new ones."""
+    known = [*(each.name for each in fields(SPProjectorConfig)), "mode", "unit", "resize", "token"]
+    if wrong := [name for name in run.projector if name not in known]:
+        raise SpatialTokensError(f"projector: unknown field {wrong[0]!r}; the fields are {', '.join(known)}")
     if run.vision is not None:
         model, processor = llava_from_parts(run.model, run.vision)
     else:
@@ -211,11 +317,13 @@ def build(run):
     return attach(model, processor, run.preset, **run.projector)
 
 
-def report(trainer, checkpoint, results):
+def report(trainer, checkpoint, finished, results):
     """Says what came of it."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if checkpoint is not None:
-        print(f"went on from {checkpoint}")
+    if finished:
+        print(f"finished already: {checkpoint} is of the last step, so nothing was trained")
+    elif checkpoint is not None:
+        print(f"resumed from {checkpoint}")
     told = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "no loss logged"
     print(f"{trainer.state.global_step} steps, {told}; wrote {trainer.args.output_dir}")
     if results:
@@ -236,12 +344,18 @@ def leave():
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"usage: train.py CONFIG.yaml [--name value ...]\n\n{__doc__}\n{getdoc(Run)}")
+        sys.exit()
     try:
-        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
             raise SpatialTokensError("give a config: python examples/train.py CONFIG.yaml [--name value ...]")
         main(sys.argv[1:])
     except SpatialTokensError as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -88,13 +88,19 @@ def test_pipeline(llava):
     assert len(answer) > len("<image> What is this?")
 
 
-def test_finetune_trainer_lora(llava, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finetune_trainer_lora(llava, tmp_path, dtype):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
     rows = [{"image": sample_picture(), "question": "What?", "answer": answer} for answer in ("a circle", "a square")]
     model, processor = llava
-    losses = example("finetune_trainer_lora").main(model, processor, rows, str(tmp_path), steps=6, batch=2, spatial_hidden_size=16)
+    losses = example("finetune_trainer_lora").main(
+        model.to(dtype), processor, rows, str(tmp_path), steps=6, batch=2, spatial_hidden_size=16
+    )
     assert losses[-1] < losses[0]
+    trained = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    assert {"spatial_tokens" in name or "lora_" in name for name in trained} == {True}
     config = json.loads((tmp_path / "spatial" / "adapter_config.json").read_text())
     assert config["peft_type"] == "SPATIAL_TOKENS"
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()

@@ -1,6 +1,8 @@
 """Preparing models for a stage, and the data of other families, on tiny models."""
 
+import dataclasses
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
-from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, parameter_groups
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, parameter_groups
 from spatial_tokens.training.dataset import Collator, ConversationDataset
 from spatial_tokens.training.prepare import load_trained, parts_of, prepare, save_trained
 from tests.adapters.huggingface.test_processing import FAMILIES, GRID_OF_4, gemma3, idefics3, internvl, llava_next
 from tests.test_examples import tiny_qwen
+from tests.tolerances import assert_close, rounding
 
 STAGES = [ALIGNMENT, INSTRUCTION_TUNING]
 
@@ -42,27 +45,118 @@ def test_every_trained_parameter_is_in_a_group(stage):
     assert {each.dtype for each in model.parameters() if not each.requires_grad} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_bfloat16_model_learns_in_float32(stage, tmp_path):
-    model, processor = made(stage, torch.bfloat16)
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "1.png")
-    sample = {
-        "id": "1",
-        "image": "1.png",
-        "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}],
-    }
-    (tmp_path / "data.json").write_text(json.dumps([sample]))
-    batch = Collator(0)([ConversationDataset(tmp_path / "data.json", tmp_path, processor)[0]])
-    before = {name: each.clone() for name, each in trained(model).items()}
-    optimizer = torch.optim.AdamW(parameter_groups(parts_of(model), ALIGNMENT if stage.lora is None else stage))
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    """An image, a question and an answer."""
+    folder = tmp_path_factory.mktemp("batch")
+    Image.effect_noise((50, 40), 90).convert("RGB").save(folder / "1.png")
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "red"}]
+    (folder / "data.json").write_text(json.dumps([{"id": "1", "image": "1.png", "conversations": turns}]))
+    _, processor = made(ALIGNMENT)
+    return Collator(0)([ConversationDataset(folder / "data.json", folder, processor)[0]])
+
+
+def same_values(model):
+    """Large enough for gradients of every part, the same in each model."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for each in trained(model).values():
+            each.copy_(0.05 * torch.randn(each.shape))
+    return model
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(
+    "stage",
+    [ALIGNMENT, dataclasses.replace(INSTRUCTION_TUNING, lora=LoRA(rank=4, alpha=8, dropout=0.0))],
+    ids=lambda stage: stage.name,
+)
+def test_a_bfloat16_model_learns_in_float32(stage, batch, autocast):
+    """With gradients that are those of float32, but for the rounding of the frozen parts; with autocast and without."""
+    model, expected = (same_values(made(stage, torch.bfloat16)[0]) for _ in range(2))
+    expected.float()(**batch).loss.backward()
+    before = {name: each.detach().clone() for name, each in trained(model).items()}
+    optimizer = torch.optim.AdamW(parameter_groups(parts_of(model), stage))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(**batch).loss
     loss.backward()
-    assert loss.isfinite()
-    assert all(each.grad is not None and each.grad.isfinite().all() for each in trained(model).values())
+    given, wanted = (torch.cat([each.grad.flatten() for each in trained(m).values()]) for m in (model, expected))
+    assert given.dtype == torch.float32
+    assert (given - wanted).norm() <= rounding(torch.bfloat16, operations=5) * wanted.norm()
     optimizer.step()
     moved = {name for name, each in trained(model).items() if not torch.equal(each, before[name])}
     assert len(moved) > len(before) // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mlp_takes_and_returns_the_bases_dtype(dtype):
+    model, _ = made(ALIGNMENT, dtype)
+    mlp, patches = model.model.multi_modal_projector, torch.randn(1, 3, 64).to(dtype)
+    first, second = mlp.linear_1, mlp.linear_2
+    hidden = torch.nn.functional.gelu(patches.float() @ first.weight.T + first.bias)
+    expected = (hidden @ second.weight.T + second.bias).to(dtype)
+    assert mlp(patches).dtype == mlp(image_features=patches).dtype == dtype
+    assert_close(mlp(patches), expected, rounding(dtype, operations=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detaching_restores_the_mlp(dtype):
+    torch.manual_seed(0)
+    base, processor = tiny_llava()
+    base.to(dtype)
+    mlp = base.model.multi_modal_projector
+    own = {name: each.clone() for name, each in mlp.state_dict().items()}
+    hooks = len(mlp._forward_hooks), len(mlp._forward_pre_hooks)
+    model = same_values(prepare(attach(base, processor, spatial_hidden_size=8)[0], ALIGNMENT))
+    copied = deepcopy(prepare(model, ALIGNMENT))  # once more, which changes nothing
+    for each in (detach(copied), detach(model)):
+        mlp = each.model.multi_modal_projector
+        assert (len(mlp._forward_hooks), len(mlp._forward_pre_hooks)) == hooks
+        for name, tensor in mlp.state_dict().items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, own[name])
+    assert mlp(torch.randn(1, 3, 64, dtype=dtype)).dtype == dtype
+
+
+def test_a_quantized_mlp_is_refused_and_the_model_stays_as_it_was():
+    model, _ = attach(*tiny_llava(), spatial_hidden_size=8)
+    layer = model.model.multi_modal_projector.linear_2
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.uint8), requires_grad=False)
+    before = {name: (each.dtype, each.requires_grad) for name, each in model.named_parameters()}
+    said = (
+        r"^model.multi_modal_projector.linear_2.weight is quantized .*skip_modules=\['model.multi_modal_projector', 'lm_head'\]\)$"
+    )
+    with pytest.raises(SpatialTokensError, match=said):
+        prepare(model, INSTRUCTION_TUNING)
+    assert {name: (each.dtype, each.requires_grad) for name, each in model.named_parameters()} == before
+    layer.weight = torch.nn.Parameter(torch.ones(64, 64))
+    assert prepare(model, ALIGNMENT) is model
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_base_in_4_bits(stage, batch, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+    base, processor = tiny_llava()
+    base.to(torch.bfloat16).save_pretrained(tmp_path)
+
+    def loaded(**options):
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
+        return attach(base, processor, spatial_hidden_size=8)[0]
+
+    with pytest.raises(SpatialTokensError, match=r"multi_modal_projector.linear_1.weight is quantized"):
+        prepare(loaded(), stage)
+    model = prepare(loaded(llm_int8_skip_modules=["model.multi_modal_projector", "lm_head"]), stage)
+    model(**batch).loss.backward()
+    assert {each.dtype for each in trained(model).values()} == {torch.float32}
+    assert all(each.grad.isfinite().all() for each in trained(model).values())
+
+
+def test_a_stage_is_expected():
+    with pytest.raises(SpatialTokensError, match="stage must be a Stage, such as ALIGNMENT, got 'alignment'"):
+        prepare(attach(*tiny_llava(), spatial_hidden_size=8)[0], "alignment")
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

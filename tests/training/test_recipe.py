@@ -23,11 +23,20 @@ def test_stages_are_the_papers():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("global_batch_size", 0), ("projector_learning_rate", -1e-3), ("projector_learning_rate", "2e-5"),
-     ("warmup_ratio", 1.5), ("weight_decay", float("nan")), ("num_epochs", None)],
+     ("warmup_ratio", 1.5), ("weight_decay", float("nan")), ("num_epochs", None), ("num_epochs", 0),
+     ("projector_learning_rate", float("inf")), ("projector_learning_rate", 10**400), ("weight_decay", True)],
 )  # fmt: skip
 def test_a_stage_refuses_numbers_out_of_range(field, value):
     with pytest.raises(SpatialTokensError, match=field):
         dataclasses.replace(ALIGNMENT, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("alpha", float("inf")), ("dropout", float("nan")), ("learning_rate", -1), ("rank", 2.0)]
+)
+def test_a_lora_refuses_numbers_out_of_range(field, value):
+    with pytest.raises(SpatialTokensError, match=f"^{field} must be"):
+        LoRA(**{field: value})
 
 
 class Model(nn.Module):
@@ -76,6 +85,27 @@ def test_groups_refuse_what_they_cannot_place():
         parameter_groups(Parts([head]), INSTRUCTION_TUNING)
     with pytest.raises(SpatialTokensError, match="no learning rate for lora"):
         parameter_groups(Parts([head], [nn.Linear(2, 2)]), ALIGNMENT)
+
+
+def test_parts_are_lists_of_modules():
+    for modules in (nn.Linear(3, 3), [None], "projector"):
+        with pytest.raises(SpatialTokensError, match="projector must be a list of modules, got"):
+            Parts(modules)
+
+
+def test_quantized_weights_cannot_be_trained():
+    model = Model()
+    model.projector.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(SpatialTokensError, match="weight of a Linear is quantized and cannot be trained"):
+        freeze(model, Parts([model.projector]))
+    assert model.vision.weight.requires_grad
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, None])
+def test_a_schedule_needs_a_number_of_steps(steps):
+    optimizer = torch.optim.SGD(parameter_groups(Parts([nn.Linear(1, 1)]), ALIGNMENT))
+    with pytest.raises(SpatialTokensError, match="num_training_steps must be a positive integer"):
+        schedule(optimizer, ALIGNMENT, steps)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 33, 100, 2181])

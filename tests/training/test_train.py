@@ -26,46 +26,7 @@ from spatial_tokens.training.dataset import ConversationDataset
 from spatial_tokens.training.trainer import SpatialTokensTrainer
 from tests.test_examples import example
 from tests.training import on_cpu
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "examples" / "configs" / "tiny"
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "src")))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "TOKENIZERS_PARALLELISM": "false"}
-SMALL = {
-    "per_device_train_batch_size": 2,
-    "recipe": "{global_batch_size: 4, projector_learning_rate: 0.01}",
-    "disable_tqdm": "true",
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with data, in which the configs' relative paths are right."""
-    folder = tmp_path_factory.mktemp("train")
-    example("tiny_data").main(folder / "tiny-data", 16)
-    return folder
-
-
-@pytest.fixture
-def there(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def arguments(config, **changes):
-    return [str(config), *(word for name, value in changes.items() for word in (f"--{name}", str(value)))]
-
-
-def state(output):
-    return json.loads((output / "trainer_state.json").read_text())
-
-
-def losses(output):
-    return [entry["loss"] for entry in state(output)["log_history"] if "loss" in entry]
-
-
-def evaluated(output):
-    return [entry["eval_loss"] for entry in state(output)["log_history"] if "eval_loss" in entry]
+from tests.training.script import CONFIGS, ENVIRONMENT, ROOT, SCRIPT, TWO, arguments, losses, run, small, state
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +49,7 @@ def test_the_loss_falls_in_both_stages(stages, folder):
         found = losses(folder / "tiny-run" / name)
         assert len(found) == 12
         assert max(found[-3:]) < min(found[:2]) - 0.15, found
-        assert len(evaluated(folder / "tiny-run" / name)) == 1
+        assert sum("eval_loss" in entry for entry in state(folder / "tiny-run" / name)["log_history"]) == 1
 
 
 def base_of(model):
@@ -153,20 +114,6 @@ def test_it_loads_into_a_fresh_base_and_generates(stages, folder):
     assert all(torch.equal(each, own[name]) for name, each in bare.state_dict().items())
 
 
-def run(there, *words, ok=True, environment=None):
-    command, environment = [sys.executable, *map(str, words)], {**ENVIRONMENT, **(environment or {})}
-    done = subprocess.run(command, cwd=there, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-SCRIPT = ROOT / "examples" / "train.py"
-
-
-def small(output, **changes):
-    return arguments(CONFIGS / "alignment.yaml", output_dir=output, **{**SMALL, "max_steps": 6, "save_steps": 2, **changes})
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     run(folder, SCRIPT, *small("whole"))
@@ -183,7 +130,7 @@ def test_killed_and_resumed_is_the_same_run(folder, uninterrupted):
     assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
     assert not (folder / "killed" / "trainer_state.json").exists()
     done = run(folder, SCRIPT, *small("killed"))
-    assert "went on from killed/checkpoint-4" in done.stdout
+    assert "resumed from killed/checkpoint-4" in done.stdout
     assert losses(folder / "killed") == uninterrupted
 
 
@@ -193,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, uninterrupted):
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     done = run(folder, SCRIPT, *small("damaged"))
     assert "passed over a checkpoint" in done.stderr
-    assert "went on from damaged/checkpoint-2" in done.stdout
+    assert "resumed from damaged/checkpoint-2" in done.stdout
     assert len(losses(folder / "damaged")) == 6
 
 
@@ -226,9 +173,6 @@ def needs_transformers(*version):
     return pytest.mark.skipif(found < version, reason=f"needs transformers {version}")
 
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
 @needs_transformers(5, 17)
 def test_two_processes_are_as_one(folder, uninterrupted):
     done = run(folder, *TWO, SCRIPT, *small("two", per_device_train_batch_size=1))
@@ -245,7 +189,7 @@ def test_a_process_that_dies_ends_the_run_and_leaves_whole_checkpoints(folder, u
     assert "exitcode" in done.stderr.lower()
     assert [path.name for path in checkpoints_in(folder / "dies")] == ["checkpoint-2"]
     done = run(folder, *TWO, SCRIPT, *options)
-    assert "went on from dies/checkpoint-2" in done.stdout
+    assert "resumed from dies/checkpoint-2" in done.stdout
     assert losses(folder / "dies") == pytest.approx(uninterrupted, rel=1e-4)
 
 
@@ -303,7 +247,7 @@ def test_other_engines_are_as_one_process_and_resume(folder, uninterrupted, engi
     assert losses(folder / engine) == pytest.approx(uninterrupted, rel=1e-4)
     (folder / engine / "checkpoint-6" / MANIFEST).unlink()
     done = run(folder, *launch, SCRIPT, *options, environment=on_cpu.environment(engine))
-    assert f"went on from {engine}/checkpoint-4" in done.stdout
+    assert f"resumed from {engine}/checkpoint-4" in done.stdout
     assert losses(folder / engine) == pytest.approx(uninterrupted, rel=1e-4)
 
 
@@ -324,52 +268,6 @@ def test_bad_samples_are_counted_at_the_end(there, capsys):
     shown = capsys.readouterr()
     assert "3 bad samples of bad.json were left out; bad/bad_samples.jsonl says which and why" in shown.err
     assert "8 steps, loss" in shown.out
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"max_step": 1}, "unknown key 'max_step'; did you mean 'max_steps'"),
-        ({"stage": "both"}, "stage must be one of alignment, instruction_tuning"),
-        ({"recipe": "{batch: 3}"}, "recipe: .*batch"),
-        ({"recipe": "{lora: {r: 3}}"}, "recipe: .*'r'"),
-        ({"recipe": "{lora: {rank: 0}}"}, "recipe: rank must be a positive integer"),
-        ({"recipe": "{global_batch_size: 8.0}"}, "recipe: global_batch_size must be a positive integer"),
-        ({"recipe": "[1]"}, "recipe must be .*dict"),
-        ({"projector": "[1]"}, "projector must be .*dict"),
-        ({"max_length": "abc"}, "max_length must be .*int"),
-        ({"max_steps": "abc"}, "max_steps"),
-        ({"seed": "abc"}, "seed must be a number"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a positive integer"),
-        ({"learning_rate": 1}, "learning_rate follows from the stage"),
-        ({"eval_strategy": "steps", "eval_data": "null"}, "eval_strategy needs eval_data"),
-        ({"dataloader_persistent_workers": "true", "dataloader_num_workers": 1}, "cannot be resumed exactly"),
-        ({"save_only_model": "true"}, "save_only_model"),
-        ({"data": "{a"}, "--data is not valid YAML"),
-        ({"per_device_train_batch_size": 3}, "global_batch_size 4 is no multiple of the 3 samples"),
-        ({"model": "tiny-data"}, "cannot load the model"),
-        ({"data": "nothing.json"}, "cannot read nothing.json"),
-        ({"start_from": "nothing"}, "cannot read nothing/spatial_tokens/adapter_config.json"),
-        ({"on_bad_sample": "hide"}, "on_bad_sample must be"),
-    ],
-)
-def test_a_config_that_cannot_be_run(there, changes, said):
-    with pytest.raises(SpatialTokensError, match=said):
-        example("train").main(small("never", **changes))
-
-
-def test_the_command_says_so_in_one_line(folder):
-    done = run(folder, SCRIPT, *small("never", max_step=1), ok=False)
-    assert done.stderr.strip().splitlines()[-1].startswith("train.py: error:")
-    assert "Traceback" not in done.stderr
-    assert "give a config" in run(folder, SCRIPT, ok=False).stderr
-
-
-def test_yaml_reads_numbers():
-    train = example("train")
-    assert train.parsed("{a: 2e-5, b: 1e3, c: -1.5E+2, d: 3, e: no, f: 1e, g: e5}", "here") == {
-        "a": 2e-5, "b": 1000.0, "c": -150.0, "d": 3, "e": False, "f": "1e", "g": "e5",
-    }  # fmt: skip
 
 
 def test_a_given_up_run_does_not_outlive_the_new_one(there):
@@ -403,6 +301,43 @@ def test_a_base_in_half_precision(there, stored, flags):
     assert all(loss > 0 for loss in losses(there / "half-out"))
 
 
+WITH_DROPOUT = {
+    "stage": "instruction_tuning", "start_from": "tiny-run/alignment", "data": "tiny-data/instructions.json", "eval_data": "null",
+    "recipe": "{global_batch_size: 4, projector_learning_rate: 0.01, lora: {rank: 4, dropout: 0.5, learning_rate: 0.05}}",
+}  # fmt: skip
+
+
+def test_a_resumed_run_draws_the_same_random_numbers(there, stages, capsys):
+    """Dropout's, and the order of the samples: the fifth step begins a second pass over them."""
+    train, options = example("train"), {**WITH_DROPOUT, "max_steps": 5, "save_total_limit": "null"}
+    train.main(small("drawn", **options))
+    uninterrupted = losses(there / "drawn")
+    for step in (4, 5):
+        shutil.rmtree(there / "drawn" / f"checkpoint-{step}")
+    train.main(small("drawn", **options))
+    assert "resumed from drawn/checkpoint-2" in capsys.readouterr().out
+    assert losses(there / "drawn") == uninterrupted
+    assert len(set(uninterrupted)) == 5
+
+
+def test_a_finished_run_is_not_trained_on(there, capsys):
+    """Its last step is in the middle of an epoch, from where Trainer would take one more."""
+    train = example("train")
+    train.main(small("finished", max_steps=3, eval_data="null"))
+    before = state(there / "finished")
+    written = load_file(there / "finished" / "spatial_tokens" / "adapter_model.safetensors")
+    (there / "finished" / "spatial_tokens" / "adapter_model.safetensors").unlink()  # as if killed before it was written
+    capsys.readouterr()
+    trainer = train.main(small("finished", max_steps=3, eval_data="null"))
+    assert "finished already: finished/checkpoint-3" in capsys.readouterr().out
+    assert trainer.state.global_step == 3
+    assert [path.name for path in checkpoints_in("finished")] == ["checkpoint-2", "checkpoint-3"]
+    assert state(there / "finished") == before
+    again = load_file(there / "finished" / "spatial_tokens" / "adapter_model.safetensors")
+    assert all(torch.equal(each, again[name]) for name, each in written.items())
+    assert train.main(small("finished", max_steps=4, eval_data="null")).state.global_step == 4
+
+
 def test_evaluation_does_not_disturb_training(there, stages):
     options = {"stage": "instruction_tuning", "start_from": "tiny-run/alignment", "data": "tiny-data/instructions.json",
                "recipe": "{global_batch_size: 4, projector_learning_rate: 0.01, lora: {rank: 4, dropout: 0.5}}"}  # fmt: skip
@@ -410,19 +345,6 @@ def test_evaluation_does_not_disturb_training(there, stages):
     train.main(small("quiet", max_steps=4, save_strategy="no", **options))
     train.main(small("disturbed", max_steps=4, save_strategy="no", eval_strategy="steps", eval_steps=1, **options))
     assert losses(there / "disturbed") == losses(there / "quiet")
-
-
-def test_the_papers_configs_are_the_recipe(monkeypatch):
-    train = example("train")
-    monkeypatch.setattr(train, "num_processes", lambda: 8)
-    for name, per_device in (("alignment", 32), ("instruction_tuning", 16)):
-        path = ROOT / "examples" / "configs" / "llava-1.5-7b" / f"{name}.yaml"
-        run, stage, training = train.read_config([str(path), "--bf16", "false"])
-        assert stage is train.STAGES[name] or stage == train.STAGES[name]
-        assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == stage.global_batch_size
-        assert training.per_device_train_batch_size == per_device
-        assert training.num_train_epochs == 1
-        assert run.recipe == {}
 
 
 def test_lengths_group_the_samples(there, stages):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
 from spatial_tokens.adapters.huggingface.saving import FORMAT, WEIGHTS_NAME, save_adapter, trained_tensors
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.storage.files import as_path, read_tensors, read_text
 from spatial_tokens.storage.pretrained import gathered, require_exactly
-from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze
+from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze, quantized_parameter
 
 SPATIAL, LORA = "spatial_tokens", "lora"  # the folders of what was trained
 
@@ -25,19 +27,35 @@ def prepare(model: Any, stage: Stage) -> Any:
 
     What trains is the projector (the spatial tokens and the model's own MLP of the patches, as in the paper) and, where the stage
     has a LoRA, adapters of all linear layers of the language model. It is kept in float32, as an optimizer's steps are too small
-    for bfloat16; all else is frozen and stays in its dtype.
+    for bfloat16; all else is frozen and stays in its dtype. What trains takes the base's dtype and returns it, so the model runs
+    with autocast and without. `detach` restores the MLP's own weights and dtype.
 
     Returns:
         The model; a PEFT model of it where the stage has a LoRA.
 
     Raises:
-        SpatialTokensError: If the model has no spatial tokens.
+        SpatialTokensError: If the model has no spatial tokens, the stage is no `Stage`, or the model's MLP is quantized; the
+            model is then as it was.
     """
+    if not isinstance(stage, Stage):
+        raise SpatialTokensError(f"stage must be a Stage, such as ALIGNMENT, got {shown(stage)}")
     attachment = attachment_of(model)
-    inner = unwrapped(model)
-    path = next(name for name, module in inner.named_modules() if module is attachment.parts.projector)
+    inner, mlp = unwrapped(model), attachment.parts.projector
+    path = next(name for name, module in inner.named_modules() if module is mlp)
+    if (quantized := quantized_parameter(mlp)) is not None:
+        raise SpatialTokensError(
+            f"{path}.{quantized} is quantized and cannot be trained; load the model without quantizing {path}, for example with "
+            f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{path!r}, 'lm_head'])"
+        )
+    dtype = next((each.dtype for each in mlp.parameters() if each.dtype != torch.float32), None)
+    if path not in attachment.modules_to_save or dtype is not None:
+        attachment.undo.append(partial(_restore, mlp, {name: each.detach().clone() for name, each in _named_tensors(mlp)}))
     if path not in attachment.modules_to_save:
         attachment.modules_to_save.append(path)
+    if dtype is not None:
+        before = mlp.register_forward_pre_hook(_to_float32, with_kwargs=True)
+        after = mlp.register_forward_hook(partial(_to_dtype, dtype))
+        attachment.undo += [before.remove, after.remove]
     if stage.lora is not None and not _is_peft(model):
         model = _with_lora(model, stage.lora)
     parts = parts_of(model)
@@ -45,6 +63,29 @@ def prepare(model: Any, stage: Stage) -> Any:
     for part in (*parts.projector, *parts.lora):
         part.float()
     return model
+
+
+def _to_float32(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map(partial(_cast, torch.float32), (args, kwargs))
+
+
+def _to_dtype(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(partial(_cast, dtype), output)
+
+
+def _cast(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _restore(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Gives a module's parameters and buffers their values and dtypes of before."""
+    for name, each in _named_tensors(module):
+        each.grad = None
+        each.data = tensors[name].to(each.device)
 
 
 def parts_of(model: Any) -> Parts:
@@ -67,8 +108,9 @@ def save_trained(model: Any, directory: str | PathLike[str]) -> None:
     Of a sharded model (FSDP2) every process must call this; the first writes.
 
     Raises:
-        SpatialTokensError: If the files cannot be written.
+        SpatialTokensError: If a trained weight is not finite, or the files cannot be written.
     """
+    require_finite(model)
     folder = as_path(directory)
     save_adapter(model, folder / SPATIAL)
     if _is_peft(model) and (tensors := gathered(_lora_tensors(model))):
@@ -76,6 +118,26 @@ def save_trained(model: Any, directory: str | PathLike[str]) -> None:
             model.peft_config[model.active_adapter].save_pretrained(temporary)
             config = read_text(Path(temporary) / FORMAT.config_name)
         FORMAT.save(folder / LORA, config, tensors)
+
+
+def require_finite(model: Any) -> None:
+    """Raises SpatialTokensError if what trained is not finite, or so large that its norm is not.
+
+    Of a sharded model (FSDP2) every process must call this.
+    """
+    tensors = trained_tensors(model) | (_lora_tensors(model) if _is_peft(model) else {})
+    norms = {name: _norm(each) for name, each in tensors.items() if each.is_floating_point()}
+    first = next(iter(norms.values())).device
+    finite = torch.stack([norm.to(first) for norm in norms.values()]).isfinite().tolist()
+    wrong = [f"{name} ({norm.item()})" for (name, norm), good in zip(norms.items(), finite, strict=True) if not good]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise SpatialTokensError(f"the norms of trained weights are not finite: {wrong[0]}{more}; lower the learning rate")
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    norm: Any = torch.linalg.vector_norm(tensor.detach().float())
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
 
 
 def load_trained(model: Any, directory: str | PathLike[str], *, lora: bool = True) -> None:

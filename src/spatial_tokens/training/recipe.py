@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, cos, inf, pi
+from math import ceil, cos, inf, isfinite, pi
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,8 +25,18 @@ def _require_integers(**values: Any) -> None:
 
 def _require_ranges(**ranges: tuple[Any, float, float]) -> None:
     for name, (value, least, most) in ranges.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-            raise SpatialTokensError(f"{name} must be a number from {least} to {most}, got {shown(value)}")
+        if not _is_finite(value) or not least <= value <= most:
+            expected = f"from {least} to {most}" if most < inf else f"that is finite and at least {least}"
+            raise SpatialTokensError(f"{name} must be a number {expected}, got {shown(value)}")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,8 @@ class Stage:
             weight_decay=(self.weight_decay, 0, inf),
             num_epochs=(self.num_epochs, 0, inf),
         )
+        if self.num_epochs == 0:
+            raise SpatialTokensError("num_epochs must be greater than 0, got 0")
         if self.lora is not None and not isinstance(self.lora, LoRA):
             raise SpatialTokensError(f"lora must be a LoRA or None, got {shown(self.lora)}")
 
@@ -103,9 +116,32 @@ class Parts:
     projector: Sequence[nn.Module]
     lora: Sequence[nn.Module] = ()
 
+    def __post_init__(self) -> None:
+        for name, modules in (("projector", self.projector), ("lora", self.lora)):
+            if not isinstance(modules, Sequence) or not all(isinstance(module, nn.Module) for module in modules):
+                raise SpatialTokensError(f"{name} must be a list of modules, got {shown(modules)}")
+
+
+def quantized_parameter(module: nn.Module) -> str | None:
+    """The name of a module's first parameter that is packed or holds integers, so that it cannot be trained, if it has one."""
+    from torch.distributed.tensor import DTensor
+
+    plain = (torch.Tensor, nn.Parameter, DTensor)
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point() or type(parameter.data) not in plain:
+            return name
+    return None
+
 
 def freeze(model: nn.Module, parts: Parts) -> None:
-    """Leaves a gradient to the parameters of the parts and to no other of the model."""
+    """Leaves a gradient to the parameters of the parts and to no other of the model.
+
+    Raises:
+        SpatialTokensError: If a parameter of the parts is quantized.
+    """
+    for part in (*parts.projector, *parts.lora):
+        if (name := quantized_parameter(part)) is not None:
+            raise SpatialTokensError(f"{name} of a {type(part).__name__} is quantized and cannot be trained; leave it unquantized")
     model.requires_grad_(False)
     for part in (*parts.projector, *parts.lora):
         part.requires_grad_(True)
@@ -145,12 +181,16 @@ def parameter_groups(parts: Parts, stage: Stage) -> list[dict[str, Any]]:
 def schedule(optimizer: Optimizer, stage: Stage, num_training_steps: int) -> LambdaLR:
     """The stage's learning rates over the steps: a linear warm-up, then half a cosine to zero; call `step()` after each.
 
+    Raises:
+        SpatialTokensError: If the number of steps is no positive integer.
+
     Example:
         >>> from torch.optim import AdamW
         >>> optimizer = AdamW(parameter_groups(Parts([nn.Linear(4, 4)]), ALIGNMENT))
         >>> schedule(optimizer, ALIGNMENT, num_training_steps=100).get_last_lr()
         [0.0]
     """
+    _require_integers(num_training_steps=num_training_steps)
     return LambdaLR(optimizer, partial(_share_of_full_rate, ceil(stage.warmup_ratio * num_training_steps), num_training_steps))
 
 
