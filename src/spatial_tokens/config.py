@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from math import prod
 from typing import Any, Literal, NamedTuple, get_args
 
+from spatial_tokens.checks import check_bool, check_choice
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import (
     KernelSize,
@@ -96,7 +97,7 @@ class SPProjectorConfig:
             )
         self._set("kernel_sizes", check_kernel_sizes(self.grid_size, self.kernel_sizes, self.variant))
         self._check_detail()
-        self._check_spatial_head()
+        self._check_heads()
         if self.num_parameters > MOST_PARAMETERS:
             raise SpatialTokensError(f"this config has {self.num_parameters:,} parameters, more than any machine holds; reduce it")
 
@@ -117,15 +118,12 @@ class SPProjectorConfig:
         check_fits(self.grid_size, as_size(self.detail_kernel_size, "detail_kernel_size"), "detail_kernel_size")
         check_fits(self.grid_size, as_size(self.detail_stride, "detail_stride"), "detail_stride")
 
-    def _check_spatial_head(self) -> None:
-        if self.spatial_head not in get_args(SpatialHead):
-            raise SpatialTokensError(f"spatial_head must be 'mlp' or 'linear', got {shown(self.spatial_head)}")
-        if not isinstance(self.spatial_head_bias, bool):
-            raise SpatialTokensError(f"spatial_head_bias must be True or False, got {shown(self.spatial_head_bias)}")
+    def _check_heads(self) -> None:
+        check_choice("spatial_head", self.spatial_head, get_args(SpatialHead))
+        check_choice("patch_head", self.patch_head, (*get_args(PatchHead), None))
+        check_bool(spatial_head_bias=self.spatial_head_bias)
         if self.spatial_head == "mlp" and not self.spatial_head_bias:
             raise SpatialTokensError("spatial_head_bias=False needs spatial_head='linear'; the paper's MLP has biases")
-        if self.patch_head not in (*get_args(PatchHead), None):
-            raise SpatialTokensError(f"patch_head must be 'mlp' or None, got {shown(self.patch_head)}")
 
     @property
     def num_spatial_tokens(self) -> int:
@@ -162,10 +160,14 @@ class SPProjectorConfig:
         Args:
             bytes_per_parameter: 2 for bfloat16 and float16, 4 for float32.
 
+        Raises:
+            SpatialTokensError: If bytes_per_parameter is not a positive integer.
+
         Example:
             >>> SPProjectorConfig.from_preset("llava-sp-pooling").costs()[0]
             PartCost(part='extractor', parameters=763363328, bytes=1526726656, multiply_adds=763363328)
         """
+        check_positive(bytes_per_parameter=bytes_per_parameter)
         counts = {**self._extractor_counts(), **self._integrator_counts(), **self._head_counts()}
         return tuple(PartCost(part, size, size * bytes_per_parameter, work) for part, (size, work) in counts.items())
 

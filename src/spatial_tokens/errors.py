@@ -6,11 +6,11 @@ class SpatialTokensError(ValueError):
 
 
 def shown(value: object) -> str:
-    """A value as an error message can hold it: short, and never an error of its own."""
+    """A value as an error message can hold it: short, on one line, and never an error of its own."""
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, a list nested as deep
-        return f"a {type(value).__name__} too large to print"
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of thousands of digits, a list nested as deep, a nested tensor without sizes
+        return f"a {type(value).__name__} that cannot be printed"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

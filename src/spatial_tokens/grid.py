@@ -6,8 +6,9 @@ kernels are square (LLaVA-SP, section 3.2); rectangular ones follow the same rul
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
+from spatial_tokens.checks import check_choice
 from spatial_tokens.errors import SpatialTokensError, shown
 
 Size = tuple[int, int]
@@ -59,7 +60,7 @@ def as_kernel_size(value: Any, name: str) -> KernelSize:
     return height if height == width else (height, width)
 
 
-def is_positive_int(value: Any) -> bool:
+def is_positive_int(value: Any) -> TypeGuard[int]:
     """Whether `value` is an integer from 1 to 2**31 - 1; a bool is not an integer here."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
@@ -196,8 +197,7 @@ def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], varia
     """
     if not isinstance(kernel_sizes, (tuple, list)) or not kernel_sizes:
         raise SpatialTokensError(f"kernel_sizes must be a non-empty tuple such as (4, 8, 12), got {shown(kernel_sizes)}")
-    if variant not in get_args(Variant):
-        raise SpatialTokensError(f"variant must be 'cropping' or 'pooling', got {shown(variant)}")
+    check_choice("variant", variant, get_args(Variant))
     sizes = tuple(as_kernel_size(k, "each of kernel_sizes") for k in kernel_sizes)
     grid = as_size(grid_size, "grid_size")
     pairs = [as_size(k, "kernel size") for k in sizes]

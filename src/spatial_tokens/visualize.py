@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from spatial_tokens.grid import KernelSize, Size, Window, as_size, check_kernel_sizes, crop_window, pool_bins, strided_windows
 from spatial_tokens.storage.files import atomic_write
@@ -100,7 +101,7 @@ def save(figure: Figure, path: str | PathLike[str], *, dpi: int = 120) -> None:
     Raises:
         SpatialTokensError: If the file cannot be written.
     """
-    with atomic_write(path) as temporary:
+    with atomic_write(as_path(path, "path")) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, pil_kwargs={"optimize": True})
 
 

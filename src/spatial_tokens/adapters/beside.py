@@ -62,7 +62,7 @@ class WithSpatialTokens(nn.Module):
     @property
     def num_spatial_tokens(self) -> int:
         """Spatial tokens `K` of each image that the projector is given: of each tile, where images come in tiles."""
-        return self.spatial_projector.config.num_spatial_tokens
+        return self.spatial_projector.num_spatial_tokens
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """What the own projector is given to tokens `(B, K + M, D)`."""

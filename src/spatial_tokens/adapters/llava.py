@@ -56,5 +56,5 @@ def split_spatial_tokens(projector: nn.Module, features: torch.Tensor) -> tuple[
     Returns:
         `(T, K, D)` and `(T, N, D)`, views.
     """
-    count = projector.config.num_spatial_tokens if isinstance(projector, SPProjector) else 0
+    count = int(getattr(projector, "num_spatial_tokens", 0))
     return features[:, :count], features[:, count:]

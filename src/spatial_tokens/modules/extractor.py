@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from spatial_tokens.grid import KernelSize, Variant, as_size, check_kernel_sizes, check_positive, crop_window, pyramid_windows
-from spatial_tokens.modules.initialization import reset
+from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.inputs import as_patch_map
-from spatial_tokens.modules.kernels import apply_kernels
+from spatial_tokens.modules.window_projection import apply_kernels
 from spatial_tokens.ops.pyramid import pyramid
 
 
@@ -63,9 +63,9 @@ class SpatialFeatureExtractor(nn.Module):
         sizes = [as_size(size, "kernel size") for size in self.kernel_sizes]
         self._pooled_sizes = sizes if variant == "pooling" else None
         self._windows = pyramid_windows(sizes) if variant == "pooling" else [crop_window(self.grid_size, size) for size in sizes]
+        factory = checked_factory(device, dtype)
         self.kernels = nn.ModuleList(
-            nn.Linear(prod(size) * vision_hidden_size, spatial_hidden_size, bias=False, device=device, dtype=dtype)
-            for size in sizes
+            nn.Linear(prod(size) * vision_hidden_size, spatial_hidden_size, bias=False, **factory) for size in sizes
         )
 
     @property

@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 
+from spatial_tokens.checks import check_bool
 from spatial_tokens.grid import check_positive
+from spatial_tokens.modules.initialization import checked_factory
+from spatial_tokens.modules.inputs import check_features
 
 
 class MLPHead(nn.Module):
@@ -18,6 +21,9 @@ class MLPHead(nn.Module):
     Shape:
         - Input: `(..., in_features)`.
         - Output: `(..., out_features)`.
+
+    Raises:
+        SpatialTokensError: At construction if a width is not positive; in `forward` if the input does not fit.
     """
 
     def __init__(
@@ -32,9 +38,10 @@ class MLPHead(nn.Module):
         check_positive(in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
-        self.fc1 = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        factory = checked_factory(device, dtype)
+        self.fc1 = nn.Linear(in_features, out_features, **factory)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(out_features, out_features, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(out_features, out_features, **factory)
 
     def reset_parameters(self) -> None:
         """Initialises both layers as torch does."""
@@ -43,6 +50,7 @@ class MLPHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
+        check_features(features, self.in_features, self.fc1, "features", "(..., in_features)")
         return self.fc2(self.act(self.fc1(features)))  # type: ignore[no-any-return]
 
 
@@ -59,6 +67,9 @@ class LinearHead(nn.Module):
     Shape:
         - Input: `(..., in_features)`.
         - Output: `(..., out_features)`.
+
+    Raises:
+        SpatialTokensError: At construction if a width is not positive; in `forward` if the input does not fit.
     """
 
     def __init__(
@@ -72,10 +83,11 @@ class LinearHead(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features)
+        check_bool(bias=bias)
         self.in_features = in_features
         self.out_features = out_features
         self.act = nn.GELU()
-        self.fc = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.fc = nn.Linear(in_features, out_features, bias=bias, **checked_factory(device, dtype))
 
     def reset_parameters(self) -> None:
         """Initialises the layer as torch does."""
@@ -83,4 +95,5 @@ class LinearHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
+        check_features(features, self.in_features, self.fc, "features", "(..., in_features)")
         return self.fc(self.act(features))  # type: ignore[no-any-return]

@@ -21,20 +21,25 @@ def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kerne
     Raises:
         SpatialTokensError: If the rank, number of patches, channels, dtype or device does not fit.
     """
-    check_features(patches, hidden_size, kernel, "patch features", "(B, N, C)")
+    check_features(patches, hidden_size, kernel, "patch features", "(B, N, C)", ndim=3)
     check_num_patches(patches.shape[1], grid_size)
     return torch.unflatten(patches, 1, grid_size)
 
 
-def check_features(features: torch.Tensor, hidden_size: int, layer: nn.Module, name: str, shape: str) -> None:
-    """Raises SpatialTokensError unless features are a floating `(B, positions, hidden_size)` that `layer` can read."""
+def check_features(
+    features: torch.Tensor, hidden_size: int, layer: nn.Module, name: str, shape: str, *, ndim: int | None = None
+) -> None:
+    """Raises SpatialTokensError unless features are dense, floating `(..., hidden_size)` that `layer` can read."""
     if not isinstance(features, torch.Tensor):
         raise SpatialTokensError(f"{name} must be a tensor {shape}, got {type(features).__name__}")
-    if features.ndim != 3:
+    if features.layout != torch.strided or features.is_nested:
+        kind, advice = ("a nested tensor", "pad and stack it") if features.is_nested else (features.layout, "call .to_dense()")
+        raise SpatialTokensError(f"{name} must be a dense tensor {shape}, got {kind}; {advice}")
+    if features.ndim == 0 or ndim not in (None, features.ndim):
         raise SpatialTokensError(f"{name} must have shape {shape}, got {tuple(features.shape)}")
-    if features.shape[2] != hidden_size:
+    if features.shape[-1] != hidden_size:
         raise SpatialTokensError(
-            f"{name} have {features.shape[2]} channels, this module was built for {hidden_size}; "
+            f"{name} have {features.shape[-1]} channels, this module was built for {hidden_size}; "
             f"got shape {tuple(features.shape)}, expected {shape} with the channels last"
         )
     if not features.is_floating_point():

@@ -8,9 +8,9 @@ from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import KernelSize, Window, as_kernel_size, as_size, check_positive, strided_grid_size
-from spatial_tokens.modules.initialization import reset
+from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.inputs import as_patch_map, check_features, is_plain
-from spatial_tokens.modules.kernels import apply_kernels
+from spatial_tokens.modules.window_projection import apply_kernels
 from spatial_tokens.ops.integrate import attend, integrate
 
 
@@ -65,19 +65,18 @@ class DetailFeatureIntegrator(nn.Module):
         self.detail_grid_size = strided_grid_size(self.grid_size, self.kernel_size, self.stride)
         self._window = Window(0, 0, *as_size(self.kernel_size, "kernel_size"))
         self._step = as_size(self.stride, "stride")
+        factory = checked_factory(device, dtype)
 
         def projector() -> nn.Sequential:
             return nn.Sequential(
-                nn.LayerNorm(spatial_hidden_size, device=device, dtype=dtype),
-                nn.Linear(spatial_hidden_size, spatial_hidden_size, device=device, dtype=dtype),
+                nn.LayerNorm(spatial_hidden_size, **factory), nn.Linear(spatial_hidden_size, spatial_hidden_size, **factory)
             )
 
         self.detail_kernel = nn.Linear(
             prod(as_size(self.kernel_size, "kernel_size")) * vision_hidden_size,
             spatial_hidden_size,
             bias=False,
-            device=device,
-            dtype=dtype,
+            **factory,
         )
         self.query_projector = projector()
         self.key_projector = projector()
@@ -112,7 +111,7 @@ class DetailFeatureIntegrator(nn.Module):
         detail = self.detail_map(patches)
         query = self.query_projector
         layer = query[-1] if isinstance(query, nn.Sequential) else query
-        check_features(spatial_tokens, self.spatial_hidden_size, layer, "spatial tokens", "(B, K, S)")
+        check_features(spatial_tokens, self.spatial_hidden_size, layer, "spatial tokens", "(B, K, S)", ndim=3)
         if spatial_tokens.shape[0] != patches.shape[0]:
             raise SpatialTokensError(
                 f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {patches.shape[0]}; "

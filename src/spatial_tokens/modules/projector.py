@@ -9,11 +9,13 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
+from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules.extractor import SpatialFeatureExtractor
 from spatial_tokens.modules.heads import LinearHead, MLPHead
-from spatial_tokens.modules.initialization import reset
+from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
 from spatial_tokens.storage import pretrained
 
@@ -22,7 +24,8 @@ class SPProjector(nn.Module):
     """Patch features in, spatial tokens and patch tokens out, in the language model's width.
 
     Most people call `SPProjector.from_config`. The constructor composes parts of your own: any extractor that maps `(B, N, C)`
-    to `(B, K, S)` (those of `modules.ablations`, say), an integrator or None, and two heads.
+    to `(B, K, S)` (those of `modules.ablations`, say), an integrator or None, and two heads. `num_spatial_tokens` is the
+    extractor's: give one of your own an attribute of that name.
 
     Args:
         extractor: Patch features `(B, N, C)` to spatial tokens `(B, K, S)`.
@@ -108,6 +111,21 @@ class SPProjector(nn.Module):
         return cls(extractor, integrator, spatial_head, patch_head)
 
     @property
+    def num_spatial_tokens(self) -> int:
+        """Spatial tokens `K` an image, as the extractor's `num_spatial_tokens` says.
+
+        Raises:
+            SpatialTokensError: If an extractor of the user's own has no such attribute, or it is not a positive integer.
+        """
+        count = getattr(self.extractor, "num_spatial_tokens", None)
+        if not is_positive_int(count):
+            raise SpatialTokensError(
+                f"{type(self.extractor).__name__}.num_spatial_tokens must be a positive integer, got {shown(count)}; "
+                "give the extractor an attribute with the number of tokens that it makes of an image"
+            )
+        return count
+
+    @property
     def config(self) -> SPProjectorConfig:
         """The config that describes this projector, read off its parts.
 
@@ -182,9 +200,10 @@ class SPProjector(nn.Module):
             SpatialTokensError: If no config describes this projector (its parts are others, or wrapped), its parameters are on
                 the meta device, or the files cannot be written.
         """
+        folder = as_path(directory, "directory")
         tensors = pretrained.gathered(self.exact_state_dict())
         if tensors:
-            pretrained.save(directory, self.config, tensors)
+            pretrained.save(folder, self.config, tensors)
 
     @classmethod
     def from_pretrained(
@@ -197,11 +216,14 @@ class SPProjector(nn.Module):
         """The projector that `save_pretrained` wrote: on the CPU and in its own dtype, unless told otherwise.
 
         Raises:
-            SpatialTokensError: If a file is missing or damaged, or the tensors are not exactly the config's.
+            SpatialTokensError: If a file is missing or damaged, the tensors are not exactly the config's, or the device or dtype
+                is not one that parameters can have.
         """
-        config, tensors = pretrained.load(directory)
+        folder = as_path(directory, "directory")
+        checked_factory(device, dtype)
+        config, tensors = pretrained.load(folder)
         projector = cls.from_config(config, device="meta")
-        pretrained.assign(projector, tensors, str(directory), dtype)
+        pretrained.assign(projector, tensors, str(folder), dtype)
         return projector.to(device=device)
 
 
@@ -213,7 +235,11 @@ def _not_described(part: nn.Module) -> SpatialTokensError:
 def _check_parts(
     extractor: nn.Module, integrator: DetailFeatureIntegrator | None, spatial_head: nn.Module, patch_head: nn.Module | None
 ) -> None:
-    """Raises SpatialTokensError if two parts that name their widths disagree; parts of the user's own may name none."""
+    """Raises SpatialTokensError if a part is no module, or the widths that two parts name disagree; a part may name none."""
+    parts = {"extractor": extractor, "integrator": integrator, "spatial_head": spatial_head, "patch_head": patch_head}
+    for name, module in parts.items():
+        if not isinstance(module, nn.Module) and not (module is None and name in ("integrator", "patch_head")):
+            raise SpatialTokensError(f"{name} must be an nn.Module, got {shown(module)}; build it first")
     before_head = extractor if integrator is None else integrator
     agreements = [
         ("spatial_head", "in_features", before_head, "spatial_hidden_size" if integrator is None else "out_features"),
@@ -221,7 +247,6 @@ def _check_parts(
         ("patch_head", "out_features", spatial_head, "out_features"),
         *(("integrator", name, extractor, name) for name in ("vision_hidden_size", "spatial_hidden_size", "grid_size")),
     ]
-    parts = {"integrator": integrator, "spatial_head": spatial_head, "patch_head": patch_head}
     for part, name, other, other_name in agreements:
         given, expected = getattr(parts[part], name, None), getattr(other, other_name, None)
         if None not in (given, expected) and given != expected:

@@ -6,9 +6,9 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd import forward_ad
@@ -43,7 +43,7 @@ def resolve(backend: str, features: torch.Tensor) -> str:
         SpatialTokensError: If there is no such backend, or the named one cannot run here.
     """
     named, source = (backend, "backend") if backend != "auto" else (OVERRIDE, VARIABLE)
-    if named not in BACKENDS:
+    if not isinstance(named, str) or named not in BACKENDS:
         raise SpatialTokensError(f"{source} must be one of {', '.join(BACKENDS)}, got {shown(named)}")
     if named == "auto":
         # CPU: `gemm` takes 0.56 to 1.2 of `naive`'s time, least in float32, and a fraction of its memory (benchmarks/results/).
@@ -67,6 +67,11 @@ def using(backend: Backend) -> Iterator[None]:
         yield
     finally:
         OVERRIDE = before
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes a tensor's GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _transformed() -> bool:

@@ -118,20 +118,20 @@ def test_an_interrupted_call_keeps_no_features(ready, error, generating):
     assert all(torch.equal(alone(model, each), logits) for each, logits in zip((inputs, text), expected, strict=True))
 
 
-def test_a_second_turn_with_a_literal_token():
+@pytest.mark.parametrize("generating", [False, True])
+def test_a_second_turn_with_a_literal_token(generating):
     """The cache holds the first turn. The words of the second hold the reserved token; there is no image to it."""
     model, processor = attach(*llava(), **FIELDS)
     first = processor(images=pictures(1), text="<image> is", return_tensors="pt")
-    for call in (lambda **given: model(**given), lambda **given: model.generate(**given, **GREEDY)):
-        cache = DynamicCache(config=model.config.get_text_config())
-        with torch.no_grad():
-            model(**first, past_key_values=cache)
-        words = torch.full((1, 6), attachment_of(model).token_id)
-        ids = words if call.__code__.co_names[0] == "model" and "generate" not in call.__code__.co_names else (
-            torch.cat([first["input_ids"], words], dim=1)
-        )  # fmt: skip
-        with pytest.raises(SpatialTokensError, match="row 0 has 6 places for spatial tokens, but no image was encoded"):
-            call(input_ids=ids, past_key_values=cache)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(**first, past_key_values=cache)
+    words = torch.full((1, 6), attachment_of(model).token_id)
+    with pytest.raises(SpatialTokensError, match="row 0 has 6 places for spatial tokens, but no image was encoded"):
+        if generating:
+            model.generate(input_ids=torch.cat([first["input_ids"], words], dim=1), past_key_values=cache, **GREEDY)
+        else:
+            model(input_ids=words, past_key_values=cache)
 
 
 def replicated(model):

@@ -428,6 +428,8 @@ def test_the_processor_does_what_insert_placeholders_does():
     model, processor = attach(base, plain, **FIELDS)
     texts, images = ["<image> a?", "b", "<image> c <image>"], pictures(3)
     theirs = inputs_of(processor, texts, images)
-    ours = insert_placeholders(model, inputs_of(plain, texts, images), tokens_per_image=576, pad_token_id=plain.tokenizer.pad_token_id)
+    ours = insert_placeholders(
+        model, inputs_of(plain, texts, images), tokens_per_image=576, pad_token_id=plain.tokenizer.pad_token_id
+    )
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert torch.equal(ours["attention_mask"], theirs["attention_mask"])

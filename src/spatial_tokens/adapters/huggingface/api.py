@@ -100,7 +100,7 @@ def attach(
     reserved = ReservedToken(token, token_id, parts) if chosen == "own" else ReservedToken.of_images(parts)
     if copied is not None:
         per_tile = unit == "tile" and parts.family.tiles is not None
-        copied = with_placeholders(copied, parts, reserved, int(made.extractor.num_spatial_tokens), per_tile=per_tile)
+        copied = with_placeholders(copied, parts, reserved, made.num_spatial_tokens, per_tile=per_tile)
 
     attachment = Attachment(parts, made, reserved, chosen, unit, resize, is_new=is_new)
     setattr(inner, NAME, made.train(inner.training))

@@ -30,4 +30,7 @@ class Around:
 
     def _before(self) -> Callable[..., Any]:
         """What the owner had: an attribute of its own, or its class's method."""
-        return getattr(type(self.owner), self.name).__get__(self.owner) if self.before is None else self.before
+        before: Callable[..., Any] = (
+            getattr(type(self.owner), self.name).__get__(self.owner) if self.before is None else self.before
+        )
+        return before

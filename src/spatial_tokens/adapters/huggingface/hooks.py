@@ -7,7 +7,7 @@ What runs when, in one call of an attached model (`mode="own"`):
 | around `generate` | `generate` | the prompt | a `Call` that knows the prompt's placeholders; a prompt without the reserved token |
 | before the model | `mask_labels` | `labels` | labels of -100 at placeholders |
 | before the base model | `start_call` | `input_ids`, `mm_encoder_outputs` | a `Call`; `input_ids` without the reserved token |
-| around `get_image_features` | `encode` | what was recorded in it | `Call.features`; also on the outputs, as `generate` encodes first |
+| around `get_image_features` | `encode` | what was recorded in it | `Call.features`, on the outputs too: `generate` encodes first |
 | before the model's projector | `record` | its input | the patch features |
 | after the model's projector | `count` | its output | how many image tokens they became |
 | before the language model | `scatter_tokens` | `Call.features`, the placeholders | spatial tokens in `inputs_embeds` |
@@ -16,7 +16,7 @@ What runs when, in one call of an attached model (`mode="own"`):
 Where the caller looks up word embeddings himself, `mask_ids` and `mark_embeddings` give placeholders a row that no other token has.
 With `mode="image"` tokens are joined to what `get_image_features` returns, and `scatter_tokens` is not needed.
 
-A `Call` lies in an object that each thread has for itself (`PerThread`): a `ContextVar` would do, but torch.compile cannot trace one.
+A `Call` lies in an object that each thread has for itself (`PerThread`). torch.compile cannot trace a `ContextVar`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Attachment:
         *, is_new: bool,
     ) -> None:  # fmt: skip
         self.parts, self.token, self.mode, self.unit, self.resize, self.is_new = parts, token, mode, unit, resize, is_new
-        self.num_spatial_tokens = int(projector.extractor.num_spatial_tokens)  # type: ignore[arg-type]
+        self.num_spatial_tokens = projector.num_spatial_tokens
         self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None)
         self.vision_hidden_size: int | None = getattr(projector.extractor, "vision_hidden_size", None)
         self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
@@ -396,8 +396,8 @@ def _without_placeholders(counted: Any, labels: torch.Tensor, mask: torch.Tensor
         return counted
     if int(counted) != in_batch:
         raise SpatialTokensError(
-            f"the labels of {placeholders} placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), which "
-            "is of several batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
+            f"the labels of {placeholders} placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), "
+            "which is of several batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
         )
     return counted - placeholders
 

@@ -61,7 +61,7 @@ class Places:
         ):
             raise SpatialTokensError(
                 f"the rows have places for the spatial tokens of {per_row} {'tiles' if tiles else 'images'}, but {num_maps} were "
-                "encoded; insert placeholders once before every image, as the processor that attach() returned and insert_placeholders() do"
+                "encoded; insert placeholders once before every image, as attach()'s processor and insert_placeholders() do"
             )
         units, start = [], 0
         for row in counts[:: max(1, copies)]:

@@ -1,9 +1,8 @@
 """A processor that puts placeholders before every image.
 
-The base's processor does its work on the caller's text alone, so that all that it says of the text (offsets, masks of answers, what it
-cut off) is its own. A mark of one character in the text, which the tokenizer never sees, says where each image starts; placeholders are
-put into the tokens there. Processors that put images before the text themselves leave no place for a mark: there, runs of image tokens
-tell.
+The base's processor sees the caller's text alone, so all that it says of the text (offsets, masks of answers, what it cut off) is
+its own. A mark of one character, which the tokenizer never sees, says where each image starts; placeholders are put into the tokens
+there. Processors that put images before the text themselves leave no place for a mark: there, runs of image tokens tell.
 """
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ class _SpatialProcessor:
 
 
 @cache
-def _with(mixin: type, kind: type) -> type:
+def _with(mixin: type, kind: Any) -> type:
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 

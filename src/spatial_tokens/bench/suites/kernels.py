@@ -127,7 +127,7 @@ class _AuthorsProjector(nn.Module):
         self.extractor = ConvExtractor(projector.extractor, memory_format)  # type: ignore[arg-type]
         integrator = projector.integrator
         self.detail = ConvDetail(integrator, memory_format) if integrator is not None else None
-        self.attention = _Attention(integrator, projector.config.num_spatial_tokens) if integrator is not None else None
+        self.attention = _Attention(integrator, projector.num_spatial_tokens) if integrator is not None else None
         if projector.patch_head is None:
             raise SpatialTokensError("the authors' projector has a head for the patches; patch_head is None")
         self.spatial_head, self.patch_head = projector.spatial_head, projector.patch_head

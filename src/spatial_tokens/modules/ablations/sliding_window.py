@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from spatial_tokens.grid import KernelSize, as_kernel_size, as_size, check_positive, strided_windows
-from spatial_tokens.modules.initialization import reset
+from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.inputs import as_patch_map
-from spatial_tokens.modules.kernels import apply_kernels
+from spatial_tokens.modules.window_projection import apply_kernels
 
 
 class SlidingWindowExtractor(nn.Module):
@@ -57,9 +57,8 @@ class SlidingWindowExtractor(nn.Module):
         self.stride = as_kernel_size(self.kernel_size if stride is None else stride, "stride")
         self._windows = strided_windows(self.grid_size, self.kernel_size, self.stride)
         in_features = prod(as_size(self.kernel_size, "kernel_size")) * vision_hidden_size
-        self.kernels = nn.ModuleList(
-            nn.Linear(in_features, spatial_hidden_size, bias=False, device=device, dtype=dtype) for _ in self._windows
-        )
+        factory = checked_factory(device, dtype)
+        self.kernels = nn.ModuleList(nn.Linear(in_features, spatial_hidden_size, bias=False, **factory) for _ in self._windows)
 
     @property
     def num_spatial_tokens(self) -> int:

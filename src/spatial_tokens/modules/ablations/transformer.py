@@ -8,6 +8,7 @@ from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import KernelSize, Variant, as_size, check_kernel_sizes, check_positive
+from spatial_tokens.modules.initialization import checked_factory
 from spatial_tokens.modules.inputs import as_patch_map
 from spatial_tokens.ops.windows import crop, pool
 
@@ -75,22 +76,21 @@ class TransformerExtractor(nn.Module):
         self.variant = variant
         self._window = crop if variant == "cropping" else pool
         self._windows = [as_size(size, "kernel size") for size in self.kernel_sizes]
+        factory = checked_factory(device, dtype)
 
         def transformer() -> nn.Transformer:
             layer = nn.TransformerEncoderLayer(
                 vision_hidden_size, num_heads, feedforward_size, dropout, batch_first=True, norm_first=True, bias=False,
-                device=device, dtype=dtype,
+                **factory,
             )  # fmt: skip
-            norm = nn.LayerNorm(vision_hidden_size, bias=False, device=device, dtype=dtype)
+            norm = nn.LayerNorm(vision_hidden_size, bias=False, **factory)
             encoder = nn.TransformerEncoder(layer, num_layers, norm, enable_nested_tensor=False)
             return nn.Transformer(
                 vision_hidden_size, num_heads, num_layers, num_layers, feedforward_size, dropout, custom_encoder=encoder,
-                batch_first=True, norm_first=True, bias=False, device=device, dtype=dtype,
+                batch_first=True, norm_first=True, bias=False, **factory,
             )  # fmt: skip
 
-        self.queries = nn.ParameterList(
-            torch.zeros(1, 1, vision_hidden_size, device=device, dtype=dtype) for _ in self.kernel_sizes
-        )
+        self.queries = nn.ParameterList(torch.zeros(1, 1, vision_hidden_size, **factory) for _ in self.kernel_sizes)
         self.transformers = nn.ModuleList(transformer() for _ in self.kernel_sizes)
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from spatial_tokens.grid import Size
+from spatial_tokens.ops import vmap
 from spatial_tokens.ops.backends import Backend, resolve
 from spatial_tokens.ops.pyramid import naive
 
@@ -79,3 +80,5 @@ def _grad_backward(ctx: Any, patch_map: torch.Tensor) -> tuple[Any, None, None]:
 
 _pyramid.register_autograd(_backward, setup_context=_save)
 _pyramid_grad.register_autograd(_grad_backward, setup_context=_save_grad)
+vmap.register(_pyramid, images_first=True)
+vmap.register(_pyramid_grad, images_first=True)

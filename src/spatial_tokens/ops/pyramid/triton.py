@@ -5,14 +5,13 @@ Adaptive pooling of `n` rows to `k` has bins `[floor(i * n / k), ceil((i + 1) * 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from spatial_tokens.grid import Size
+from spatial_tokens.ops.backends import on_device_of
 
 BLOCK_C = 256
 WARPS = 2  # with 4, the gradient's registers spill on sm_90 (triton 3.6)
@@ -81,7 +80,7 @@ def pyramid(patch_map: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
     rows = sum(h * w for h, w in sizes)
     pooled = patch_map.new_empty(batch, 1, rows, channels)
     if pooled.numel():
-        with _on(patch_map):
+        with on_device_of(patch_map):
             pool_kernel[(rows, triton.cdiv(channels, BLOCK_C), batch)](
                 patch_map, pooled, *patch_map.stride()[:3], height, width, SIZES=tuple(sizes), C=channels, BLOCK=BLOCK_C
             )
@@ -94,12 +93,8 @@ def pyramid_grad(grad: torch.Tensor, sizes: Sequence[Size], grid: Size) -> torch
     batch, rows, channels = grad.shape[0], grad.shape[2], grad.shape[3]
     map_grad = grad.new_empty(batch, *grid, channels)
     if map_grad.numel():
-        with _on(grad):
+        with on_device_of(grad):
             pool_grad_kernel[(grid[0] * grid[1], triton.cdiv(channels, BLOCK_C), batch)](
                 grad, map_grad, *grid, rows, SIZES=tuple(sizes), C=channels, BLOCK=BLOCK_C, num_warps=WARPS
             )
     return map_grad
-
-
-def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

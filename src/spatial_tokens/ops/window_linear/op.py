@@ -11,6 +11,7 @@ import torch
 
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size, Window
+from spatial_tokens.ops import vmap
 from spatial_tokens.ops.autocast import autocast
 from spatial_tokens.ops.backends import Backend, resolve
 from spatial_tokens.ops.window_linear import gemm, naive
@@ -195,3 +196,6 @@ def _weight_grad_backward(ctx: Any, given: Sequence[torch.Tensor | None]) -> tup
 _tokens.register_autograd(_tokens_backward, setup_context=_save_tokens)
 _input_grad.register_autograd(_input_grad_backward, setup_context=_save_input_grad)
 _weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_weight_grad)
+vmap.register(_tokens, images_first=True)
+vmap.register(_input_grad, images_first=True)
+vmap.register(_weight_grad, images_first=False)

@@ -6,14 +6,13 @@ patch of one weight and a block of its outputs. Weights and windows reach a kern
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from spatial_tokens.grid import Size, Window
+from spatial_tokens.ops.backends import on_device_of
 
 PROGRAMS_PER_MULTIPROCESSOR = 12  # enough that the last ones, running alone, are a small part of the time
 
@@ -228,7 +227,7 @@ def window_linear(
     stretches = sum(triton.cdiv(area, stretch) for area in areas)
     sums = torch.empty(stretches, num_rows, hidden, dtype=torch.float32, device=patch_map.device)
     shape = {"WINDOWS": _constants(windows), "S": hidden}
-    with _on(patch_map):
+    with on_device_of(patch_map):
         tokens_kernel[(tiles, stretches)](
             patch_map, tuple(weights), sums, num_rows, stretch, *patch_map.stride()[:3],
             STEP=step, COUNT=count, C=channels, PRECISION=_precision(patch_map), **shape, **blocks,
@@ -250,7 +249,7 @@ def input_grad(
         return map_grad
     blocks = input_grad_blocks(batch, grad.dtype)
     tiles = triton.cdiv(channels, blocks["BLOCK_C"]) * triton.cdiv(batch, blocks["BLOCK_B"])
-    with _on(grad):
+    with on_device_of(grad):
         input_grad_kernel[(tiles, grid[0] * grid[1])](
             grad, tuple(weights), map_grad, batch, grid[1], WINDOWS=_constants(windows), STEP=step, COUNT=count,
             C=channels, S=grad.shape[2], PRECISION=_precision(grad), **blocks,
@@ -268,7 +267,7 @@ def weight_grad(
     num_rows = grad.shape[0] * count[0] * count[1]
     blocks = weight_grad_blocks(num_rows, grad.dtype)
     tiles = triton.cdiv(hidden, blocks["BLOCK_S"]) * triton.cdiv(channels, blocks["BLOCK_C"])
-    with _on(grad):
+    with on_device_of(grad):
         weight_grad_kernel[(tiles, sum(areas))](
             grad, patch_map, tuple(weight_grads), num_rows, *patch_map.stride()[:3], WINDOWS=_constants(windows),
             STEP=step, COUNT=count, C=channels, S=hidden, PRECISION=_precision(grad), **blocks,
@@ -320,7 +319,3 @@ def _multiprocessors(tensor: torch.Tensor) -> int:
     if not tensor.is_cuda:
         return 1
     return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
-
-
-def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
