@@ -127,11 +127,10 @@ def test_a_second_turn_with_a_literal_token(generating):
     with torch.no_grad():
         model(**first, past_key_values=cache)
     words = torch.full((1, 6), attachment_of(model).token_id)
+    ids = torch.cat([first["input_ids"], words], dim=1) if generating else words
+    call, options = (model.generate, GREEDY) if generating else (model, {})
     with pytest.raises(SpatialTokensError, match="row 0 has 6 places for spatial tokens, but no image was encoded"):
-        if generating:
-            model.generate(input_ids=torch.cat([first["input_ids"], words], dim=1), past_key_values=cache, **GREEDY)
-        else:
-            model(input_ids=words, past_key_values=cache)
+        call(input_ids=ids, past_key_values=cache, **options)
 
 
 def replicated(model):

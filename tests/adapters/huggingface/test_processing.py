@@ -1,7 +1,9 @@
 """Processors that insert placeholders: texts and chat templates, batches, tiles; and what is left of them on disk."""
 
 import copy
+import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,7 +87,7 @@ def test_text_alone_and_images_alone(attached):
 @pytest.mark.parametrize("text", ["<|spatial|><image> b", f"{SLOTS}<image> b", "<image> what is <|spatial|>?", "\U0010fffd<image>"])
 def test_the_users_own_words_mark_no_places(attached, text):
     _, processor, _ = attached
-    with pytest.raises(SpatialTokensError, match="text 0 holds .*, which marks the places of spatial tokens; leave it out"):
+    with pytest.raises(SpatialTokensError, match=r"text 0 holds .*, which marks the places of spatial tokens; leave it out"):
         processor(images=pictures(1), text=text)
     with pytest.raises(SpatialTokensError, match="text 1 holds"):
         processor(images=None, text=["a", text.replace("<image>", "")])
@@ -466,3 +468,202 @@ def test_a_processor_that_inserts_placeholders_already(tmp_path):
         _, second = again()
         assert second(images=pictures(1), text="a <image> b")["input_ids"] == expected
         assert processor(images=pictures(1), text="a <image> b")["input_ids"] == expected
+
+
+# What a processor says about its text is what the plain one says, moved by the placeholders
+
+TURNS = (
+    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE"
+    "{% elif m['role'] == 'assistant' %}{% generation %}{{ c['text'] }}{% endgeneration %}{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %} {% endfor %}"
+)
+
+
+def conversation(text="What?"):
+    first, second = ({"type": "image", "image": each} for each in pictures(2, (128, 80)))
+    turns = [("user", [first, text]), ("assistant", ["a b"]), ("user", [text, second, text]), ("assistant", ["c"])]
+    return [
+        {"role": role, "content": [each if isinstance(each, dict) else {"type": "text", "text": each} for each in content]}
+        for role, content in turns
+    ]
+
+
+def both(family, mode="own", count=2):
+    """The plain processor and the one that inserts placeholders, their placeholder's id, and the text of an image."""
+    base, plain, place = family()
+    fields = {"resize": "pool", **FIELDS} if base.config.model_type.startswith("qwen") else GRID_OF_4 if count == 2 else FIELDS
+    model, processor = attach(base, plain, mode=mode, **fields)
+    plain.chat_template = processor.chat_template = TURNS.replace("IMAGE", place)
+    return plain, processor, attachment_of(model).token_id, place
+
+
+def moved(row, ids, plain_ids, reserved, value):
+    """A row of the plain processor, with a value wherever `ids` has a placeholder that `plain_ids` has not."""
+    made, rest = [], list(zip(plain_ids, row, strict=True))
+    for each in ids:
+        if rest and each == rest[0][0] and not (each == reserved and ids.count(reserved) > plain_ids.count(reserved)):
+            made.append(rest.pop(0)[1])
+        else:
+            made.append(value)
+    assert not rest
+    return made
+
+
+LLAVA = lambda: (*llava(), "<image>")  # noqa: E731
+QWEN = lambda: (*qwen(), "<|vision_start|><|image_pad|><|vision_end|>")  # noqa: E731
+
+
+@pytest.mark.parametrize(("family", "count"), [(LLAVA, 6), (QWEN, 6), (idefics3, 2), (gemma3, 2)])
+def test_the_answers_of_a_conversation(family, count):
+    """`return_assistant_tokens_mask` marks the answers, and not what stands that far behind the placeholders."""
+    plain, processor, reserved, _ = both(family, count=count)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    before, made = (each.apply_chat_template(conversation(), **options) for each in (plain, processor))
+    ids, plain_ids = made["input_ids"][0], before["input_ids"][0]
+    assert ids.count(reserved) == 2 * count
+    assert made["assistant_masks"][0] == moved(before["assistant_masks"][0], ids, plain_ids, reserved, 0)
+    if family is not QWEN:  # whose tokenizer here knows few words
+        kept = [each for each, mask in zip(ids, made["assistant_masks"][0], strict=True) if mask]
+        assert processor.tokenizer.decode(kept).replace(" ", "") == "abc"
+
+
+def test_the_answers_of_a_conversation_in_image_mode():
+    base, plain = llava()
+    _, processor = attach(base, plain, mode="image", **FIELDS)
+    plain.chat_template = processor.chat_template = TURNS.replace("IMAGE", "<image>")
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    before, made = (each.apply_chat_template(conversation(), **options) for each in (plain, processor))
+    for each in (before, made):
+        kept = [i for i, m in zip(each["input_ids"][0], each["assistant_masks"][0], strict=True) if m]
+        assert plain.tokenizer.decode(kept).replace(" ", "") == "abc"
+    assert len(made["input_ids"][0]) == len(before["input_ids"][0]) + 12
+
+
+@pytest.mark.parametrize("mode", ["own", "image"])
+def test_sanitized_words_of_the_user(mode):
+    """A user who writes `<image>` or the reserved token has written words; transformers 5.24 can tell them from the template's."""
+    if "sanitize_control_tokens" not in inspect.signature(transformers.ProcessorMixin.apply_chat_template).parameters:
+        pytest.skip("this version of transformers has no sanitize_control_tokens")
+    plain, processor, reserved, _ = both(LLAVA, mode, count=6)
+    options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+    asked = conversation("What is <image>, and what is <|spatial|>?")
+    before, made = (each.apply_chat_template(asked, **options)["input_ids"][0] for each in (plain, processor))
+    assert len(made) == len(before) + 12
+    if mode == "own":
+        assert [each for each in made if each != reserved] == before
+        assert groups_before(made, reserved, plain.tokenizer.convert_tokens_to_ids("<image>")) == [6, 6]
+
+
+@pytest.mark.parametrize(("family", "count"), [(LLAVA, 6), (QWEN, 6), (idefics3, 2), (gemma3, 2)])
+@pytest.mark.parametrize("tensors", [None, "pt", "np"])
+def test_offsets_and_masks(family, count, tensors):
+    """Each token's characters are those that it has without placeholders; a placeholder has none, where its image starts."""
+    plain, processor, reserved, place = both(family, count=count)
+    texts = [f"ab {place} c {place}", f"{place} d"]
+    images = [pictures(2, (128, 80)), pictures(1, (128, 80))]
+    options = {
+        "return_tensors": tensors,
+        "padding": bool(tensors),
+        "return_offsets_mapping": True,
+        "return_special_tokens_mask": True,
+    }
+    before, made = (each(text=texts, images=images, **options) for each in (plain, processor))
+    for row in range(2):
+        ids, plain_ids = (list(map(int, each["input_ids"][row])) for each in (made, before))
+        if tensors:
+            kept = [i for i, each in enumerate(made["attention_mask"][row]) if each]
+            ids, first = ids[kept[0] : kept[-1] + 1], kept[0]
+            plain_kept = [i for i, each in enumerate(before["attention_mask"][row]) if each]
+            plain_ids, plain_first = plain_ids[plain_kept[0] : plain_kept[-1] + 1], plain_kept[0]
+        else:
+            first = plain_first = 0
+        assert [each for each in ids if each != reserved] == plain_ids
+        for name, value in (("offset_mapping", None), ("special_tokens_mask", 1), ("attention_mask", 1)):
+            value_of = (lambda each: tuple(map(int, each))) if name == "offset_mapping" else int
+            found, expected = (
+                [value_of(each) for each in given[name][row][start : start + len(length)]]
+                for given, start, length in ((made, first, ids), (before, plain_first, plain_ids))
+            )
+            expected = moved(expected, ids, plain_ids, reserved, value)
+            for i, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+                if theirs is not None:
+                    assert mine == theirs
+                else:  # the start of the next token that is none
+                    following = next(each for each in expected[i:] if each is not None)
+                    assert mine == (following[0], following[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_truncation(side, padding):
+    """As many of the caller's tokens are kept as without placeholders; rows of one image and of none."""
+    plain, processor, reserved, _ = both(LLAVA, count=6)
+    for each in (plain, processor):
+        each.tokenizer.truncation_side = side
+    texts = ["abc <image> def" if side == "right" else "abcdef <image> d", "x" * 650]
+    options = {"truncation": True, "max_length": 582, "padding": padding}
+    before, made = (each(text=texts, images=pictures(1), **options) for each in (plain, processor))
+    for row in range(2):
+        ids = [i for i, m in zip(made["input_ids"][row], made["attention_mask"][row], strict=True) if m]
+        expected = [i for i, m in zip(before["input_ids"][row], before["attention_mask"][row], strict=True) if m]
+        assert len(expected) == 582
+        assert [each for each in ids if each != reserved] == expected
+        assert ids.count(reserved) == (6, 0)[row]
+
+
+def test_padded_to_a_multiple_and_to_a_length():
+    _, processor, _, _ = both(LLAVA, count=6)
+    given = {"text": ["a <image> b", "c"], "images": pictures(1), "return_tensors": "pt"}
+    assert processor(**given, padding=True, pad_to_multiple_of=64)["input_ids"].shape == (2, 640 + 64)
+    assert processor(**given, padding="max_length", max_length=600)["input_ids"].shape == (2, 606)
+
+
+def test_many_threads_with_one_processor():
+    _, processor, reserved, _ = both(LLAVA, count=6)
+    texts = ["<image> " + "a" * i for i in range(8)]
+    (image,) = pictures(1)
+    expected = [processor(text=text, images=image)["input_ids"] for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: processor(text=text, images=image)["input_ids"], texts * 4))
+    assert found == expected * 4
+    assert all(each[0].count(reserved) == 6 for each in found)
+
+
+# The reserved token
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("</s>", "'</s>' has a use of its own"), ("<image>", "'<image>' has a use of its own"), ("a", "'a' has a use of its own"),
+        ("", "token must be the text of a token"), (" <x> ", "token must be the text of a token"), (3, "token must be the text"),
+        (None, "token must be the text"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_a_token_with_another_use(token, message, with_processor):
+    base, plain = llava()
+    if not with_processor and isinstance(token, str) and token.strip() == token and token:
+        pytest.skip("without a tokenizer nothing tells")
+    with pytest.raises(SpatialTokensError, match=message):
+        attach(base, plain if with_processor else None, token=token, **FIELDS)
+    assert not hasattr(base, "spatial_tokens")
+
+
+def test_a_token_of_a_chat_template_and_one_that_is_free():
+    base, plain = llava()
+    plain.tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|free|>"]}, replace_extra_special_tokens=False)
+    plain.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{% endfor %}"
+    with pytest.raises(SpatialTokensError, match=r"'<\|turn\|>' has a use of its own"):
+        attach(base, plain, token="<|turn|>", **FIELDS)
+    model, processor = attach(base, plain, token="<|free|>", **FIELDS)
+    assert attachment_of(model).token_id == plain.tokenizer.convert_tokens_to_ids("<|free|>")
+    assert words(processor, processor(images=pictures(1), text="<image>")["input_ids"][0]) == "<|free|>" * 6 + "<image>"
+
+
+@pytest.mark.parametrize("token_id", [-1, 1.0, True, "5", 2, 10**12, 99])
+def test_ids_that_are_no_free_tokens(token_id):
+    """2 ends a sequence, 99 is the image's."""
+    base, _ = llava()
+    with pytest.raises(SpatialTokensError, match="token_id must"):
+        attach(base, token_id=token_id, **FIELDS)

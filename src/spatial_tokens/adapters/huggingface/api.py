@@ -82,6 +82,8 @@ def attach(
     if hasattr(inner, ATTRIBUTE) or hasattr(inner, NAME):
         raise SpatialTokensError("the model has spatial tokens already; detach(model) first")
     _require_nothing_lost(model)
+    if not isinstance(token, str) or not token.strip() or token != token.strip():
+        raise SpatialTokensError(f"token must be the text of a token, without spaces around it, got {shown(token)}")
     parts = find_parts(inner)
     chosen: Mode = "image" if mode == "image" else "own"
     if chosen == "image":

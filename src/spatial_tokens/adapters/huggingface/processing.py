@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +23,8 @@ from spatial_tokens.errors import SpatialTokensError, shown
 
 TOKEN = "<|spatial|>"
 MARK = "\U0010fffd"  # the last character for private use
-SANITIZED = "\U000f0000"  # transformers puts it before a user's words that look like a token (sanitize_control_tokens)
+SANITIZE = "sanitize_control_tokens"  # an option of transformers 5.24:
+SANITIZED = "\U000f0000"  # it puts this before a user's words that look like a token
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,17 @@ class _Noted:
 
     def __init__(self) -> None:
         self.marks: list[list[int]] = []
+        self.texts: list[str] = []
         self.encoding: Any = None
+        self.count: Callable[[str], int] = len  # tokens of a text
+        self.left_truncated = False
 
     def take(self, texts: list[str]) -> list[str]:
         """The texts without their marks."""
+        plain = [each.replace(MARK, "") for each in texts]
         if any(MARK in each for each in texts):
-            self.marks = [_positions(each) for each in texts]
-        return [each.replace(MARK, "") for each in texts]
+            self.marks, self.texts = [_positions(each) for each in texts], plain
+        return plain
 
 
 class _MarkedTokenizer:
@@ -118,9 +123,12 @@ class _MarkedTokenizer:
             text = self._noted.take([text])[0]
         elif isinstance(text, (list, tuple)) and all(isinstance(each, str) for each in text):
             text = self._noted.take(list(text))
-        encoding = super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+        tokenize: Any = super().__call__  # type: ignore[misc]
+        encoding = tokenize(text, *args, **kwargs)
         if self._noted.marks and self._noted.encoding is None:
             self._noted.encoding = encoding
+            self._noted.left_truncated = getattr(self, "truncation_side", "right") == "left"
+            self._noted.count = lambda part: len(tokenize(part, add_special_tokens=False, **_only(SANITIZE, kwargs))["input_ids"])
         return encoding
 
 
@@ -168,10 +176,7 @@ class _SpatialProcessor:
         outputs = kind.__call__(*given.args, **given.kwargs)
         if not any(inserter.image_token_id in row for row in placeholders.rows_of(outputs["input_ids"])):
             raise SpatialTokensError(f"images were given, but no text has {inserter.image_token!r}; write it where an image goes")
-        if has_places and not inserter.per_tile:
-            runs = _at_marks(noted, inserter.count)
-        else:
-            runs = inserter.at_runs(outputs)
+        runs = _at_marks(noted, inserter.count) if has_places and not inserter.per_tile else inserter.at_runs(outputs)
         multiple = _option("pad_to_multiple_of", kwargs)
         placeholders.insert_runs(outputs, runs, inserter.token_id, inserter.pad_token_id, multiple=multiple)
         return outputs
@@ -200,7 +205,8 @@ def _for_one_call(processor: Any) -> tuple[Any, _Noted]:
     for name, each in vars(processor).items():
         if isinstance(each, PreTrainedTokenizerBase):
             tokenizer: Any = copy.copy(each)
-            tokenizer.__class__ = _with(_MarkedTokenizer, type(each))
+            kind_of_tokenizer: Any = type(each)
+            tokenizer.__class__ = _with(_MarkedTokenizer, kind_of_tokenizer)
             tokenizer._noted = noted if name == "tokenizer" else _Noted()
             setattr(processor, name, tokenizer)
     return processor, noted
@@ -218,8 +224,6 @@ def add_token(processor: Any, token: str | None) -> tuple[Any, int | None]:
     if token is None:
         return processor, None
     processor.tokenizer = tokenizer = copy.deepcopy(processor.tokenizer)
-    if not isinstance(token, str) or not token.strip() or token != token.strip() or MARK in token:
-        raise SpatialTokensError(f"token must be the text of a token, without spaces around it, got {shown(token)}")
     if token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     elif not _is_unused(processor, token):
@@ -310,27 +314,48 @@ def _positions(text: str) -> list[int]:
     return [match.start() - number for number, match in enumerate(re.finditer(MARK, text))]
 
 
+def _only(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name]} if name in options else {}
+
+
 def _at_marks(noted: _Noted, count: int) -> list[placeholders.Runs]:
     """Before the first token that starts at, or after, each mark.
 
     Raises:
         SpatialTokensError: If that was cut off.
     """
-    marks, encoding = noted.marks, noted.encoding
+    encoding = noted.encoding
     samples = encoding.get("overflow_to_sample_mapping")
-    rows = []
-    for row in range(len(encoding.encodings)):
-        runs = []
-        for place in marks[row if samples is None else int(samples[row])]:
-            index = encoding.char_to_token(row, place)
-            if index is None:
-                if samples is None:
-                    raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
-                continue  # it is in another part of the text
-            span = encoding.token_to_chars(row, index)
-            runs.append((index + (span is not None and span.start < place), count))
-        rows.append(runs)
-    return rows
+    rows = placeholders.rows_of(encoding["input_ids"])
+    numbers = range(len(rows)) if samples is None else [int(each) for each in samples]
+    made = []
+    for row, text in enumerate(numbers):
+        found = [
+            _token_at(encoding, row, place) if encoding.encodings else _token_after(noted, row, place)
+            for place in noted.marks[text]
+        ]
+        if None in found and samples is None:
+            raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
+        made.append([(index, count) for index in found if index is not None])  # an image is in one of the parts of a long text
+    return made
+
+
+def _token_at(noted: _Noted, row: int, place: int) -> int | None:
+    encoding = noted.encoding
+    index = encoding.char_to_token(row, place)
+    if index is None:
+        return None
+    span = encoding.token_to_chars(row, index)
+    return int(index) + (span is not None and span.start < place)
+
+
+def _token_after(noted: _Noted, row: int, place: int) -> int | None:
+    """Of an encoding that does not know where its tokens were, as with `sanitize_control_tokens`: the tokens before are counted."""
+    text, mask = noted.texts[row], placeholders.rows_of(noted.encoding["attention_mask"])[row]
+    kept, before = sum(mask), noted.count(text[:place])
+    cut_off = noted.count(text) - kept if noted.left_truncated else 0
+    index = before - cut_off
+    return mask.index(1) + index if 0 <= index < kept else None
 
 
 def _option(name: str, kwargs: dict[str, Any]) -> Any:
