@@ -330,10 +330,8 @@ def _at_marks(noted: _Noted, count: int) -> list[placeholders.Runs]:
     numbers = range(len(rows)) if samples is None else [int(each) for each in samples]
     made = []
     for row, text in enumerate(numbers):
-        found = [
-            _token_at(encoding, row, place) if encoding.encodings else _token_after(noted, row, place)
-            for place in noted.marks[text]
-        ]
+        token_of = _token_at if encoding.encodings else _token_after
+        found = [token_of(noted, row, place) for place in noted.marks[text]]
         if None in found and samples is None:
             raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
         made.append([(index, count) for index in found if index is not None])  # an image is in one of the parts of a long text
