@@ -34,9 +34,9 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
 def whole(tensor: torch.Tensor, *, write: bool = False) -> Iterator[torch.Tensor]:
     """The whole tensor, which is to be read, or written in place, inside the block; every process must enter it."""
     if is_partitioned(tensor):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([tensor], modifier_rank=0 if write else None):
+        with zero.GatheredParameters([tensor], modifier_rank=0 if write else None):
             yield tensor
     else:
         yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -15,6 +15,7 @@ from torch import nn
 from spatial_tokens import __version__
 from spatial_tokens.adapters.huggingface.api import attach, attachment_of, detach, unwrapped
 from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
@@ -112,7 +113,7 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     token_id = values["token_id"] if values["mode"] == "own" and processor is None else None
     model, processor = attach(
         model, processor, projector, mode=values["mode"], unit=values["unit"], resize=values["resize"],
-        token=values["token"], token_id=token_id,
+        token=values["token"] or TOKEN, token_id=token_id,
     )  # fmt: skip
     try:
         _load_modules(inner, paths, modules, str(folder / WEIGHTS_NAME))
