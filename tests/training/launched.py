@@ -6,16 +6,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from tests.training.workers import OfLlava, optimizer_of, share, three_steps, zero_steps
+from tests.training.workers import ROWS, OfLlava, optimizer_of, share, three_steps, zero_steps
 
 
 def main(folder):
+    case = OfLlava()  # before, as transformers initializes a model in parts with other random numbers
     accelerator = Accelerator()
-    rows = share(accelerator.process_index, accelerator.num_processes)
-    engine = accelerator.distributed_type.value
+    rank, world = accelerator.process_index, accelerator.num_processes
+    rows, engine = share(rank, world), accelerator.distributed_type.value
     if engine == "DEEPSPEED":
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = len(rows)
-    case = OfLlava()
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = len(rows)
+        if plugin.zero_stage == 3:
+            rows = list(ROWS)[rank::world]  # an image for each
     model, optimizer = accelerator.prepare(case.model, optimizer_of(case.model))
     found = zero_steps(case, model, rows) if engine == "DEEPSPEED" else three_steps(case, model, rows, optimizer)
     case.save(folder / "adapter")

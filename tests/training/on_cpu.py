@@ -12,7 +12,7 @@ CPU = "ACCELERATE_USE_CPU"
 
 def environment(engine):
     """What the launcher's environment must say, beside what it says already."""
-    return {"DS_ACCELERATOR": "cpu", **({} if engine == "zero2" else {CPU: "true"})}
+    return {"DS_ACCELERATOR": "cpu", **({} if engine.startswith("zero") else {CPU: "true"})}
 
 
 def allow():

@@ -125,13 +125,13 @@ def test_a_process_that_writes_nothing_uploads_nothing(monkeypatch):
 
 # examples/engines, as the page says to launch them
 
-LAUNCHED = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+LAUNCHED = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
 @pytest.mark.parametrize("engine", LAUNCHED)
 def test_a_ready_config(tmp_path, alone, engine):
     pytest.importorskip("accelerate")
-    if engine == "zero2" and not find_spec("deepspeed"):
+    if engine.startswith("zero") and not find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed")
     if engine == "fsdp2" and not workers.FSDP_ON_CPU:
         pytest.skip("this torch's FSDP2 does not run on CPUs")
