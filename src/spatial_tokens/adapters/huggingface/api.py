@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -75,6 +76,13 @@ def attach(
         model.generate(**inputs)
     """
     _require_transformers()
+    if "config" in fields:
+        warnings.warn("attach takes projector= now, instead of config=", FutureWarning, stacklevel=2)
+        projector = fields.pop("config")
+    if not isinstance(projector, (SPProjector, SPProjectorConfig, str)):
+        raise SpatialTokensError(
+            f"projector must be a preset's name, an SPProjectorConfig or an SPProjector, got {shown(projector)}"
+        )
     _require_one_of("mode", mode, ("auto", "own", "image"))
     _require_one_of("unit", unit, ("image", "tile"))
     _require_one_of("resize", resize, (None, "pool", "interpolate"))
