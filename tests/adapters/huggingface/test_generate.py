@@ -223,10 +223,11 @@ def test_generate_sees_the_vocabulary_of_the_base(ready, options):
     assert {each.shape[-1] for each in (*made.logits, *(made.scores or ()))} == {model.config.get_text_config().vocab_size}
 
 
-def test_a_plain_assistant(ready):
-    """The base itself, of the vocabulary that it had: it drafts from the text alone; the answer is the model's own."""
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_assistant(ready, attached):
+    """Of the same vocabulary, without or with spatial tokens: it drafts from the text alone; the answer is the model's own."""
     model, processor, place = ready
-    assistant = detach(copy.deepcopy(model))
+    assistant = copy.deepcopy(model) if attached else detach(copy.deepcopy(model))
     inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
     options = {**TURN, "max_new_tokens": 6, "suppress_tokens": list(range(WORDS, model.config.get_text_config().vocab_size))}
     assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), model.generate(**inputs, **options))

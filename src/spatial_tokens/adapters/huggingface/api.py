@@ -178,7 +178,10 @@ def insert_placeholders(
     )
 
 
-insert_slots = insert_placeholders  # its name in 0.1
+def insert_slots(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The old name of `insert_placeholders`."""
+    warnings.warn("insert_slots is called insert_placeholders now", FutureWarning, stacklevel=2)
+    return insert_placeholders(*args, **kwargs)
 
 
 def unwrapped(model: Any) -> Any:

@@ -92,7 +92,7 @@ def from_released(
         config: What the projector must be; inferred when left out, see `from_llava_sp`.
 
     Returns:
-        A `LlavaForConditionalGeneration` with spatial tokens, in evaluation mode, and a `LlavaProcessor` that inserts their slots.
+        A `LlavaForConditionalGeneration` with spatial tokens, in evaluation mode, and a `LlavaProcessor` that inserts placeholders.
 
     Raises:
         SpatialTokensError: If a file is missing, damaged or would need code to be run, the folder is none that a Hugging Face
