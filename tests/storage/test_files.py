@@ -321,6 +321,23 @@ def test_what_was_read_does_not_change_with_its_file(tmp_path, suffix):
     same(read, TENSORS)
 
 
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_as_it_was(tmp_path, monkeypatch):
+    """safetensors reads the header, and then lets PyTorch map the file by its name."""
+    path, open_by_name, opened = tmp_path / "file.safetensors", torch.UntypedStorage.from_file, []
+    write_tensors(path, TENSORS, {"save": "first"})
+
+    def replaced(*args, **options):
+        opened.append(args)
+        write_tensors(path, {name: torch.zeros_like(each) for name, each in TENSORS.items()}, {"save": "second"})
+        return open_by_name(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(replaced))
+    tensors, metadata = read_safetensors(path)
+    same(tensors, TENSORS)
+    assert metadata["save"] == "first"
+    assert opened
+
+
 @pytest.mark.parametrize("path", [None, 3, b"file", ["file"]])
 @pytest.mark.parametrize(
     "call",
