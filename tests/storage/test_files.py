@@ -301,6 +301,16 @@ def test_programs_are_not_run(tmp_path):
         read_tensors(tmp_path / "file.pt")
 
 
+def test_advice_to_run_code_is_not_passed_on(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("cannot load this with weights_only=True; set weights_only=False")
+
+    (tmp_path / "file.bin").write_bytes(b"\x80\x02\xff")
+    monkeypatch.setattr(torch, "load", load)
+    with refused(r"file\.bin is not a whole .*: it is damaged, or was not written by torch\.save$"):
+        read_tensors(tmp_path / "file.bin")
+
+
 def test_tensors_without_values_are_not_read(tmp_path):
     torch.save({"a": torch.ones(2), "b": torch.ones(2, device="meta")}, tmp_path / "file.bin")
     with refused(r"cannot use .*file\.bin: b is on the meta device, without values"):
