@@ -491,6 +491,9 @@ def test_other_folders_are_not_replaced(parts, folder, tmp_path):
         convert_released(folder, parts / "base", tmp_path / "no" / "out")
     with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
         convert_released(folder, parts / "base", None)
+    for arguments in ((None, parts / "base"), (folder, None)):
+        with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+            from_released(*arguments)
 
 
 # Training goes on

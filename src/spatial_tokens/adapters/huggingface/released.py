@@ -104,7 +104,7 @@ def from_released(
         model.generate(**processor(images=image, text=text, return_tensors="pt"))
     """
     with quiet_transformers() as transformers:
-        return _with_tokens(*_assembled(transformers, Path(folder), base, vision, config))
+        return _with_tokens(*_assembled(transformers, as_path(folder), base, vision, config))
 
 
 def convert_released(
@@ -127,7 +127,7 @@ def convert_released(
         SpatialTokensError: As `from_released`; and if `out` cannot be written, or holds something else.
     """
     with new_directory(os.path.realpath(as_path(out)), _require_replaceable) as directory, quiet_transformers() as transformers:
-        model, processor, projector = _assembled(transformers, Path(folder), base, vision, config)
+        model, processor, projector = _assembled(transformers, as_path(folder), base, vision, config)
         with saying(f"cannot write {out}"):
             processor.save_pretrained(directory)
             model, _ = _with_tokens(model, processor, projector)
@@ -140,7 +140,7 @@ def _assembled(
     transformers: Any, folder: Path, base: str | PathLike[str], vision: str | PathLike[str] | None, config: SPProjectorConfig | None
 ) -> tuple[Any, Any, SPProjector]:
     """The LLaVA and its processor, and the projector without its patch head, which is in the model."""
-    settings = _settings(folder)
+    base, settings = as_path(base), _settings(folder)
     vision = settings["mm_vision_tower"] if vision is None else vision
     lora = _lora(folder)
     source = folder if lora is None else folder / TRAINED
