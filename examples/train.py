@@ -25,8 +25,9 @@ import yaml
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
-from spatial_tokens.adapters.huggingface import attach, llava_from_parts, load_adapter
+from spatial_tokens.adapters.huggingface import attach, load_adapter
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
+from spatial_tokens.checkpoint import llava_from_parts
 from spatial_tokens.errors import reason, shown
 from spatial_tokens.storage.files import make_directory, read_text
 from spatial_tokens.training import STAGES, LoRA

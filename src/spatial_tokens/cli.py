@@ -270,7 +270,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def _convert_whole(arguments: argparse.Namespace, config: SPProjectorConfig | None) -> None:
-    from spatial_tokens.adapters.huggingface.released import convert_released
+    from spatial_tokens.checkpoint.released_folder import convert_released
 
     out = arguments.output
     converted = convert_released(arguments.input, arguments.base, out, vision=arguments.vision, config=config)

@@ -106,7 +106,6 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         model, processor, projector, mode=values["mode"], unit=values["unit"], resize=values["resize"],
         token=values["token"], token_id=token_id,
     )  # fmt: skip
-    attachment_of(inner).is_new = False
     try:
         _load_modules(inner, paths, modules)
     except (AttributeError, RuntimeError) as error:

@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from spatial_tokens.adapters.huggingface.api import attach
-from spatial_tokens.adapters.huggingface.assembly import (
+from spatial_tokens.adapters.huggingface.hooks import NAME
+from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
+from spatial_tokens.checkpoint.build_llava import (
     assembled,
     language_model,
     quiet_transformers,
@@ -28,9 +30,7 @@ from spatial_tokens.adapters.huggingface.assembly import (
     vision_config,
     vision_tower,
 )
-from spatial_tokens.adapters.huggingface.hooks import NAME
-from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
-from spatial_tokens.checkpoint import from_llava_sp
+from spatial_tokens.checkpoint.llava_sp import from_llava_sp
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
@@ -174,8 +174,7 @@ def _assembled(
 
 
 def _with_tokens(model: Any, processor: Any, projector: SPProjector) -> tuple[Any, Any]:
-    model, processor = attach(model, processor, projector.config)
-    setattr(model, NAME, projector)
+    model, processor = attach(model, processor, projector)
     return model.eval(), processor
 
 
