@@ -36,6 +36,7 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "tokenizers": {"adapters"},
     "huggingface_hub": {"adapters"},
     "peft": {"adapters", "training"},
+    "deepspeed": {"storage"},
     "triton": {"ops"},
     "numpy": {"visualize", "bench", "demo"},
     "PIL": {"pictures", "visualize"},

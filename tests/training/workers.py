@@ -60,10 +60,15 @@ class OfLlava:
     """A LLaVA whose vision encoder is frozen: two rows with an image, two of text alone, with as many targets each."""
 
     def __init__(self):
-        from spatial_tokens.adapters.huggingface import attach
-        from tests.adapters.huggingface.models import FIELDS, llava, pictures
+        from tests.adapters.huggingface.models import llava
 
-        base, plain = llava()
+        self.attach_to(*llava())
+
+    def attach_to(self, base, plain):
+        from spatial_tokens.adapters.huggingface import attach
+        from tests.adapters.huggingface.models import FIELDS, pictures
+
+        torch.manual_seed(1)
         self.model, processor = attach(base, plain, **FIELDS)
         self.projector = self.model.spatial_tokens
         self.model.train()
@@ -256,7 +261,9 @@ def run(rank, world, port, folder):
     )  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=100))
-    for name, (engine, case_name) in CHECKS.items():
+    from tests.training.zero3 import CHECKS_OF_TWO
+
+    for name, (engine, case_name) in {**CHECKS, **(CHECKS_OF_TWO if world == 2 else {})}.items():
         try:
             case = CASES[case_name]()
             found = engine(case, rank, world)

@@ -17,7 +17,7 @@ from spatial_tokens.modules.extractor import SpatialFeatureExtractor
 from spatial_tokens.modules.heads import LinearHead, MLPHead
 from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
-from spatial_tokens.storage import pretrained
+from spatial_tokens.storage import pretrained, sharded
 
 
 class SPProjector(nn.Module):
@@ -183,7 +183,7 @@ class SPProjector(nn.Module):
             SpatialTokensError: If a tensor is missing, unexpected or wrongly shaped (they are listed).
         """
         expected = SPProjector.from_config(self.config, device="meta").state_dict()
-        tensors: dict[str, torch.Tensor] = self.state_dict()
+        tensors = sharded.tensors_of(self)
         pretrained.require_exactly(
             {name: tensor.shape for name, tensor in expected.items()},
             tensors,
@@ -194,14 +194,15 @@ class SPProjector(nn.Module):
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
 
-        Of a projector that is sharded over processes (FSDP2, tensor parallelism) every one must call this; the first writes.
+        Of a projector that is sharded over processes (FSDP2, ZeRO-3, tensor parallelism) every one must call this; the first
+        writes.
 
         Raises:
             SpatialTokensError: If no config describes this projector (its parts are others, or wrapped), its parameters are on
                 the meta device, or the files cannot be written.
         """
         folder = as_path(directory, "directory")
-        tensors = pretrained.gathered(self.exact_state_dict())
+        tensors = sharded.gathered(self.exact_state_dict())
         if tensors:
             pretrained.save(folder, self.config, tensors)
 

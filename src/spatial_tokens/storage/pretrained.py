@@ -11,6 +11,7 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.storage.files import Tensors, require_values
 from spatial_tokens.storage.folder_format import FolderFormat
+from spatial_tokens.storage.sharded import shape_of
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -32,21 +33,6 @@ def save(directory: str | PathLike[str], config: SPProjectorConfig, tensors: Map
         SpatialTokensError: If they cannot be written; a file that was not replaced is as it was.
     """
     _FORMAT.save(directory, config.to_json(), tensors)
-
-
-def gathered(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The tensors as they are; where some are sharded over processes (DTensors), all of them whole, to be written by the first.
-
-    Then every process must call this: the first gets them on the CPU, one gathered after another, the others an empty dict.
-    """
-    if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
-        return dict(tensors)
-    first, whole = torch.distributed.get_rank() == 0, {}
-    for name, tensor in tensors.items():
-        found = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if first:
-            whole[name] = found.cpu()
-    return whole
 
 
 def load(directory: str | PathLike[str]) -> tuple[SPProjectorConfig, Tensors]:
@@ -83,9 +69,9 @@ def require_exactly(expected: Mapping[str, Sequence[int]], tensors: Mapping[str,
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
         "wrongly shaped": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+            f"{name} {shape_of(tensors[name])} instead of {tuple(shape)}"
             for name, shape in expected.items()
-            if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+            if name in tensors and shape_of(tensors[name]) != tuple(shape)
         ],
     }
     found = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]

@@ -16,7 +16,8 @@ from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
 from spatial_tokens.adapters.huggingface.saving import FORMAT, WEIGHTS_NAME, save_adapter, trained_tensors
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.storage.files import as_path, read_tensors, read_text
-from spatial_tokens.storage.pretrained import gathered, require_exactly
+from spatial_tokens.storage.pretrained import require_exactly
+from spatial_tokens.storage.sharded import gathered, is_partitioned, shape_of, tensors_of, whole, whole_copy, write
 from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze, quantized_parameter
 
 SPATIAL, LORA = "spatial_tokens", "lora"  # the folders of what was trained
@@ -28,14 +29,15 @@ def prepare(model: Any, stage: Stage) -> Any:
     What trains is the projector (the spatial tokens and the model's own MLP of the patches, as in the paper) and, where the stage
     has a LoRA, adapters of all linear layers of the language model. It is kept in float32, as an optimizer's steps are too small
     for bfloat16; all else is frozen and stays in its dtype. What trains takes the base's dtype and returns it, so the model runs
-    with autocast and without. `detach` restores the MLP's own weights and dtype.
+    with autocast and without. `detach` restores the MLP's own weights and dtype. Where DeepSpeed has partitioned the base already
+    (ZeRO-3), all dtypes stay as they are: it takes a model of one, and keeps float32 copies of what trains itself.
 
     Returns:
         The model; a PEFT model of it where the stage has a LoRA.
 
     Raises:
-        SpatialTokensError: If the model has no spatial tokens, the stage is no `Stage`, or the model's MLP is quantized; the
-            model is then as it was.
+        SpatialTokensError: If the model has no spatial tokens, the stage is no `Stage`, or the model's MLP is quantized or
+            offloaded; the model is then as it was.
     """
     if not isinstance(stage, Stage):
         raise SpatialTokensError(f"stage must be a Stage, such as ALIGNMENT, got {shown(stage)}")
@@ -47,26 +49,29 @@ def prepare(model: Any, stage: Stage) -> Any:
             f"{path}.{quantized} is quantized and cannot be trained; load the model without quantizing {path}, for example with "
             f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{path!r}, 'lm_head'])"
         )
-    dtype = next((each.dtype for each in mlp.parameters() if each.dtype != torch.float32), None)
+    if any(each.is_meta for each in mlp.parameters()):
+        raise SpatialTokensError(f"{path} is offloaded and cannot be trained; give device_map a device for it")
+    in_float32 = not any(map(is_partitioned, inner.parameters()))
+    dtype = next((each.dtype for each in mlp.parameters() if in_float32 and each.dtype != torch.float32), None)
     if path not in attachment.modules_to_save or dtype is not None:
-        attachment.undo.append(partial(_restore, mlp, {name: each.detach().clone() for name, each in _named_tensors(mlp)}))
+        attachment.undo.append(partial(_restore, mlp, {name: whole_copy(each) for name, each in _named_tensors(mlp)}))
     if path not in attachment.modules_to_save:
         attachment.modules_to_save.append(path)
     if dtype is not None:
-        before = mlp.register_forward_pre_hook(_to_float32, with_kwargs=True)
+        before = mlp.register_forward_pre_hook(_to_weights, with_kwargs=True)
         after = mlp.register_forward_hook(partial(_to_dtype, dtype))
         attachment.undo += [before.remove, after.remove]
     if stage.lora is not None and not _is_peft(model):
         model = _with_lora(model, stage.lora)
     parts = parts_of(model)
     freeze(model, parts)
-    for part in (*parts.projector, *parts.lora):
+    for part in (*parts.projector, *parts.lora) if in_float32 else ():
         part.float()
     return model
 
 
-def _to_float32(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tree_map(partial(_cast, torch.float32), (args, kwargs))
+def _to_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map(partial(_cast, next(module.parameters()).dtype), (args, kwargs))  # DeepSpeed may have cast them since
 
 
 def _to_dtype(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
@@ -85,7 +90,10 @@ def _restore(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Gives a module's parameters and buffers their values and dtypes of before."""
     for name, each in _named_tensors(module):
         each.grad = None
-        each.data = tensors[name].to(each.device)
+        if is_partitioned(each):
+            write(each, tensors[name])
+        else:
+            each.data = tensors[name].to(each.device)
 
 
 def parts_of(model: Any) -> Parts:
@@ -105,7 +113,7 @@ def parts_of(model: Any) -> Parts:
 def save_trained(model: Any, directory: str | PathLike[str]) -> None:
     """Writes what trained and nothing else: `spatial_tokens/` (see `save_adapter`) and, of a PEFT model, `lora/` as PEFT reads it.
 
-    Of a sharded model (FSDP2) every process must call this; the first writes.
+    Of a sharded model (FSDP2, ZeRO-3) every process must call this; the first writes.
 
     Raises:
         SpatialTokensError: If a trained weight is not finite, or the files cannot be written.
@@ -123,7 +131,7 @@ def save_trained(model: Any, directory: str | PathLike[str]) -> None:
 def require_finite(model: Any) -> None:
     """Raises SpatialTokensError if what trained is not finite, or so large that its norm is not.
 
-    Of a sharded model (FSDP2) every process must call this.
+    Of a sharded model (FSDP2, ZeRO-3) every process must call this.
     """
     tensors = trained_tensors(model) | (_lora_tensors(model) if _is_peft(model) else {})
     norms = {name: _norm(each) for name, each in tensors.items() if each.is_floating_point()}
@@ -136,6 +144,9 @@ def require_finite(model: Any) -> None:
 
 
 def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    if is_partitioned(tensor):
+        with whole(tensor) as each:
+            return torch.linalg.vector_norm(each.detach().float())  # type: ignore[no-any-return]
     norm: Any = torch.linalg.vector_norm(tensor.detach().float())
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
 
@@ -156,18 +167,9 @@ def load_trained(model: Any, directory: str | PathLike[str], *, lora: bool = Tru
     for name, tensors in parts.items():
         path = folder / name / WEIGHTS_NAME
         saved = {key: each for key, each in read_tensors(path).items() if key in tensors or not key.startswith("reserved_token.")}
-        require_exactly({key: tuple(each.shape) for key, each in tensors.items()}, saved, str(path))
-        with torch.no_grad():
-            for key, tensor in tensors.items():
-                _copy(tensor, saved[key])
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(target, DTensor):
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
-    target.copy_(source)
+        require_exactly({key: shape_of(each) for key, each in tensors.items()}, saved, str(path))
+        for key, tensor in tensors.items():
+            write(tensor, saved[key])
 
 
 def _with_lora(model: Any, lora: LoRA) -> Any:
@@ -187,7 +189,7 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
 def _lora_tensors(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    return dict(get_peft_model_state_dict(model, state_dict=tensors_of(model), save_embedding_layers=False))
 
 
 def _is_peft(model: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
+from spatial_tokens.adapters.huggingface.saving import is_sharded_model
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.training.checkpoints import checkpoints_in, last_complete, mark_complete
 from spatial_tokens.training.prepare import load_trained, parts_of, require_finite, save_trained
@@ -131,7 +132,7 @@ class SpatialTokensTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
             require_finite(self._bare())  # in every process, not only in the one that writes
-        if self.args.should_save or self.is_fsdp_enabled:
+        if self.args.should_save or is_sharded_model(self._bare()):
             save_trained(self._bare(), output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
-from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, push_to_hub, replace_projector, save_adapter
+from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, push_to_hub, replace_projector, save_adapter, saving
 from spatial_tokens.adapters.huggingface.api import attachment_of
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
@@ -38,14 +38,12 @@ def test_files(saved):
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
     values = json.loads((folder / CONFIG).read_text())
     assert {name: values[name] for name in ("peft_type", "base_model_type", "mode", "unit", "resize", "token")} == {
-        "peft_type": "SPATIAL_TOKENS", "base_model_type": "llava", "mode": "own", "unit": "image", "resize": None,
+        "peft_type": saving.KIND, "base_model_type": "llava", "mode": "own", "unit": "image", "resize": None,
         "token": "<|spatial|>",
     }  # fmt: skip
     config = SPProjectorConfig.from_dict(values["projector"])
     tensors = load_file(folder / WEIGHTS)
-    rows = {name for name in tensors if name.startswith("reserved_token.")}
-    assert rows == {"reserved_token.model.language_model.embed_tokens.weight", "reserved_token.lm_head.weight"}
-    assert sum(tensors[name].numel() for name in tensors.keys() - rows) == config.num_parameters
+    assert sum(each.numel() for each in tensors.values()) == config.num_parameters
 
 
 def test_bit_equal_after_a_reload(saved):
@@ -84,17 +82,14 @@ def test_in_bfloat16(tmp_path):
 
 
 def test_a_token_that_has_a_row_already(tmp_path):
-    """Real models have more rows than tokens: nothing grows."""
+    """Real models have more rows than tokens."""
     base, plain = llava()
     base.resize_token_embeddings(128, mean_resizing=False)
     before = {name: each.clone() for name, each in base.state_dict().items()}
     model, processor = attach(base, plain, **FIELDS)
-    assert model.get_input_embeddings().weight.shape[0] == 128
-    assert attachment_of(model).grown == []
     inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
     logits = model(**inputs).logits
     save_adapter(model, tmp_path)
-    assert not any(name.startswith("reserved") for name in load_file(tmp_path / WEIGHTS))
     detach(model)
     assert all(torch.equal(each, before[name]) for name, each in base.state_dict().items())
     model, _ = load_adapter(base, tmp_path, plain)
@@ -134,7 +129,6 @@ def test_image_mode(tmp_path):
     inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
     logits = model(**inputs).logits
     save_adapter(model, tmp_path)
-    assert not any(name.startswith("reserved") for name in load_file(tmp_path / WEIGHTS))
     detach(model)
     model, again = load_adapter(base, tmp_path, plain)
     assert torch.equal(again(images=pictures(1), text="a <image> b", return_tensors="pt")["input_ids"], inputs["input_ids"])
@@ -157,6 +151,29 @@ def test_an_adapter_of_another_dtype(tmp_path, of_adapter, of_base):
     logits = model(**inputs).logits
     assert logits.dtype == of_base
     assert logits.isfinite().all()
+
+
+def test_a_tokenizer_with_a_token_more(saved):
+    """Only the reserved token's id differs; the model computes what it did."""
+    base, plain, _, logits, folder = saved
+    plain.tokenizer.add_tokens(["<more>"])
+    model, processor = load_adapter(base, folder, plain)
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    assert (inputs["input_ids"] == 101).sum() == 6
+    assert torch.equal(model(**inputs).logits, logits)
+    save_adapter(model, folder)
+    assert json.loads((folder / CONFIG).read_text())["token_id"] == 101
+
+
+def test_a_file_of_version_0_1(saved):
+    """It has rows of the embeddings for the reserved token, which needs none any more, and PEFT is not told who reads it."""
+    base, plain, inputs, logits, folder = saved
+    values, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({**values, "peft_type": "SPATIAL_TOKENS"}))
+    row = {f"reserved_token.{name}.weight": torch.randn(64) for name in ("model.language_model.embed_tokens", "lm_head")}
+    save_file(tensors | row, folder / WEIGHTS)
+    model, _ = load_adapter(base, folder, plain)
+    assert torch.equal(model(**inputs).logits, logits)
 
 
 def test_saved_again(saved):
@@ -190,9 +207,8 @@ def test_the_base_is_saved_as_it_was(tmp_path, tied, given):
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("before", "after"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], each) for name, each in before.items())
-    loaded, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "after", output_loading_info=True)
+    _, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "after", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert model.get_input_embeddings().weight.shape[0] == loaded.get_input_embeddings().weight.shape[0] + 1, "saving shrank it"
     inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
     assert model(**inputs).logits.isfinite().all()
 
@@ -246,8 +262,7 @@ def test_a_copy_saves_and_detaches_itself(tmp_path):
     other.save_pretrained(tmp_path / "base")
     save_adapter(other, tmp_path / "adapter")
     assert not transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").lm_head.weight.any()
-    kernels = [each for name, each in load_file(tmp_path / "adapter" / WEIGHTS).items() if not name.startswith("reserved_token.")]
-    assert not any(each.any() for each in kernels)
+    assert not any(each.any() for each in load_file(tmp_path / "adapter" / WEIGHTS).values())
     detach(other)
     assert len(other.lm_head.weight) == 100
     assert torch.equal(model(**inputs).logits, logits)
@@ -335,12 +350,16 @@ def damaged(folder, kind):
             tensors["extractor.kernels.9.weight"] = torch.zeros(1)
         elif kind == "shape":
             tensors["extractor.kernels.0.weight"] = tensors["extractor.kernels.0.weight"][:1].contiguous()
-        elif kind.startswith("row"):
-            tensors["reserved_token.lm_head.weight"] = torch.zeros(int(kind.removeprefix("row of ")))
         elif kind == "token":
             values["token"] = "a"
         elif kind == "id":
-            values["token_id"] = 5
+            values["token_id"] = "a"
+        elif kind == "modules":
+            values["modules_to_save"] = ["model.multi_modal_projector", "model.connector"]
+        elif kind == "no tensors of a module":
+            values["modules_to_save"] = ["model.multi_modal_projector"]
+        elif kind == "tensors of no module":
+            tensors["module.model.multi_modal_projector.linear_1.weight"] = torch.zeros(64, 64)
         elif kind == "a list":
             values = [values]
         elif kind == "no projector":
@@ -364,10 +383,11 @@ def damaged(folder, kind):
         ("tensor", "missing: extractor.kernels.0.weight"),
         ("another tensor", "extractor.kernels.9.weight"),
         ("shape", "extractor.kernels.0.weight"),
-        ("row of 3", "the reserved token's embedding in .* does not fit the model"),
-        ("row of 1", "the reserved token's embedding in .* does not fit the model"),
-        ("token", "the tokenizer gives 'a' the id"),
-        ("id", r"the tokenizer gives '<\|spatial\|>' the id 100, not 5"),
+        ("token", "'a' has a use of its own in the tokenizer"),
+        ("id", "token_id in .* must be a int, got 'a'"),
+        ("modules", "has weights of modules that the model does not have: .*connector"),
+        ("no tensors of a module", "missing: model.multi_modal_projector.linear_1.weight"),
+        ("tensors of no module", "unexpected: model.multi_modal_projector.linear_1.weight"),
         ("a list", "is not of spatial tokens"),
         ("no projector", "missing field"),
     ],
@@ -504,6 +524,53 @@ def test_push_to_hub(saved, monkeypatch):
         ("create", "me/mine", {"private": True, "exist_ok": True}),
         ("upload", "me/mine", [CONFIG, WEIGHTS], {"commit_message": "first"}),
     ]
+
+
+# Offloaded weights
+
+
+@pytest.fixture
+def offloaded(monkeypatch, tmp_path):
+    """A tiny LLaVA of which parts are kept on the disk, and come to the CPU for their calls."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def make(*parts):
+        monkeypatch.setattr(logging.getLogger("accelerate.big_modeling"), "disabled", True)
+        names = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+        where = {name: "disk" if name in parts else "cpu" for name in names}
+        return accelerate.dispatch_model(llava()[0], where, main_device="cpu", offload_dir=tmp_path / "offloaded")
+
+    return make
+
+
+def test_offloaded_embeddings(saved, offloaded):
+    """Calls, generation (which encodes first; accelerate copies what was encoded), training, the base's file."""
+    base, plain, inputs, logits, folder = saved
+    expected, _ = load_adapter(base, folder, plain)
+    model, _ = load_adapter(offloaded("model.language_model", "model.multi_modal_projector"), folder, plain)
+    assert model.get_input_embeddings().weight.is_meta
+    assert torch.equal(model(**inputs).logits, logits)
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    assert torch.equal(model.generate(**inputs, **options), expected.generate(**inputs, **options))
+    model.train().requires_grad_(False).spatial_tokens.requires_grad_(True)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(each.grad is not None for each in model.spatial_tokens.parameters())
+    detach(model)
+    new, _ = attach(model, plain, **FIELDS)
+    assert {each.device.type for each in new.spatial_tokens.parameters()} == {"cpu"}
+    assert new(**inputs).logits.isfinite().all()
+
+
+def test_offloaded_modules_that_an_adapter_has_weights_for(tmp_path, offloaded):
+    base, plain = llava()
+    model, _ = attach(base, plain, **FIELDS)
+    attachment_of(model).modules_to_save.append("model.multi_modal_projector")
+    save_adapter(model, tmp_path)
+    other = offloaded("model.multi_modal_projector")
+    attributes = set(vars(other))
+    with pytest.raises(SpatialTokensError, match=r"multi_modal_projector.linear_1.weight, which is offloaded; give device_map"):
+        load_adapter(other, tmp_path, plain)
+    assert set(vars(other)) == attributes
 
 
 # In place of the projector

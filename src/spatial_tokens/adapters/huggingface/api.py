@@ -264,9 +264,8 @@ def _require_one_of(name: str, given: Any, choices: Sequence[str | None]) -> Non
 
 def _require_nothing_lost(model: Any) -> None:
     """Raises SpatialTokensError if PEFT has loaded an adapter whose spatial tokens it had no place for."""
-    for name, config in (getattr(model, "peft_config", None) or {}).items():
-        saved = getattr(config, "modules_to_save", None) or []
-        if NAME in saved:
+    for name, config in (getattr(unwrapped(model), "peft_config", None) or {}).items():
+        if any(NAME in each for each in getattr(config, "modules_to_save", None) or []):
             raise SpatialTokensError(
                 f"the PEFT adapter {name!r} has {NAME!r} among its modules_to_save, which a model without spatial tokens does not "
                 "load; attach to the base first, then load the adapter"

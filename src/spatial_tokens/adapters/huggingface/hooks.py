@@ -21,7 +21,6 @@ A `Call` lies in an object that each thread has for itself (`PerThread`). torch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbna
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
+from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
 from spatial_tokens.modules import SPProjector
@@ -45,7 +45,6 @@ Unit = Literal["image", "tile"]
 Resize = Literal["pool", "interpolate"]
 NAME = "spatial_tokens"  # of the projector in the model
 CARRIED = "_spatial_features"  # on what get_image_features returns: generate() encodes images before it calls the model
-PEFT_EXCLUDE_MODULES = rf"(.*\.)?{NAME}\..*"
 
 
 class Attachment:
@@ -65,12 +64,13 @@ class Attachment:
         self, parts: ModelParts, projector: SPProjector, token: ReservedToken, mode: Mode, unit: Unit, resize: Resize | None,
         *, is_new: bool,
     ) -> None:  # fmt: skip
-        self.parts, self.token, self.mode, self.unit, self.resize, self.is_new = parts, token, mode, unit, resize, is_new
+        self.parts, self.token, self.mode, self.unit, self.resize = parts, token, mode, unit, resize
         self.num_spatial_tokens = projector.num_spatial_tokens
         self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None)
         self.vision_hidden_size: int | None = getattr(projector.extractor, "vision_hidden_size", None)
         self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
         self.undo: list[Callable[[], Any]] = []  # in order; called from the last to the first
+        self.training_warnings = TrainingWarnings(projector, is_new=is_new)
         self.threads = PerThread()
 
     @property
@@ -146,8 +146,6 @@ class Attachment:
         labels = kwargs.get("labels")
         if not isinstance(labels, torch.Tensor):
             return None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._warn_of_training()
         mask = labels == self.token.id
         replaced = {"labels": labels.masked_fill(mask, IGNORED)}
         if kwargs.get("num_items_in_batch") is not None:
@@ -159,14 +157,16 @@ class Attachment:
         if module is not self.parts.base:
             raise SpatialTokensError("nn.DataParallel copies modules but not their hooks; use DistributedDataParallel")
         current = self.threads.current
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.training_warnings.check(self.projector)
         outer = current.call
         if outer is not None and not outer.generating:
             outer = outer.outer  # it was interrupted, by Ctrl-C for example, and never ended
         current.call = call = Call(outer)
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         call.features = getattr(encoded, CARRIED, None)
-        if outer is not None and call.features is not None:
-            outer.features = None
+        if outer is not None and encoded is not None:  # accelerate copies it between devices, without what is carried on it
+            call.features, outer.features = call.features or outer.features, None
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         if not _is_ids(ids):
             return None
@@ -367,22 +367,6 @@ class Attachment:
             return tap(blank)[..., :0].sum().to(embeddings)  # type: ignore[no-any-return]
         trained = [each for each in tap.parameters() if each.requires_grad]
         return torch.stack([0 * each.sum() for each in trained]).sum() if trained else embeddings.new_zeros(())
-
-    def _warn_of_training(self) -> None:
-        projector = self.projector
-        if not projector.training:
-            return
-        if self.is_new and not any(weight.requires_grad for weight in projector.parameters()):
-            warnings.warn(
-                f"the spatial tokens are random and frozen; unfreeze model.{NAME}, or name {NAME!r} in PEFT's modules_to_save",
-                stacklevel=2,
-            )
-        if any(hasattr(module, "base_layer") for module in projector.modules()):
-            warnings.warn(
-                "an adapter such as LoRA wraps layers of the spatial tokens, which save_adapter cannot save; give PEFT "
-                f"exclude_modules={PEFT_EXCLUDE_MODULES!r}",
-                stacklevel=2,
-            )
 
 
 def _without_placeholders(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:

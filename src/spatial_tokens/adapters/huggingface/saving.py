@@ -10,21 +10,25 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from spatial_tokens import __version__
 from spatial_tokens.adapters.huggingface.api import attach, attachment_of, detach, unwrapped
 from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.files import as_path
 from spatial_tokens.storage.folder_format import FolderFormat
-from spatial_tokens.storage.pretrained import assign, gathered
+from spatial_tokens.storage.pretrained import assign, require_exactly
+from spatial_tokens.storage.sharded import gathered, is_sharded, shape_of, tensors_of, whole_copy, write
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT = FolderFormat(CONFIG_NAME, WEIGHTS_NAME, "adapter_config")
-KIND = "SPATIAL_TOKENS"
+KIND = "SPATIAL_TOKENS: load with spatial_tokens.adapters.huggingface.load_adapter"  # PEFT's KeyError shows it
+KINDS = (KIND, "SPATIAL_TOKENS")  # the latter in files of 0.1
 ROW = "reserved_token."  # of files that 0.1 wrote: a row of the embeddings, which needs none any more
 MODULE = "module."  # and the name of a parameter of a module of the base that was trained too
 
@@ -35,7 +39,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
     Of the base model only what was trained with them goes in (`training.prepare`: the MLP of the patches), as in PEFT's
     `modules_to_save`.
 
-    Of a model that is sharded over processes (FSDP2, tensor parallelism) every one must call this; the first writes.
+    Of a model that is sharded over processes (FSDP2, ZeRO-3, tensor parallelism) every one must call this; the first writes.
 
     Raises:
         SpatialTokensError: If the model has none, they are wrapped, or the files cannot be written.
@@ -70,8 +74,13 @@ def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     inner = unwrapped(model)
     tensors = dict(getattr(inner, NAME).exact_state_dict())
     for path in attachment_of(inner).modules_to_save:
-        tensors |= {f"{MODULE}{path}.{name}": each for name, each in inner.get_submodule(path).state_dict().items()}
+        tensors |= {f"{MODULE}{path}.{name}": each for name, each in tensors_of(inner.get_submodule(path)).items()}
     return tensors
+
+
+def is_sharded_model(model: Any) -> bool:
+    """Whether processes hold parts of a model: then all of them must save, and the first writes."""
+    return any(map(is_sharded, model.parameters()))
 
 
 def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = None) -> tuple[Any, Any]:
@@ -104,31 +113,41 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     token_id = values["token_id"] if values["mode"] == "own" and processor is None else None
     model, processor = attach(
         model, processor, projector, mode=values["mode"], unit=values["unit"], resize=values["resize"],
-        token=values["token"], token_id=token_id,
+        token=values["token"] or TOKEN, token_id=token_id,
     )  # fmt: skip
     try:
-        _load_modules(inner, paths, modules)
-    except (AttributeError, RuntimeError) as error:
+        _load_modules(inner, paths, modules, str(folder / WEIGHTS_NAME))
+    except SpatialTokensError:
         detach(model)
-        raise SpatialTokensError(f"the modules {paths} in {folder} do not fit the model: {reason(error)}") from error
+        raise
     return model, processor
 
 
-def _load_modules(inner: Any, paths: list[str], tensors: dict[str, torch.Tensor]) -> None:
+def _load_modules(inner: Any, paths: list[str], values: dict[str, torch.Tensor], source: str) -> None:
     """Gives modules of the base the weights that were saved; detaching gives them back their own.
 
     Raises:
-        RuntimeError: If tensors and modules are not the same.
+        SpatialTokensError: If the base's modules are others, or offloaded; nothing has been written then.
     """
+    try:
+        own = {f"{path}.{name}": each for path in paths for name, each in tensors_of(inner.get_submodule(path)).items()}
+    except AttributeError as error:
+        raise SpatialTokensError(f"{source} has weights of modules that the model does not have: {reason(error)}") from error
+    require_exactly({name: shape_of(each) for name, each in own.items()}, values, source)
+    offloaded = next((name for name, each in own.items() if each.is_meta), None)
+    if offloaded is not None:
+        raise SpatialTokensError(f"{source} has weights for {offloaded}, which is offloaded; give device_map a device for it")
     attachment = attachment_of(inner)
     for path in paths:
         module = inner.get_submodule(path)
-        own = {name.removeprefix(f"{path}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{path}.")}
-        attachment.undo.append(partial(module.load_state_dict, {name: each.clone() for name, each in module.state_dict().items()}))
-        module.load_state_dict(own)
-        attachment.modules_to_save.append(path)
-    if tensors:
-        raise RuntimeError(f"unexpected: {', '.join(tensors)}")
+        attachment.undo.append(partial(_write_all, module, {name: whole_copy(each) for name, each in tensors_of(module).items()}))
+        _write_all(module, {name: values[f"{path}.{name}"] for name in tensors_of(module)})
+    attachment.modules_to_save += paths
+
+
+def _write_all(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, each in tensors_of(module).items():
+        write(each, values[name])
 
 
 def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
@@ -165,8 +184,8 @@ def _checked(text: str, folder: Path) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SpatialTokensError(f"{folder / CONFIG_NAME} is not valid JSON: {reason(error)}") from error
-    if not isinstance(values, dict) or values.get("peft_type") != KIND:
-        raise SpatialTokensError(f"{folder / CONFIG_NAME} is not of spatial tokens: its peft_type is not {KIND!r}")
+    if not isinstance(values, dict) or values.get("peft_type") not in KINDS:
+        raise SpatialTokensError(f"{folder / CONFIG_NAME} is not of spatial tokens: its peft_type is not {KINDS[-1]!r}")
     allowed: dict[str, tuple[Any, ...]] = {"mode": get_args(Mode), "unit": get_args(Unit), "resize": (None, *get_args(Resize))}
     for name, choices in allowed.items():
         if values.get(name, ...) not in choices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spatial_tokens.adapters.huggingface.saving import save_adapter
+from spatial_tokens.adapters.huggingface.saving import is_sharded_model, save_adapter, trained_tensors
 from spatial_tokens.errors import MissingExtraError
 
 FOLDER = "spatial_tokens"
@@ -13,6 +13,8 @@ FOLDER = "spatial_tokens"
 
 def trainer_callback() -> Any:
     """A callback that writes an adapter into `spatial_tokens/` of each of Trainer's checkpoints.
+
+    Training does not begin if the spatial tokens cannot be saved, such as where PEFT wraps their layers.
 
     To resume: `load_adapter(base, checkpoint / "spatial_tokens", processor)`, then `train(resume_from_checkpoint=checkpoint)`.
 
@@ -25,9 +27,11 @@ def trainer_callback() -> Any:
         raise MissingExtraError("transformers", "hf") from error
 
     class SaveSpatialTokens(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+            trained_tensors(model)  # what cannot be saved is an error now, not after hours
+
         def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
-            sharded = any(hasattr(each, "full_tensor") for each in model.parameters())  # then all of them gather, one writes
-            if state.is_world_process_zero or sharded:
+            if state.is_world_process_zero or is_sharded_model(model):
                 save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FOLDER)
 
     return SaveSpatialTokens()
