@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface.saving import trained_tensors
 from spatial_tokens.storage.sharded import gathered, is_sharded, tensors_of, whole
-from spatial_tokens.training import INSTRUCTION_TUNING, LoRA
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA
+from spatial_tokens.training.prepare import load_trained, prepare, require_finite, save_trained
 from tests.training.on_cpu import import_deepspeed
-from tests.training.workers import ROWS, optimizer_of, zero_steps
+from tests.training.workers import ROWS, mean, optimizer_of, zero_steps
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
@@ -68,7 +69,6 @@ def zero3_loaded(case, rank, world):
 def zero3_files(case, rank, world):
     """What one process trained, loaded onto bases in parts by each of the functions that load, trained on, and saved again."""
     from spatial_tokens.adapters.huggingface import detach, load_adapter
-    from spatial_tokens.training.prepare import load_trained, prepare, require_finite, save_trained
     from tests.adapters.huggingface.models import llava
 
     stage = replace(INSTRUCTION_TUNING, lora=LoRA(rank=2, alpha=4, dropout=0.0))
@@ -124,13 +124,34 @@ def zero3_files(case, rank, world):
     return found
 
 
+def in_bfloat16(case, rank, world):
+    """Losses of `prepare`d models whose weights DeepSpeed casts (its `bf16`): ZeRO-2; ZeRO-3, attached before and after."""
+    from tests.adapters.huggingface.models import llava
+
+    losses = []
+    for stage, make in ((2, lambda base: base), (3, lambda base: base), (3, in_parts)):
+        base, plain = llava()
+        case.attach_to(make(base.to(torch.bfloat16)), plain)
+        model = prepare(case.model, ALIGNMENT)
+        settings = {**ZERO3, "bf16": {"enabled": True}, "zero_optimization": {**ZERO3["zero_optimization"], "stage": stage}}
+        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+        engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+        loss = case.loss(engine, list(ROWS)[rank::world])
+        engine.backward(loss)
+        engine.step()
+        losses.append(mean(loss))
+    return {"losses": losses}
+
+
 FILES = "zero3 files, llava"
+BFLOAT16 = "zero in bfloat16, llava"
 LOADED = "zero3 loaded in parts, llava"
 CHECKS_OF_TWO = {
     "zero3, cropping": (zero3, "cropping"),
     "zero3, llava": (zero3, "llava"),
     LOADED: (zero3_loaded, "llava"),
     FILES: (zero3_files, "llava"),
+    BFLOAT16: (in_bfloat16, "llava"),
 }
 if not find_spec("deepspeed"):
     CHECKS_OF_TWO = {}

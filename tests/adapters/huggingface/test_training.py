@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
@@ -319,96 +318,6 @@ def test_trainer_resumes_from_its_checkpoint(tmp_path):
     found = trained(*load_adapter(base, checkpoint / "spatial_tokens", plain), str(checkpoint))
     for name, each in expected.items():
         torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("order", ["attach first", "peft first", "modules_to_save"])
-def test_lora_of_the_language_model(order):
-    peft = pytest.importorskip("peft")
-    base, plain = llava()
-    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
-    if order == "peft first":
-        model = peft.get_peft_model(base, config)
-        model, processor = attach(model, plain, **FIELDS)
-    else:
-        model, processor = attach(base, plain, **FIELDS)
-        config.modules_to_save = ["spatial_tokens"] if order == "modules_to_save" else None
-        model = peft.get_peft_model(model, config)
-        if order == "attach first":
-            base.spatial_tokens.requires_grad_(True)
-    model.train()
-    model(**batch_of(processor)).loss.backward()
-    trained = {name for name, each in model.named_parameters() if each.grad is not None}
-    assert any("lora" in name for name in trained)
-    of_ours = [name for name in trained if "spatial_tokens" in name]
-    assert len(of_ours) == len(list(base.spatial_tokens.parameters())) // (2 if order == "modules_to_save" else 1)
-    assert not any("original_module" in name for name in of_ours)
-    assert model.eval().generate(**{k: v for k, v in batch_of(processor).items() if k != "labels"}, max_new_tokens=2).shape[0] == 1
-
-
-def lora(peft, **options):
-    return peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False, **options)
-
-
-def test_lora_and_adapter_in_two_folders(tmp_path):
-    """Loaded one after the other, in either order."""
-    peft = pytest.importorskip("peft")
-    base, plain = llava()
-    model, processor = attach(base, plain, **FIELDS)
-    model = peft.get_peft_model(model, lora(peft)).eval()
-    batch = batch_of(processor)
-    logits = model(**batch).logits
-    model.save_pretrained(tmp_path / "lora")
-    save_adapter(model, tmp_path / "ours")
-    assert all("lora" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
-    base, plain = llava()
-    first, _ = load_adapter(base, tmp_path / "ours", plain)
-    assert torch.equal(peft.PeftModel.from_pretrained(first, tmp_path / "lora").eval()(**batch).logits, logits)
-    base, plain = llava()
-    second, _ = load_adapter(peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval(), tmp_path / "ours", plain)
-    assert torch.equal(second(**batch).logits, logits)
-    merged = second.merge_and_unload()
-    torch.testing.assert_close(merged(**batch).logits, logits, rtol=1e-4, atol=1e-5)
-    assert not hasattr(detach(merged), "spatial_tokens")
-
-
-@pytest.mark.parametrize("saved_by", ["peft", "us"])
-def test_modules_to_save(tmp_path, saved_by):
-    """PEFT's copy of the spatial tokens is the one that is trained: it is what either file holds."""
-    peft = pytest.importorskip("peft")
-    base, plain = llava()
-    model, processor = attach(base, plain, **FIELDS)
-    model = peft.get_peft_model(model, lora(peft, modules_to_save=["spatial_tokens"])).eval()
-    with torch.no_grad():
-        for name, each in model.named_parameters():
-            if "modules_to_save" in name:
-                each.add_(0.1)
-            elif "lora" in name:
-                each.zero_()
-    batch = batch_of(processor)
-    logits = model(**batch).logits
-    base, plain = llava()
-    if saved_by == "peft":
-        model.save_pretrained(tmp_path)
-        attach(base, plain, **FIELDS)
-        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    else:
-        save_adapter(model, tmp_path)
-        loaded, _ = load_adapter(base, tmp_path, plain)
-    assert torch.equal(loaded(**batch).logits, logits)
-
-
-def test_lora_of_the_head_and_the_embeddings():
-    """Wrapped after attach: the reserved token is still never made, nor does it take a share of the loss."""
-    peft = pytest.importorskip("peft")
-    base, plain = llava()
-    model, processor = attach(base, plain, **FIELDS)
-    token = model._spatial_attachment.token_id
-    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj", "embed_tokens"], init_lora_weights=False)
-    model = peft.get_peft_model(model, config).eval()
-    batch = batch_of(processor)
-    assert (model(**batch).logits.softmax(-1)[..., token] == 0).all()
-    made = model.generate(**{name: each for name, each in batch.items() if name != "labels"}, max_new_tokens=3)
-    assert not (made[:, batch["input_ids"].shape[1] :] == token).any()
 
 
 # Several processes
