@@ -262,18 +262,24 @@ def test_drafts_from_the_prompt(length):
 # What is refused, and what is left behind
 
 
-def test_chunked_prefill_is_refused():
+@pytest.mark.parametrize("size", [64, 700])
+def test_chunks_of_a_prefill(size):
+    """The first chunk holds the placeholders: the answer is that of a prefill at once."""
     model, processor = attach(*llava(), **FIELDS)
     inputs = inputs_of(processor, ["<image> a?"], pictures(1))
-    with pytest.raises((SpatialTokensError, ValueError), match="prefill"):
-        model.generate(**inputs, prefill_chunk_size=64, max_new_tokens=2)
+    options = {**TURN, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = (
+        torch.stack(model.generate(**inputs, **options, prefill_chunk_size=each).logits) for each in (None, size)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_of_a_prefill_are_refused_and_leave_nothing(ready):
+def test_chunks_of_a_prefill_that_separate_placeholders(ready):
+    """Refused; nothing is left."""
     model, processor, place = ready
-    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    inputs = inputs_of(processor, [f"{place} a {place}"], pictures(2))
     expected = model.generate(**inputs, **TURN)
-    with pytest.raises((SpatialTokensError, ValueError), match="prefill"):
+    with pytest.raises((SpatialTokensError, ValueError), match=r"prefill|places for the spatial tokens of \[1\] images"):
         model.generate(**inputs, prefill_chunk_size=16, **TURN)
     assert torch.equal(model.generate(**inputs, **TURN), expected)
 
