@@ -22,6 +22,7 @@ from tests.modules.checks import assert_all_close
 from tests.tolerances import FLOAT32, assert_close
 from tests.training import on_cpu, workers
 from tests.training.workers import CASES, CHECKS, CONFIGS, STATE_DICTS
+from tests.training.zero3 import BFLOAT16, CHECKS_OF_TWO, FILES, LOADED
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +67,37 @@ def assert_same(found, weights, expected, expected_weights):
 def test_as_one_process(ran, alone, name):
     found, folder = ran(name)
     assert_same(found, weights_in(folder), *alone(CHECKS[name][1]))
+
+
+@pytest.fixture(scope="module")
+def of_two(ran):
+    """What each of two processes found, where that is what `ran` ran."""
+    if not CHECKS_OF_TWO:
+        pytest.skip("deepspeed is not installed")
+    if len(ran(next(iter(CHECKS)))[0]) != 2:
+        pytest.skip("these are checks of two processes")
+    return ran
+
+
+@pytest.mark.parametrize("name", ["zero3, cropping", "zero3, llava", LOADED])
+def test_zero3_as_one_process(of_two, alone, name):
+    """Attached first; attached to a base that was loaded in parts."""
+    found, folder = of_two(name)
+    assert_same(found, weights_in(folder), *alone(CHECKS_OF_TWO[name][1]))
+    assert found[0].get("base is whole", True)
+
+
+def test_files_under_zero3(of_two):
+    found, _ = of_two(FILES)
+    names = ("load_adapter", "detach", "load_trained", "a step, and the same again", "nan is seen")
+    assert found == [dict.fromkeys(names, True)] * 2
+
+
+def test_prepared_models_that_deepspeed_casts(of_two, alone):
+    found, _ = of_two(BFLOAT16)
+    expected = alone("llava")[0]["losses"][0]
+    for each in found:
+        torch.testing.assert_close(torch.tensor(each["losses"]), torch.full((3,), expected), rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("tensor parallel")])

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 import transformers
 
 from spatial_tokens import SpatialTokensError
@@ -216,13 +217,10 @@ def test_spatial_tokens_of_peft_on_a_base_that_has_none(tmp_path, loaded_by):
     else:
         model = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
         model = base if loaded_by == "the base of peft" else model
-    with pytest.raises(
-        SpatialTokensError, match="'default' has 'spatial_tokens' among its modules_to_save.*attach to the base first"
-    ):
-        if loaded_by == "load_adapter":
-            load_adapter(model, tmp_path / "ours", plain)
-        else:
-            attach(model, plain, **FIELDS)
+    again = load_adapter if loaded_by == "load_adapter" else attach
+    options = {"directory": tmp_path / "ours"} if again is load_adapter else FIELDS
+    with pytest.raises(SpatialTokensError, match=r"'default' has 'spatial_tokens' among its modules_to_save.* to the base first"):
+        again(model, processor=plain, **options)
 
 
 def test_a_folder_of_ours_given_to_peft_and_transformers(tmp_path):
