@@ -19,7 +19,6 @@ from spatial_tokens.adapters.huggingface.layouts import tiles_of
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_placeholders, without_placeholders
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
-from spatial_tokens.adapters.huggingface.saved_base import SaveBase
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.grid import as_size, crop_sizes
@@ -116,7 +115,6 @@ def attach(
     setattr(inner, NAME, made.train(inner.training))
     attachment.undo.append(partial(delattr, inner, NAME))
     attachment.install()
-    attachment.replace(inner, "save_pretrained", SaveBase(inner, NAME))
     attachment.replace(inner, ATTRIBUTE, attachment)
     _forget_compiled_code()
     return model, copied

@@ -33,7 +33,7 @@ from spatial_tokens.adapters.huggingface.around import Around
 from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording
 from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts
-from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places
+from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
 from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
@@ -93,7 +93,11 @@ class Attachment:
             base.register_forward_hook(self.end_call, always_call=True),
             self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
         ]
-        around = {(base, "get_image_features"): self.encode, (base, "get_video_features"): self.encode_video}
+        around = {
+            (base, "get_image_features"): self.encode,
+            (base, "get_video_features"): self.encode_video,
+            (model, "save_pretrained"): self.save_base,
+        }
         if self.mode == "own":
             hooks += [
                 model.register_forward_pre_hook(self.mask_labels, with_kwargs=True),
@@ -116,6 +120,13 @@ class Attachment:
         """Undoes everything."""
         while self.undo:
             self.undo.pop()()
+
+    def save_base(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `save_pretrained`: the base alone is written, as it was."""
+        given = arguments.get("state_dict")
+        given = self.parts.model.state_dict() if given is None else given
+        arguments["state_dict"] = {name: each for name, each in given.items() if not name.startswith(f"{NAME}.")}
+        return original(**arguments)
 
     # generate
 
@@ -149,7 +160,7 @@ class Attachment:
         mask = labels == self.token.id
         replaced = {"labels": labels.masked_fill(mask, IGNORED)}
         if kwargs.get("num_items_in_batch") is not None:
-            replaced["num_items_in_batch"] = _without_placeholders(kwargs["num_items_in_batch"], labels, mask)
+            replaced["num_items_in_batch"] = uncounted(kwargs["num_items_in_batch"], labels, mask)
         return args, {**kwargs, **replaced}
 
     def start_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -381,23 +392,6 @@ class Attachment:
             return tap(blank)[..., :0].sum().to(embeddings)  # type: ignore[no-any-return]
         trained = [each for each in tap.parameters() if each.requires_grad]
         return torch.stack([0 * each.sum() for each in trained]).sum() if trained else embeddings.new_zeros(())
-
-
-def _without_placeholders(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Trainer's `num_items_in_batch`, which a collator that leaves placeholders among the labels made too large.
-
-    Raises:
-        SpatialTokensError: If it is of more batches than this one, whose placeholders are not known here.
-    """
-    if not bool(mask.any()):
-        return counted
-    for first in (0, 1):  # since transformers 5.24 the first of a row, which nothing predicts, is not counted
-        if int(counted) == int((labels[..., first:] != IGNORED).sum()):
-            return counted - int(mask[..., first:].sum())
-    raise SpatialTokensError(
-        f"labels of placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), which is of several "
-        "batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
-    )
 
 
 def _is_ids(value: Any, dimensions: int | None = 2) -> bool:
