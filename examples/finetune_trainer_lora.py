@@ -46,6 +46,7 @@ def main(model, processor, rows, output, *, steps=100, batch=4, **fields):
     arguments = TrainingArguments(
         output_dir=output, max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, logging_steps=1,
         remove_unused_columns=False, report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_nan_inf_filter=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=Collator(processor))
     trainer.train()

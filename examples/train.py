@@ -25,8 +25,9 @@ import yaml
 from transformers import TrainerState, TrainingArguments, set_seed
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
-from spatial_tokens.adapters.huggingface import attach, llava_from_parts, load_adapter
+from spatial_tokens.adapters.huggingface import attach, load_adapter
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
+from spatial_tokens.checkpoint import llava_from_parts
 from spatial_tokens.errors import reason, shown
 from spatial_tokens.storage.files import make_directory, read_text
 from spatial_tokens.training import STAGES, LoRA
@@ -87,8 +88,12 @@ RANGES = {
     **dict.fromkeys(POSITIVE, (", greater than 0", lambda value: value > 0)),
     **dict.fromkeys(("seed", "data_seed"), (" from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)),
     "max_steps": (", greater than 0, or -1 to train for num_train_epochs", lambda value: value > 0 or value == -1),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2"), (" from 0.0 to below 1.0", lambda value: type(value) is float and 0 <= value < 1)
+    ),
     "local_rank": ("", lambda value: True),
 }
+TRANSFORMERS_ERRORS = (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 NOT_NEGATIVE = (", at least 0", lambda value: value >= 0)
 WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list", dict: "a mapping"} | {
     type(None): "null"
@@ -126,8 +131,9 @@ def main(arguments):
             stage=stage, on_nan=run.on_nan, model=model, args=training, train_dataset=data, eval_dataset=evaluation,
             data_collator=Collator(processor.tokenizer.pad_token_id),
         )  # fmt: skip
+        trainer.get_optimizer_cls_and_kwargs(training)
         num_steps = steps_of(trainer)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise as_ours(error, arguments[0]) from error
 
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -180,13 +186,13 @@ def read_config(arguments):
         "report_to": "none", "remove_unused_columns": False, "label_names": ["labels"],
         "gradient_accumulation_steps": stage.global_batch_size // per_step,
     }  # fmt: skip
-    if values.get("eval_strategy", "no") != "no" and values.get("eval_data") is None:
-        raise SpatialTokensError(f"{path}: eval_strategy needs eval_data")
+    if values.get("eval_data") is None and (values.get("eval_strategy", "no") != "no" or values.get("eval_on_start")):
+        raise SpatialTokensError(f"{path}: eval_strategy and eval_on_start need eval_data")
     of_run = {each.name for each in fields(Run)}
     run = Run(**{name: value for name, value in values.items() if name in of_run})
     try:
         training = TrainingArguments(**{**defaults, **{name: value for name, value in values.items() if name not in of_run}})
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except TRANSFORMERS_ERRORS as error:
         raise as_ours(error, path) from error
     if training.fp16 and training.device.type == "cpu":
         raise SpatialTokensError(f"{path}: fp16 needs a GPU; leave it out, or use bf16")
@@ -197,7 +203,9 @@ def read_config(arguments):
 
 def as_ours(error, path):
     """What transformers said about a config, on one line."""
-    return error if isinstance(error, SpatialTokensError) else SpatialTokensError(f"{path}: {reason(error)}")
+    if isinstance(error, SpatialTokensError):
+        return error
+    return SpatialTokensError(f"{path}: {'unknown value ' if isinstance(error, KeyError) else ''}{reason(error)}")
 
 
 def changes_of(words):
@@ -226,6 +234,7 @@ def require_known(path, values):
 def require_values(path, values):
     """Raises SpatialTokensError at a value of another type than its field's, or a number out of range."""
     hints = get_type_hints(TrainingArguments) | get_type_hints(Run)
+    hints["fsdp"] = bool | str | list | None  # which transformers takes, whatever its hint says
     for name, value in values.items():
         words, allows = RANGES.get(name, NOT_NEGATIVE)
         if not fits(value, hints[name]) or (type(value) in (int, float) and not allows(value)):
@@ -351,8 +360,8 @@ if __name__ == "__main__":
         if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
             raise SpatialTokensError("give a config: python examples/train.py CONFIG.yaml [--name value ...]")
         main(sys.argv[1:])
-    except SpatialTokensError as error:
-        sys.exit(f"train.py: error: {error}")
+    except (SpatialTokensError, ImportError) as error:
+        sys.exit(f"train.py: error: {reason(error)}")
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)

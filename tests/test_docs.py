@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spatial_tokens.cli import _parser
+from spatial_tokens.cli.parser import make_parser
 
 pytest.importorskip("timm")
 
@@ -37,7 +37,7 @@ def test_commands(page):
         for command in line.split("&&"):
             program, *arguments = shlex.split(command)
             if Path(program).name == "spatial-tokens":
-                _parser().parse_args(arguments)
+                make_parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

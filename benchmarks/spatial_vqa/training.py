@@ -132,7 +132,7 @@ def another_pictures(part: nn.Module) -> Iterator[None]:
 def prefix_of(model: Any) -> list[int]:
     """A picture's places in the text: those of its spatial tokens, if it has any, and of its patches."""
     attachment = getattr(model, "_spatial_attachment", None)
-    spatial = [] if attachment is None else [attachment.token_id] * attachment.config.num_spatial_tokens
+    spatial = [] if attachment is None else [attachment.token_id] * attachment.num_spatial_tokens
     return [IDS[START], *spatial, *[IDS[IMAGE]] * (GRID * GRID)]
 
 

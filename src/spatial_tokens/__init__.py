@@ -1,8 +1,12 @@
 """Visual spatial tokens for vision-language models (LLaVA-SP): patch features in, spatial and patch tokens out."""
 
-from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spatial_tokens.config import SPProjectorConfig
+    from spatial_tokens.errors import SpatialTokensError
+    from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
 
 __all__ = [
     "DetailFeatureIntegrator",
@@ -14,3 +18,13 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+if not TYPE_CHECKING:  # a type checker would believe that every name is there
+
+    def __getattr__(name):
+        """Imports the library, and torch, when a name is first asked for, so that the command starts before torch is imported."""
+        homes = {"SPProjectorConfig": "config", "SpatialTokensError": "errors"}
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(f"{__name__}.{homes.get(name, 'modules')}"), name)
+        return value

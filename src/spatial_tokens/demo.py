@@ -12,6 +12,7 @@ from torch import nn
 
 from spatial_tokens import visualize
 from spatial_tokens.adapters.timm import TimmPatchEncoder
+from spatial_tokens.checks import check_seed
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.grid import crop_sizes
 from spatial_tokens.modules import SPProjector
@@ -74,16 +75,19 @@ def run_demo(
         seed: Of the random weights.
 
     Raises:
-        SpatialTokensError: If the picture cannot be read, the preset or the encoder is unknown, or a PNG cannot be written.
+        SpatialTokensError: If the picture cannot be read, the preset, the encoder or the seed is none that there is, or a PNG
+            cannot be written.
     """
+    check_seed(seed)
     report = Report()
     picture = read_picture(image) if image is not None else visualize.sample_picture()
     folder = make_directory(output)
 
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        small = not (full_size or pretrained or encoder_name)
-        encoder = TimmPatchEncoder(encoder_name or PAPER_ENCODER, pretrained=pretrained, **(SMALL if small else {})).eval()
+        small = not (full_size or pretrained or encoder_name is not None)
+        name = PAPER_ENCODER if encoder_name is None else encoder_name
+        encoder = TimmPatchEncoder(name, pretrained=pretrained, **(SMALL if small else {})).eval()
         config = _fit(preset, encoder, {} if full_size else SMALL_WIDTHS, report)
         projector = SPProjector.from_config(config).eval()
         seen, attention = _run_stages(picture, encoder, projector, report)

@@ -13,7 +13,10 @@ from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.adapters.huggingface.api import ATTRIBUTE, attachment_of
 from spatial_tokens.adapters.huggingface.hooks import Resize
 from spatial_tokens.adapters.huggingface.model_parts import find_parts
+from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
+from spatial_tokens.checks import check_seed
+from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -66,13 +69,16 @@ def run_model_demo(name: str, image: str | None, *, prompt: str, preset: str, se
         seed: Of the random weights.
 
     Raises:
-        SpatialTokensError: If picture, model or preset cannot be had, or spatial tokens cannot be attached to the model.
+        SpatialTokensError: If picture, model or preset cannot be had, spatial tokens cannot be attached to the model, or the prompt
+            contains a special token such as an image's placeholder.
     """
+    check_seed(seed)
     picture = visualize.sample_picture() if image is None else read_picture(image)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
         model, processor = tiny_llava() if name == TINY else from_hub(name)
         model.eval()
+        _check_prompt(processor, prompt)
         before, logits, _ = _ask(model, processor, picture, prompt, "without")
         narrow: dict[str, Any] = {"spatial_hidden_size": 64} if name == TINY else {}
         resize: Resize | None = "pool" if find_parts(model).grid_size is None else None
@@ -99,6 +105,15 @@ def _ask(model: Any, processor: Any, picture: Image, prompt: str, label: str) ->
     spatial = 0 if attachment is None else int((ids == attachment.token_id).sum())
     num_made = made.shape[1] - len(ids) if made.shape[1] > len(ids) else made.shape[1]
     return Run(label, len(ids), image_tokens, spatial, num_made / seconds), logits, ids
+
+
+def _check_prompt(processor: Any, prompt: str) -> None:
+    """Raises SpatialTokensError if a prompt contains a special token, such as the placeholder of an image."""
+    added = getattr(processor.tokenizer, "added_tokens_decoder", {}).values()
+    placeholders = [getattr(processor, name, None) for name in ("image_token", "boi_token", "video_token", "audio_token")]
+    for token in [TOKEN, *processor.tokenizer.all_special_tokens, *(each.content for each in added if each.special), *placeholders]:
+        if token and token in prompt:
+            raise SpatialTokensError(f"the prompt must not contain the special token {token!r}, got {shown(prompt)}; leave it out")
 
 
 def _text(processor: Any, prompt: str) -> str:

@@ -14,6 +14,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def on_one_line(text: str) -> str:
+    """A text whose line breaks and control characters, those of a file's name say, are written as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def reason(error: BaseException) -> str:
     """What another library's error says, on one line, to be quoted in one of ours."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__

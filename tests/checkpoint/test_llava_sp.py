@@ -554,6 +554,8 @@ def test_packed_weights_are_named():
     """As bitsandbytes keeps a linear layer of the MLP of the patches."""
     packed = {"mm_projector.0.weight": torch.ones(11, 1, dtype=torch.uint8), "mm_projector.0.weight.absmax": torch.ones(1)}
     refused(r"the state dict holds 4-bit weights of bitsandbytes \(mm_projector.0.weight\)", {**released(), **packed})
+    packed = without(released(), "mm_projector.0.weight") | {"mm_projector.0.qweight": torch.ones(1, 7, dtype=torch.int32)}
+    refused(r"the state dict holds packed weights of GPTQ or AWQ \(mm_projector.0.qweight\)", packed)
 
 
 @pytest.mark.parametrize("given_dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])

@@ -301,6 +301,16 @@ def test_programs_are_not_run(tmp_path):
         read_tensors(tmp_path / "file.pt")
 
 
+def test_advice_to_run_code_is_not_passed_on(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("cannot load this with weights_only=True; set weights_only=False")
+
+    (tmp_path / "file.bin").write_bytes(b"\x80\x02\xff")
+    monkeypatch.setattr(torch, "load", load)
+    with refused(r"file\.bin is not a whole .*: it is damaged, or was not written by torch\.save$"):
+        read_tensors(tmp_path / "file.bin")
+
+
 def test_tensors_without_values_are_not_read(tmp_path):
     torch.save({"a": torch.ones(2), "b": torch.ones(2, device="meta")}, tmp_path / "file.bin")
     with refused(r"cannot use .*file\.bin: b is on the meta device, without values"):
@@ -319,6 +329,23 @@ def test_what_was_read_does_not_change_with_its_file(tmp_path, suffix):
     same(read, TENSORS)
     os.truncate(path, 0)
     same(read, TENSORS)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_as_it_was(tmp_path, monkeypatch):
+    """safetensors reads the header, and then lets PyTorch map the file by its name."""
+    path, open_by_name, opened = tmp_path / "file.safetensors", torch.UntypedStorage.from_file, []
+    write_tensors(path, TENSORS, {"save": "first"})
+
+    def replaced(*args, **options):
+        opened.append(args)
+        write_tensors(path, {name: torch.zeros_like(each) for name, each in TENSORS.items()}, {"save": "second"})
+        return open_by_name(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(replaced))
+    tensors, metadata = read_safetensors(path)
+    same(tensors, TENSORS)
+    assert metadata["save"] == "first"
+    assert opened
 
 
 @pytest.mark.parametrize("path", [None, 3, b"file", ["file"]])

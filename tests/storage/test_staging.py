@@ -188,18 +188,46 @@ def test_names_like_ours_are_not_touched(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*names, "file"])
 
 
-def test_files_and_their_directory_are_on_the_disk(tmp_path, monkeypatch):
-    """Each file before it is renamed, its directory afterwards."""
+@pytest.fixture
+def events(monkeypatch):
+    """Each file that is flushed to the disk or renamed, by its inode, in order."""
     events, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(("fsync", os.fstat(file).st_ino)), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("replace", os.stat(a).st_ino)), replace(a, b)))
-    build().save_pretrained(tmp_path / "new")
-    where = [("fsync", (tmp_path / "new").stat().st_ino), ("fsync", tmp_path.stat().st_ino)]
+    return events
+
+
+def flushed(path):
+    return "fsync", path.stat().st_ino
+
+
+def renamed(path):
+    return "replace", path.stat().st_ino
+
+
+def test_files_and_their_directory_are_on_the_disk(tmp_path, events):
+    """Each file before it is renamed, its directory afterwards."""
+    folder = tmp_path / "new"
+    build().save_pretrained(folder)
     for name in ("model.safetensors", "config.json"):
-        renamed = events.index(("replace", (tmp_path / "new" / name).stat().st_ino))
-        assert ("fsync", events[renamed][1]) in events[:renamed]
-        assert where[0] in events[renamed:]
-    assert where[1] in events, "the directory that holds the new directory"
+        at = events.index(renamed(folder / name))
+        assert flushed(folder / name) in events[:at]
+        assert flushed(folder) in events[at:]
+    assert flushed(tmp_path) in events, "the directory that holds the new directory"
+
+
+def test_a_directory_is_on_the_disk(tmp_path, events):
+    write_directory(tmp_path / "out", "text")
+    at = events.index(renamed(tmp_path / "out"))
+    for path in ("out", "out/a", "out/below", "out/below/b"):
+        assert flushed(tmp_path / path) in events[:at]
+    assert flushed(tmp_path) in events[at:]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_marked(tmp_path, events):
+    (tmp_path / "weights").write_text("weights")
+    mark_complete(tmp_path)
+    assert events.index(flushed(tmp_path / "weights")) < events.index(renamed(tmp_path / "complete.json"))
 
 
 def test_a_disk_that_cannot_hold_a_file_is_an_error(tmp_path, monkeypatch):

@@ -134,14 +134,15 @@ def test_killed_and_resumed_is_the_same_run(folder, uninterrupted):
     assert losses(folder / "killed") == uninterrupted
 
 
-def test_a_damaged_checkpoint_is_passed_over(folder, uninterrupted):
-    run(folder, SCRIPT, *small("damaged", max_steps=4))
-    optimizer = folder / "damaged" / "checkpoint-4" / "optimizer.pt"
+def test_a_damaged_checkpoint_is_passed_over(there, capsys):
+    train = example("train")
+    train.main(small("damaged", max_steps=4))
+    optimizer = there / "damaged" / "checkpoint-4" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
-    done = run(folder, SCRIPT, *small("damaged"))
-    assert "passed over a checkpoint" in done.stderr
-    assert "resumed from damaged/checkpoint-2" in done.stdout
-    assert len(losses(folder / "damaged")) == 6
+    with pytest.warns(UserWarning, match="passed over a checkpoint"):
+        train.main(small("damaged"))
+    assert "resumed from damaged/checkpoint-2" in capsys.readouterr().out
+    assert len(losses(there / "damaged")) == 6
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(there, monkeypatch):

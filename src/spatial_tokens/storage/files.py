@@ -175,14 +175,20 @@ def read_safetensors(
     """
     path = as_path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb") as held, safe_open(_same_file(path, held.fileno()), framework="pt") as file:
             # A tensor of `safe_open` is a view of the mapped file, and changes with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        if not os.path.lexists(path):
-            raise SpatialTokensError(f"{path} does not exist") from error
+    except FileNotFoundError as error:
+        raise SpatialTokensError(f"{path} does not exist") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SpatialTokensError(f"{path} is not a whole safetensors file: {_fault(path, reason(error))}") from error
+
+
+def _same_file(path: Path, descriptor: int) -> Path:
+    """Another name of an open file: `safe_open` opens twice, and a save may have replaced what is at `path` in between."""
+    link = Path(f"/proc/self/fd/{descriptor}")
+    return link if link.exists() else path
 
 
 def require_values(tensors: Mapping[str, torch.Tensor], what: str) -> None:

@@ -1,4 +1,4 @@
-"""Conversations as tensors: images opened, slots in place, loss on the answers alone."""
+"""Conversations as tensors: images opened, placeholders in place, loss on the answers alone."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
     Args:
         path: The file.
         image_folder: What the images' paths are relative to.
-        processor: The model's, which inserts slots (`attach` returns it); its tokenizer must be a fast one.
+        processor: The model's, which inserts placeholders (`attach` returns it); its tokenizer must be a fast one.
         template: See `conversations.render`.
-        max_length: The most tokens of a sample, image tokens and slots included; what is beyond is cut off.
+        max_length: The most tokens of a sample, image tokens and placeholders included; what is beyond is cut off.
         on_bad_sample: "stop" or "skip".
         bad_samples_file: Where "skip" writes what it leaves out, a JSON line each.
         allow_images_outside: Whether an image's path may leave `image_folder` (`../1.jpg`, `/data/1.jpg`). Links in the folder are
@@ -180,8 +180,8 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
                 runs.append([])
             else:
                 runs[-1].append((word, is_learned))
-        slot = reserved_id_of(self.processor)
-        places = [place for place, each in enumerate(ids) if each != slot]
+        reserved = reserved_id_of(self.processor)
+        places = [place for place, each in enumerate(ids) if each != reserved]
         ids, where, at = [ids[place] for place in places], [], 0
         for number, run in enumerate(runs):
             words = [word for word, _ in run]

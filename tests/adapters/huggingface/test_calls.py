@@ -133,6 +133,16 @@ def test_a_second_turn_with_a_literal_token(generating):
         call(input_ids=ids, past_key_values=cache, **options)
 
 
+def test_the_language_model_alone():
+    model, processor = attach(*llava(), **FIELDS)
+    ids = processor(images=pictures(1), text="<image> is", return_tensors="pt")["input_ids"]
+    with pytest.raises(SpatialTokensError, match="call the whole model, not its language model"):
+        model.get_decoder()(input_ids=ids)
+    with pytest.raises(SpatialTokensError, match="row 0 has 6 places"):
+        model.get_decoder()(inputs_embeds=model.get_input_embeddings()(ids))
+    assert model.get_decoder()(input_ids=ids[:, -2:]).last_hidden_state.shape == (1, 2, 64)
+
+
 def replicated(model):
     """What nn.DataParallel makes for another device: modules copied without their hooks' objects."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}

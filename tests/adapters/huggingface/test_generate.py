@@ -223,10 +223,11 @@ def test_generate_sees_the_vocabulary_of_the_base(ready, options):
     assert {each.shape[-1] for each in (*made.logits, *(made.scores or ()))} == {model.config.get_text_config().vocab_size}
 
 
-def test_a_plain_assistant(ready):
-    """The base itself, of the vocabulary that it had: it drafts from the text alone; the answer is the model's own."""
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_assistant(ready, attached):
+    """Of the same vocabulary, without or with spatial tokens: it drafts from the text alone; the answer is the model's own."""
     model, processor, place = ready
-    assistant = detach(copy.deepcopy(model))
+    assistant = copy.deepcopy(model) if attached else detach(copy.deepcopy(model))
     inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
     options = {**TURN, "max_new_tokens": 6, "suppress_tokens": list(range(WORDS, model.config.get_text_config().vocab_size))}
     assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), model.generate(**inputs, **options))
@@ -261,18 +262,24 @@ def test_drafts_from_the_prompt(length):
 # What is refused, and what is left behind
 
 
-def test_chunked_prefill_is_refused():
+@pytest.mark.parametrize("size", [64, 700])
+def test_chunks_of_a_prefill(size):
+    """The first chunk holds the placeholders: the answer is that of a prefill at once."""
     model, processor = attach(*llava(), **FIELDS)
     inputs = inputs_of(processor, ["<image> a?"], pictures(1))
-    with pytest.raises((SpatialTokensError, ValueError), match="prefill"):
-        model.generate(**inputs, prefill_chunk_size=64, max_new_tokens=2)
+    options = {**TURN, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = (
+        torch.stack(model.generate(**inputs, **options, prefill_chunk_size=each).logits) for each in (None, size)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_of_a_prefill_are_refused_and_leave_nothing(ready):
+def test_chunks_of_a_prefill_that_separate_placeholders(ready):
+    """Refused; nothing is left."""
     model, processor, place = ready
-    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    inputs = inputs_of(processor, [f"{place} a {place}"], pictures(2))
     expected = model.generate(**inputs, **TURN)
-    with pytest.raises((SpatialTokensError, ValueError), match="prefill"):
+    with pytest.raises((SpatialTokensError, ValueError), match=r"prefill|places for the spatial tokens of \[1\] images"):
         model.generate(**inputs, prefill_chunk_size=16, **TURN)
     assert torch.equal(model.generate(**inputs, **TURN), expected)
 

@@ -47,10 +47,16 @@ def test_gradients_reach_every_spatial_parameter(ready):
     assert all(grad.abs().sum() > 0 for name, grad in found.items() if not name.endswith(unseen))
 
 
-def test_text_alone_gives_gradients_of_zero(ready):
-    model, processor = copy.deepcopy(ready[0]).train(), ready[1]
-    model(**batch_of(processor, with_image=False)).loss.backward()
+@pytest.mark.parametrize("mode", ["own", "image"])
+def test_text_alone_gives_gradients_of_zero(mode):
+    base, plain = llava()
+    model, processor = attach(base, plain, mode=mode, **FIELDS)
+    model.train()(**batch_of(processor, with_image=False)).loss.backward()
     assert all(each.grad is not None and not each.grad.any() for each in model.spatial_tokens.parameters())
+    model.zero_grad()
+    model(**batch_of(processor)).loss.backward()
+    assert all(each.grad is not None for each in model.spatial_tokens.parameters())
+    assert any(each.grad.any() for each in model.spatial_tokens.parameters())
 
 
 def test_text_alone_is_what_it_was_before(ready):

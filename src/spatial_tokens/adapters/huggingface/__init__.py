@@ -1,9 +1,11 @@
 """Spatial tokens in any Hugging Face vision-language model: `attach` them, use and train the model as ever, save them beside it."""
 
+from importlib import import_module
+from typing import Any
+from warnings import warn
+
 from spatial_tokens.adapters.huggingface.api import attach, detach, insert_placeholders, insert_slots
-from spatial_tokens.adapters.huggingface.assembly import llava_from_parts
 from spatial_tokens.adapters.huggingface.collator import MaskPlaceholders
-from spatial_tokens.adapters.huggingface.released import from_released
 from spatial_tokens.adapters.huggingface.replace_projector import replace_projector
 from spatial_tokens.adapters.huggingface.saving import load_adapter, push_to_hub, save_adapter
 from spatial_tokens.adapters.huggingface.trainer import trainer_callback
@@ -14,13 +16,18 @@ __all__ = [
     "MaskPlaceholders",
     "attach",
     "detach",
-    "from_released",
     "insert_placeholders",
     "insert_slots",
-    "llava_from_parts",
     "load_adapter",
     "push_to_hub",
     "replace_projector",
     "save_adapter",
     "trainer_callback",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("from_released", "llava_from_parts"):
+        warn(f"{name} is in spatial_tokens.checkpoint now", FutureWarning, stacklevel=2)
+        return getattr(import_module("spatial_tokens.checkpoint"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

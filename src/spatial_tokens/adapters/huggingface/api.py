@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,6 @@ from spatial_tokens.adapters.huggingface.layouts import tiles_of
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_placeholders, without_placeholders
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
-from spatial_tokens.adapters.huggingface.saved_base import SaveBase
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.grid import as_size, crop_sizes
@@ -75,6 +75,13 @@ def attach(
         model.generate(**inputs)
     """
     _require_transformers()
+    if "config" in fields:
+        warnings.warn("attach takes projector= now, instead of config=", FutureWarning, stacklevel=2)
+        projector = fields.pop("config")
+    if not isinstance(projector, (SPProjector, SPProjectorConfig, str)):
+        raise SpatialTokensError(
+            f"projector must be a preset's name, an SPProjectorConfig or an SPProjector, got {shown(projector)}"
+        )
     _require_one_of("mode", mode, ("auto", "own", "image"))
     _require_one_of("unit", unit, ("image", "tile"))
     _require_one_of("resize", resize, (None, "pool", "interpolate"))
@@ -108,7 +115,6 @@ def attach(
     setattr(inner, NAME, made.train(inner.training))
     attachment.undo.append(partial(delattr, inner, NAME))
     attachment.install()
-    attachment.replace(inner, "save_pretrained", SaveBase(inner, NAME))
     attachment.replace(inner, ATTRIBUTE, attachment)
     _forget_compiled_code()
     return model, copied
@@ -170,7 +176,10 @@ def insert_placeholders(
     )
 
 
-insert_slots = insert_placeholders  # its name in 0.1
+def insert_slots(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The old name of `insert_placeholders`."""
+    warnings.warn("insert_slots is called insert_placeholders now", FutureWarning, stacklevel=2)
+    return insert_placeholders(*args, **kwargs)
 
 
 def unwrapped(model: Any) -> Any:

@@ -8,7 +8,13 @@ from typing import Any
 
 
 class Around:
-    """A method of an object, with something around it; it has the method's signature, which transformers reads."""
+    """A method of an object, with something around it; it has the method's signature, which transformers reads.
+
+    Args:
+        owner: The object.
+        name: The method's.
+        around: What is called instead, with the method and its arguments by name.
+    """
 
     def __init__(self, owner: Any, name: str, around: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
         self.owner, self.name, self.around, self.before = owner, name, around, vars(owner).get(name)
@@ -17,7 +23,9 @@ class Around:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._before())
+        if self.before is not None:
+            return inspect.signature(self.before)
+        return inspect.signature(getattr(type(self.owner), self.name).__get__(self.owner))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(self.names):
@@ -26,11 +34,6 @@ class Around:
         return self.around(self._original, {**named, **kwargs})
 
     def _original(self, **kwargs: Any) -> Any:
-        return self._before()(**kwargs)
-
-    def _before(self) -> Callable[..., Any]:
-        """What the owner had: an attribute of its own, or its class's method."""
-        before: Callable[..., Any] = (
-            getattr(type(self.owner), self.name).__get__(self.owner) if self.before is None else self.before
-        )
-        return before
+        if self.before is not None:
+            return self.before(**kwargs)
+        return getattr(type(self.owner), self.name)(self.owner, **kwargs)  # torch.compile cannot trace `__get__`

@@ -45,7 +45,7 @@ class Call:
         self.input_ids: torch.Tensor | None = None
         self.placeholders: torch.Tensor | None = None  # (B, L); of generate: those of the prompt, on the CPU
         self.features: Features | None = None
-        self.prefilled = False  # of generate: whether the prompt's placeholders have been filled
+        self.filled = False  # whether spatial tokens have been made; of generate: or there is nothing left of the prompt to fill
 
 
 class Current:

@@ -33,7 +33,7 @@ from spatial_tokens.adapters.huggingface.around import Around
 from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording
 from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts
-from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places
+from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
 from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
@@ -91,12 +91,16 @@ class Attachment:
             tap.register_forward_hook(self.count),
             base.register_forward_pre_hook(self.start_call, with_kwargs=True),
             base.register_forward_hook(self.end_call, always_call=True),
+            self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
         ]
-        around = {(base, "get_image_features"): self.encode, (base, "get_video_features"): self.encode_video}
+        around = {
+            (base, "get_image_features"): self.encode,
+            (base, "get_video_features"): self.encode_video,
+            (model, "save_pretrained"): self.save_base,
+        }
         if self.mode == "own":
             hooks += [
                 model.register_forward_pre_hook(self.mask_labels, with_kwargs=True),
-                self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
                 self.parts.embeddings.register_forward_pre_hook(self.mask_ids),
                 self.parts.embeddings.register_forward_hook(self.mark_embeddings),
             ]
@@ -116,6 +120,13 @@ class Attachment:
         """Undoes everything."""
         while self.undo:
             self.undo.pop()()
+
+    def save_base(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around `save_pretrained`: the base alone is written, as it was."""
+        given = arguments.get("state_dict")
+        given = self.parts.model.state_dict() if given is None else given
+        arguments["state_dict"] = {name: each for name, each in given.items() if not name.startswith(f"{NAME}.")}
+        return original(**arguments)
 
     # generate
 
@@ -149,7 +160,7 @@ class Attachment:
         mask = labels == self.token.id
         replaced = {"labels": labels.masked_fill(mask, IGNORED)}
         if kwargs.get("num_items_in_batch") is not None:
-            replaced["num_items_in_batch"] = _without_placeholders(kwargs["num_items_in_batch"], labels, mask)
+            replaced["num_items_in_batch"] = uncounted(kwargs["num_items_in_batch"], labels, mask)
         return args, {**kwargs, **replaced}
 
     def start_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,6 +208,8 @@ class Attachment:
         if self.parts.family.tiles == "anyres" and self.unit == "image":
             maps = thumbnails(maps, arguments, self.parts.model.config)
         if self.mode == "image":
+            if current.call is not None:
+                current.call.filled = True
             return joined(outputs, self.tokens(maps))
         features = Features(maps, recording.num_tokens // max(1, len(maps)))
         if current.call is not None:
@@ -233,21 +246,24 @@ class Attachment:
 
     def scatter_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the language model: spatial tokens in their places."""
-        embeddings = kwargs.get("inputs_embeds")
+        embeddings, call = kwargs.get("inputs_embeds"), self.threads.current.call
         if embeddings is None:
+            if call is None:
+                self._require_no_ids(kwargs.get("input_ids", args[0] if args else None))
             return None
-        call = self.threads.current.call or Call()
+        call = call or Call()
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # of that name before transformers 5.24
         features, call.features = call.features, None
         if features is None:
-            self._require_no_places(call, embeddings, cache)
-            if not self._must_take_part():
+            if self.mode == "own":
+                self._require_no_places(call, embeddings, cache)
+            if call.filled or not self._must_take_part():
                 return None
             return args, {**kwargs, "inputs_embeds": embeddings + self._no_tokens(embeddings)}
         mask = self._mask(call, embeddings, cache)
         for each in (call, call.outer):
             if each is not None:
-                each.prefilled = True
+                each.filled = True
         if torch.compiler.is_compiling():
             tokens = self.tokens(features.maps)
             places = len(features.maps) * self.num_spatial_tokens
@@ -325,17 +341,26 @@ class Attachment:
         side_by_side = self.unit == "tile" and self.parts.family.tiles == "anyres"
         return find_places(mask, images, self.num_spatial_tokens, side_by_side=side_by_side)
 
+    def _require_no_ids(self, ids: Any) -> None:
+        """Raises SpatialTokensError if the language model alone, without its images, is given placeholders."""
+        if self.mode == "own" and _is_ids(ids) and not torch.compiler.is_compiling() and bool((ids == self.token.id).any()):
+            raise SpatialTokensError("input_ids have places for spatial tokens; call the whole model, not its language model")
+
     def _require_no_places(self, call: Call, embeddings: torch.Tensor, cache: Any) -> None:
-        generate = call if call.generating else call.outer
-        if generate is not None and (generate.prefilled or generate.placeholders is None):
+        """Raises SpatialTokensError if there are placeholders in a sequence; it does not look at the single tokens of a loop."""
+        length, generate = embeddings.shape[1], call if call.generating else call.outer
+        if generate is not None and (generate.filled or generate.placeholders is None):
             return
         if torch.compiler.is_compiling():
             if call.placeholders is not None:
                 torch._assert_async(~call.placeholders.any(), "places for spatial tokens, but no image was encoded in this call")
             return
-        if embeddings.shape[1] == 1 and call.placeholders is None:
+        if length == 1 and generate is None:
             return
         found = self._mask(call, embeddings, cache).sum(1).tolist()
+        if generate is not None and generate.placeholders is not None:
+            seen = 0 if cache is None else int(cache.get_seq_length())
+            generate.filled = seen + length >= generate.placeholders.shape[1]  # nothing of the prompt is left to look at
         row = next((row for row, count in enumerate(found) if count), None)
         if row is not None:
             raise SpatialTokensError(
@@ -367,23 +392,6 @@ class Attachment:
             return tap(blank)[..., :0].sum().to(embeddings)  # type: ignore[no-any-return]
         trained = [each for each in tap.parameters() if each.requires_grad]
         return torch.stack([0 * each.sum() for each in trained]).sum() if trained else embeddings.new_zeros(())
-
-
-def _without_placeholders(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Trainer's `num_items_in_batch`, which a collator that leaves placeholders among the labels made too large.
-
-    Raises:
-        SpatialTokensError: If it is of more batches than this one, whose placeholders are not known here.
-    """
-    if not bool(mask.any()):
-        return counted
-    for first in (0, 1):  # since transformers 5.24 the first of a row, which nothing predicts, is not counted
-        if int(counted) == int((labels[..., first:] != IGNORED).sum()):
-            return counted - int(mask[..., first:].sum())
-    raise SpatialTokensError(
-        f"labels of placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), which is of several "
-        "batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
-    )
 
 
 def _is_ids(value: Any, dimensions: int | None = 2) -> bool:

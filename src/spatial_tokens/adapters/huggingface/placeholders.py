@@ -294,3 +294,20 @@ def _with_offsets(row: Sequence[Sequence[int]], runs: Runs) -> list[tuple[int, i
         made += [(each[0], each[1]) for each in row[last:start]] + [(place, place)] * count
         last = start
     return made + [(each[0], each[1]) for each in row[last:]]
+
+
+def uncounted(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Trainer's `num_items_in_batch` without placeholders, which a collator has left among the labels where the mask is.
+
+    Raises:
+        SpatialTokensError: If it is of more batches than this one, whose placeholders are not known here.
+    """
+    if not bool(mask.any()):
+        return counted
+    for first in (0, 1):  # since transformers 5.24 the first of a row, which nothing predicts, is not counted
+        if int(counted) == int((labels[..., first:] != IGNORED).sum()):
+            return counted - int(mask[..., first:].sum())
+    raise SpatialTokensError(
+        f"labels of placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), which is of several "
+        "batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
+    )

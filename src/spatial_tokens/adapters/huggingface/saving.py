@@ -89,7 +89,7 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
     Args:
         model: The base model, without spatial tokens.
         directory: Where the two files are.
-        processor: Its processor; the one returned inserts the slots.
+        processor: Its processor; the one returned inserts the placeholders.
 
     Returns:
         The model and a copy of the processor, as `attach` gives them.

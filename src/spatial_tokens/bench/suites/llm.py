@@ -138,7 +138,7 @@ def _entry(
     if config is not None:
         from spatial_tokens.adapters.huggingface import attach, insert_placeholders
 
-        llava, _ = attach(_same_weights(llava), config=config, token_id=model.vocabulary - 1)
+        llava, _ = attach(_same_weights(llava), projector=config)
         inputs = insert_placeholders(llava, inputs)
         with torch.inference_mode():
             features = options.features(batch, DTYPES[dtype])

@@ -17,10 +17,11 @@ import peft
 import transformers
 
 from spatial_tokens import SpatialTokensError, SPProjectorConfig
-from spatial_tokens.adapters.huggingface import attach, from_released, llava_from_parts, load_adapter
-from spatial_tokens.adapters.huggingface import released as released_module
+from spatial_tokens.adapters.huggingface import attach, load_adapter
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
-from spatial_tokens.adapters.huggingface.released import convert_released
+from spatial_tokens.checkpoint import from_released, llava_from_parts
+from spatial_tokens.checkpoint import released_folder as released_module
+from spatial_tokens.checkpoint.released_folder import convert_released
 from spatial_tokens.cli import main
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 from spatial_tokens.training.conversations import parse, render
@@ -405,7 +406,7 @@ def test_an_earlier_conversion_is_replaced_when_the_new_one_is_whole(parts, fold
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     torch.save({**torch.load(folder / TRAINED), f"{PREFIX}model.conv_linear.1.bias": torch.ones(D)}, folder / TRAINED)
     with monkeypatch.context() as patch:
-        patch.setattr("spatial_tokens.adapters.huggingface.released.save_adapter", full_disk)
+        patch.setattr("spatial_tokens.checkpoint.released_folder.save_adapter", full_disk)
         with pytest.raises(SpatialTokensError, match=r"cannot write .*out: No space left on device"):
             convert_released(folder, parts / "base", out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -491,6 +492,9 @@ def test_other_folders_are_not_replaced(parts, folder, tmp_path):
         convert_released(folder, parts / "base", tmp_path / "no" / "out")
     with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
         convert_released(folder, parts / "base", None)
+    for arguments in ((None, parts / "base"), (folder, None)):
+        with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+            from_released(*arguments)
 
 
 # Training goes on
@@ -738,7 +742,7 @@ def test_nothing_is_left_after_a_failure(capsys, parts, folder, tmp_path, monkey
     names = {
         "processor": "transformers.LlavaProcessor.save_pretrained",
         "model": "transformers.LlavaForConditionalGeneration.save_pretrained",
-        "adapter": "spatial_tokens.adapters.huggingface.released.save_adapter",
+        "adapter": "spatial_tokens.checkpoint.released_folder.save_adapter",
     }
     monkeypatch.setattr(names[failing], full_disk)
     out = tmp_path / "out"
@@ -750,7 +754,7 @@ def test_an_interrupt_leaves_nothing(capsys, parts, folder, tmp_path, monkeypatc
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spatial_tokens.adapters.huggingface.released.save_adapter", interrupt)
+    monkeypatch.setattr("spatial_tokens.checkpoint.released_folder.save_adapter", interrupt)
     assert main(["convert", str(folder), str(tmp_path / "out"), "--base", str(parts / "base")]) == 130
     assert os.listdir(tmp_path) == ["llava-sp-lora"]
 

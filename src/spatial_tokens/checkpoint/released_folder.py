@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from spatial_tokens.adapters.huggingface.api import attach
-from spatial_tokens.adapters.huggingface.assembly import (
+from spatial_tokens.adapters.huggingface.hooks import NAME
+from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
+from spatial_tokens.checkpoint.build_llava import (
     assembled,
     language_model,
     quiet_transformers,
@@ -28,9 +30,7 @@ from spatial_tokens.adapters.huggingface.assembly import (
     vision_config,
     vision_tower,
 )
-from spatial_tokens.adapters.huggingface.hooks import NAME
-from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
-from spatial_tokens.checkpoint import from_llava_sp
+from spatial_tokens.checkpoint.llava_sp import from_llava_sp
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
@@ -92,7 +92,7 @@ def from_released(
         config: What the projector must be; inferred when left out, see `from_llava_sp`.
 
     Returns:
-        A `LlavaForConditionalGeneration` with spatial tokens, in evaluation mode, and a `LlavaProcessor` that inserts their slots.
+        A `LlavaForConditionalGeneration` with spatial tokens, in evaluation mode, and a `LlavaProcessor` that inserts placeholders.
 
     Raises:
         SpatialTokensError: If a file is missing, damaged or would need code to be run, the folder is none that a Hugging Face
@@ -104,7 +104,7 @@ def from_released(
         model.generate(**processor(images=image, text=text, return_tensors="pt"))
     """
     with quiet_transformers() as transformers:
-        return _with_tokens(*_assembled(transformers, Path(folder), base, vision, config))
+        return _with_tokens(*_assembled(transformers, as_path(folder), base, vision, config))
 
 
 def convert_released(
@@ -127,7 +127,7 @@ def convert_released(
         SpatialTokensError: As `from_released`; and if `out` cannot be written, or holds something else.
     """
     with new_directory(os.path.realpath(as_path(out)), _require_replaceable) as directory, quiet_transformers() as transformers:
-        model, processor, projector = _assembled(transformers, Path(folder), base, vision, config)
+        model, processor, projector = _assembled(transformers, as_path(folder), base, vision, config)
         with saying(f"cannot write {out}"):
             processor.save_pretrained(directory)
             model, _ = _with_tokens(model, processor, projector)
@@ -140,7 +140,7 @@ def _assembled(
     transformers: Any, folder: Path, base: str | PathLike[str], vision: str | PathLike[str] | None, config: SPProjectorConfig | None
 ) -> tuple[Any, Any, SPProjector]:
     """The LLaVA and its processor, and the projector without its patch head, which is in the model."""
-    settings = _settings(folder)
+    base, settings = as_path(base), _settings(folder)
     vision = settings["mm_vision_tower"] if vision is None else vision
     lora = _lora(folder)
     source = folder if lora is None else folder / TRAINED
@@ -174,8 +174,7 @@ def _assembled(
 
 
 def _with_tokens(model: Any, processor: Any, projector: SPProjector) -> tuple[Any, Any]:
-    model, processor = attach(model, processor, projector.config)
-    setattr(model, NAME, projector)
+    model, processor = attach(model, processor, projector)
     return model.eval(), processor
 
 

@@ -1,24 +1,21 @@
-"""The `spatial-tokens` command: a thin face over the library."""
+"""What each command does: the library called, and what it gave printed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from spatial_tokens import __version__
-from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.suites import SUITES
 from spatial_tokens.checkpoint import from_llava_sp, to_llava_sp
-from spatial_tokens.checkpoint.llava_sp import PREFIXES
+from spatial_tokens.checks import as_path
 from spatial_tokens.config import PartCost, SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
-from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.presets import PRESETS
 from spatial_tokens.storage.files import read_text, write_tensors
@@ -27,112 +24,6 @@ from spatial_tokens.storage.staging import is_staging
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 after one line on standard error if what was asked for cannot be done."""
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-        sys.stdout.flush()
-    except SpatialTokensError as error:
-        print(f"spatial-tokens {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="spatial-tokens", description="Visual spatial tokens for vision-language models (LLaVA-SP).")
-    parser.add_argument("--version", action="version", version=f"spatial-tokens {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-
-    demo = _command(
-        commands, "demo", run_demo, "run encoder and projector on a picture", "demo photo.jpg --preset llava-sp-pooling"
-    )
-    demo.add_argument("image", nargs="?", metavar="IMAGE", help="a picture; the demo draws its own without one")
-    demo.add_argument(
-        "--preset", default="llava-sp-cropping", help="the projector (default: %(default)s); see: spatial-tokens info"
-    )
-    demo.add_argument("--encoder", metavar="NAME", help="a timm model (default: CLIP ViT-L/14-336, narrowed to run in seconds)")
-    demo.add_argument("--full-size", action="store_true", help="the paper's widths; about 6 GB of memory")
-    demo.add_argument("--pretrained", action="store_true", help="load the encoder's weights from the hub (random otherwise)")
-    demo.add_argument("--output", default="spatial-tokens-demo", metavar="DIR", help="where the PNGs go (default: %(default)s)")
-    demo.add_argument("--model", metavar="tiny|HUB_ID", help="show a vision-language model without and with spatial tokens instead")
-    demo.add_argument("--prompt", default="What is in this picture?", help="what to ask it (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
-
-    info = _command(commands, "info", run_info, "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32")
-    info.add_argument(
-        "config", nargs="?", metavar="PRESET|config.json", help="a preset, or a config's path; lists the presets without"
-    )
-    info.add_argument(
-        "--dtype", choices=BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
-    )
-
-    bench = _command(
-        commands,
-        "bench",
-        run_bench,
-        "measure the operators, projectors and models on this machine",
-        "bench --suite kernels --batch 1 --json kernels.json\n  spatial-tokens bench compare before.json after.json",
-        json=False,
-    )
-    bench.add_argument("--suite", choices=SUITES, help="one of them (default: all, one after another)")
-    bench.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    bench.add_argument("--dtype", choices=DTYPES, help="of weights and features (default: float32 and bfloat16)")
-    bench.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the suite's own choice)")
-    bench.add_argument("--json", metavar="FILE", help="write machine, versions and rows")
-    bench.add_argument("--plots", metavar="DIR", help="draw each suite into a PNG")
-    actions = bench.add_subparsers(dest="action", metavar="[compare]", parser_class=_Parser)
-    compare = _command(
-        actions, "compare", run_compare, "show the times of two reports as ratios", "bench compare a.json b.json", json=False
-    )
-    compare.add_argument("before", metavar="A.json")
-    compare.add_argument("after", metavar="B.json")
-
-    convert = _command(
-        commands,
-        "convert",
-        run_convert,
-        "convert released LLaVA-SP checkpoints to this library's format or a Hugging Face model, or back",
-        "convert mm_projector.bin projector\n  spatial-tokens convert projector released.safetensors --prefix model.\n"
-        "  spatial-tokens convert llava-sp-lora llava-sp-hf --base vicuna-7b-v1.5",
-    )
-    convert.add_argument("input", metavar="IN", help="a released file, index or folder; or a directory of this library's format")
-    convert.add_argument("output", metavar="OUT", help="a directory; or, on the way back, a .safetensors or .bin file")
-    convert.add_argument(
-        "--base", metavar="DIR", help="make a whole Hugging Face LLaVA of a released folder: the language model it was trained on"
-    )
-    convert.add_argument("--vision", metavar="DIR", help="with --base: the vision tower (default: what the folder's config names)")
-    convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
-    convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
-    return parser
-
-
-def _command(commands: Any, name: str, run: Any, purpose: str, example: str, *, json: bool = True) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example:\n  spatial-tokens {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if json:
-        parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -213,6 +104,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from spatial_tokens.bench.command import run
     from spatial_tokens.bench.machine import as_device
 
+    for name in ("json", "plots"):
+        if getattr(arguments, name) is not None:
+            as_path(getattr(arguments, name), f"--{name}")
     chosen: dict[str, Any] = {"device": as_device(arguments.device)}
     if arguments.dtype is not None:
         chosen["dtypes"] = (arguments.dtype,)
@@ -234,17 +128,13 @@ def run_compare(arguments: argparse.Namespace) -> None:
     compare(arguments.before, arguments.after)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not is_positive_int(int(text)):
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
 def run_convert(arguments: argparse.Namespace) -> None:
     """`spatial-tokens convert`: the direction follows from what IN is."""
-    source, target = Path(arguments.input), Path(arguments.output)
-    if target.exists() and not arguments.overwrite and not (target.is_dir() and not any(target.iterdir())):
+    source, target = as_path(arguments.input, "IN"), as_path(arguments.output, "OUT")
+    if os.path.exists(target) and not arguments.overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise SpatialTokensError(f"{target} is already there; choose another OUT or give --overwrite")
+    if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
+        raise SpatialTokensError(f"IN and OUT are both {target}; choose another OUT")
     config = None if arguments.config is None else _read_config(arguments.config)
     if arguments.base is not None:
         _convert_whole(arguments, config)
@@ -270,7 +160,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def _convert_whole(arguments: argparse.Namespace, config: SPProjectorConfig | None) -> None:
-    from spatial_tokens.adapters.huggingface.released import convert_released
+    from spatial_tokens.checkpoint.released_folder import convert_released
 
     out = arguments.output
     converted = convert_released(arguments.input, arguments.base, out, vision=arguments.vision, config=config)
@@ -310,20 +200,23 @@ def _require_own_files(target: Path) -> None:
 
 
 def _is_own_format(path: Path) -> bool:
-    return (path / WEIGHTS_NAME).is_file() and _is_own_config(path / CONFIG_NAME)
+    return os.path.isfile(path / WEIGHTS_NAME) and _is_own_config(path / CONFIG_NAME)
 
 
 def _is_own_config(path: Path) -> bool:
-    return path.is_file() and "spatial_hidden_size" in read_text(path)
+    return os.path.isfile(path) and "spatial_hidden_size" in read_text(path)
 
 
 def _read_config(name: str) -> SPProjectorConfig:
-    path = Path(name)
-    if path.is_dir():
-        return SPProjectorConfig.from_json(read_text(path / CONFIG_NAME))
-    if path.suffix == ".json" or path.is_file():
+    path = as_path(name, "the config")
+    if os.path.isdir(path):  # which, unlike Path.is_dir(), takes any name
+        path /= CONFIG_NAME
+    elif path.suffix != ".json" and not os.path.isfile(path):
+        return SPProjectorConfig.from_preset(name)
+    try:
         return SPProjectorConfig.from_json(read_text(path))
-    return SPProjectorConfig.from_preset(name)
+    except SpatialTokensError as error:
+        raise error if str(path) in str(error) else SpatialTokensError(f"{path} is no config of a projector: {error}") from error
 
 
 def _print_presets(arguments: argparse.Namespace) -> None:

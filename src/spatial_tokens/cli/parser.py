@@ -1,0 +1,126 @@
+"""The words of the command line: commands, options, help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from spatial_tokens import __version__
+from spatial_tokens.bench.options import DTYPES
+from spatial_tokens.bench.suites import SUITES
+from spatial_tokens.checkpoint.llava_sp import PREFIXES
+from spatial_tokens.cli import commands
+from spatial_tokens.errors import on_one_line, shown
+from spatial_tokens.grid import is_positive_int
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Lets the error of a full disk out, which argparse passes over, so that no help or version is lost in silence."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {on_one_line(message)}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `spatial-tokens`; each command leaves its function in `run`."""
+    parser = _Parser(prog="spatial-tokens", description="Visual spatial tokens for vision-language models (LLaVA-SP).")
+    parser.add_argument("--version", action="version", version=f"spatial-tokens {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    demo = _command(
+        subparsers, "demo", commands.run_demo, "run encoder and projector on a picture", "demo photo.jpg --preset llava-sp-pooling"
+    )
+    demo.add_argument("image", nargs="?", metavar="IMAGE", help="a picture; the demo draws its own without one")
+    demo.add_argument(
+        "--preset", default="llava-sp-cropping", help="the projector (default: %(default)s); see: spatial-tokens info"
+    )
+    demo.add_argument("--encoder", metavar="NAME", help="a timm model (default: CLIP ViT-L/14-336, narrowed to run in seconds)")
+    demo.add_argument("--full-size", action="store_true", help="the paper's widths; about 6 GB of memory")
+    demo.add_argument("--pretrained", action="store_true", help="load the encoder's weights from the hub (random otherwise)")
+    demo.add_argument("--output", default="spatial-tokens-demo", metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    demo.add_argument("--model", metavar="tiny|HUB_ID", help="show a vision-language model without and with spatial tokens instead")
+    demo.add_argument("--prompt", default="What is in this picture?", help="what to ask it (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+
+    info = _command(
+        subparsers, "info", commands.run_info, "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32"
+    )
+    info.add_argument(
+        "config", nargs="?", metavar="PRESET|config.json", help="a preset, or a config's path; lists the presets without"
+    )
+    info.add_argument(
+        "--dtype", choices=commands.BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
+    )
+
+    bench = _command(
+        subparsers,
+        "bench",
+        commands.run_bench,
+        "measure the operators, projectors and models on this machine",
+        "bench --suite kernels --batch 1 --json kernels.json\n  spatial-tokens bench compare before.json after.json",
+        json=False,
+    )
+    bench.add_argument("--suite", choices=SUITES, help="one of them (default: all, one after another)")
+    bench.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    bench.add_argument("--dtype", choices=DTYPES, help="of weights and features (default: float32 and bfloat16)")
+    bench.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the suite's own choice)")
+    bench.add_argument("--json", metavar="FILE", help="write machine, versions and rows")
+    bench.add_argument("--plots", metavar="DIR", help="draw each suite into a PNG")
+    actions = bench.add_subparsers(dest="action", metavar="[compare]", parser_class=_Parser)
+    compare = _command(
+        actions,
+        "compare",
+        commands.run_compare,
+        "show the times of two reports as ratios",
+        "bench compare a.json b.json",
+        json=False,
+    )
+    compare.add_argument("before", metavar="A.json")
+    compare.add_argument("after", metavar="B.json")
+
+    convert = _command(
+        subparsers,
+        "convert",
+        commands.run_convert,
+        "convert released LLaVA-SP checkpoints to this library's format or a Hugging Face model, or back",
+        "convert mm_projector.bin projector\n  spatial-tokens convert projector released.safetensors --prefix model.\n"
+        "  spatial-tokens convert llava-sp-lora llava-sp-hf --base vicuna-7b-v1.5",
+    )
+    convert.add_argument("input", metavar="IN", help="a released file, index or folder; or a directory of this library's format")
+    convert.add_argument("output", metavar="OUT", help="a directory; or, on the way back, a .safetensors or .bin file")
+    convert.add_argument(
+        "--base", metavar="DIR", help="make a whole Hugging Face LLaVA of a released folder: the language model it was trained on"
+    )
+    convert.add_argument("--vision", metavar="DIR", help="with --base: the vision tower (default: what the folder's config names)")
+    convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
+    convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
+    return parser
+
+
+def _command(subparsers: Any, name: str, run: Any, purpose: str, example: str, *, json: bool = True) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example:\n  spatial-tokens {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or len(text) > 10 or not is_positive_int(int(text)):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {shown(text)}")
+    return int(text)
