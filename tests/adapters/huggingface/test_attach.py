@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
 from spatial_tokens.adapters.huggingface.api import attachment_of
+from spatial_tokens.adapters.huggingface.layouts import fitted
 from spatial_tokens.modules import MLPHead
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 from tests.tolerances import FLOAT32, assert_close, rounding
@@ -149,7 +150,7 @@ def test_patches_on_another_grid(resize, reference, dtype):
     model, _ = attach(base, None, resize=resize, **FIELDS)
     for size in ((5, 31), (40, 24), (24, 24), (3, 3)):
         patches = torch.randn(*size, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-        found = attachment_of(model)._fitted(patches)
+        found = fitted(patches, attachment_of(model).grid_size, resize)
         assert found.shape == (24, 24, 24)
         assert found.dtype == dtype
         expected = reference(patches.double(), 24)

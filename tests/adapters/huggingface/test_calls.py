@@ -1,5 +1,6 @@
 """Calls of one attached model do not meet: several threads, interruptions, turns, copies for several devices, compiled code."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -158,6 +159,90 @@ def test_data_parallel_is_refused(ready):
     model, (inputs, _, _) = ready
     with pytest.raises(SpatialTokensError, match=r"nn\.DataParallel copies modules but not their hooks; use Distributed"):
         replicated(model)(**inputs)
+
+
+# Parts that are copied or replaced
+
+
+@pytest.mark.parametrize("part", ["language_model", "multi_modal_projector"])
+def test_a_part_that_peft_copies(part):
+    """`modules_to_save` copies a part alone, with its hooks; what it computes is what the part did."""
+    peft = pytest.importorskip("peft")
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    expected = alone(model, inputs)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[part])).eval()
+    assert torch.equal(alone(wrapped, inputs), expected)
+    assert torch.equal(wrapped.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    copied = copy.deepcopy(wrapped)
+    with torch.no_grad():
+        for each in copied.base_model.model.spatial_tokens.parameters():
+            each.add_(1)
+    assert torch.equal(alone(wrapped, inputs), expected)
+    assert not torch.equal(alone(copied, inputs), expected)
+
+
+@pytest.mark.parametrize("part", ["language_model", "multi_modal_projector"])
+@pytest.mark.parametrize("how", ["copied", "made anew"])
+def test_a_part_that_is_replaced(part, how):
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    expected = alone(model, inputs)
+    if how == "copied":
+        setattr(model.model, part, copy.deepcopy(getattr(model.model, part)))
+        assert torch.equal(alone(model, inputs), expected)
+        return
+    other, _ = llava()
+    setattr(model.model, part, getattr(other.model, part))
+    with pytest.raises(SpatialTokensError, match=r"that attach\(\) found was not called: it was replaced; detach and attach again"):
+        alone(model, inputs)
+
+
+def test_prompt_tuning():
+    """In forward the embeddings tell the places; generate() puts virtual tokens before a prompt that it knows by position."""
+    peft = pytest.importorskip("peft")
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=2, num_attention_heads=4, token_dim=64)
+    wrapped = peft.get_peft_model(model, config).eval()
+    assert alone(wrapped, inputs).shape[1] == inputs["input_ids"].shape[1] + 4
+    with pytest.raises(SpatialTokensError, match=r"virtual tokens before the prompt \(prompt tuning\) is not supported"):
+        wrapped.generate(**inputs, **GREEDY)
+
+
+def test_a_call_of_the_model_while_it_generates(ready):
+    """A logits processor or a reward that asks the same model about another image."""
+    model, (inputs, other, _) = ready
+    expected, of_other, seen = model.generate(**inputs, **GREEDY), alone(model, other), []
+
+    def ask(ids, scores):
+        seen.append(alone(model, other))
+        return scores
+
+    assert torch.equal(model.generate(**inputs, **GREEDY, logits_processor=[ask]), expected)
+    assert all(torch.equal(each, of_other) for each in seen)
+    assert seen
+
+
+def test_an_interrupted_lookup_of_embeddings():
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    expected = alone(model, inputs)
+    with pytest.raises(IndexError):
+        model.get_input_embeddings()(torch.cat([inputs["input_ids"], torch.tensor([[10**6]])], dim=1)[:, 1:])
+    assert torch.equal(alone(model, inputs), expected)
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_offloaded_after_attach(offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    text = processor(text="is", return_tensors="pt")
+    expected = [alone(model, each) for each in (inputs, text)]
+    getattr(accelerate, offload)(model, **({"offload_dir": str(tmp_path)} if offload == "disk_offload" else {}))
+    for each, logits in zip((inputs, text), expected, strict=True):
+        torch.testing.assert_close(alone(model, each), logits, rtol=1e-4, atol=1e-5)
 
 
 # Compiled code

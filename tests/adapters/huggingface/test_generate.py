@@ -204,6 +204,52 @@ def test_generated_from_embeddings(ready):
     assert torch.equal(model.generate(**inputs, inputs_embeds=embeddings, **TURN), expected)
 
 
+def test_a_cache_and_the_new_words_alone():
+    """generate() takes the whole conversation, or what is new in it."""
+    model, processor = attach(*llava(), **FIELDS)
+    first, second = pictures(2)
+    before, new = inputs_of(processor, ["<image> a?"], [first]), inputs_of(processor, [" b <image> c?"], [second])
+    ids = torch.cat([before["input_ids"], new["input_ids"]], dim=1)
+    made = []
+    for given in (ids, new["input_ids"]):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with torch.no_grad():
+            model(**before, past_key_values=cache, use_cache=True)
+        made.append(model.generate(
+            input_ids=given, attention_mask=torch.ones_like(ids), pixel_values=new["pixel_values"], past_key_values=cache, **TURN
+        )[0, -3:])  # fmt: skip
+    assert torch.equal(*made)
+
+
+def test_ids_beside_embeddings(ready):
+    """The ids are for penalties; the embeddings are what is read."""
+    model, processor, place = ready
+    if model.config.model_type.startswith("qwen"):
+        pytest.skip("this model makes its positions of the ids")
+    inputs = dict(inputs_of(processor, [f"{place} a?"], pictures(1)))
+    seen = []
+    hook = model.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**inputs)
+    hook.remove()
+    ids = inputs["input_ids"]
+    expected = model.generate(**inputs, **TURN)
+    found = model.generate(input_ids=ids, inputs_embeds=seen[0], attention_mask=inputs["attention_mask"], **TURN)
+    assert torch.equal(found[:, -3:], expected[:, -3:])
+
+
+def test_the_stand_in_takes_no_share_of_penalties(ready):
+    """It is a token that no answer has, so a penalty of what the prompt has changes no other score than without it."""
+    model, processor, place = ready
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    stand_in = attachment_of(model).token.stand_in
+    assert stand_in == (1 if model.config.model_type == "llava" else stand_in)
+    options = {**TURN, "output_scores": True, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    made = model.generate(**inputs, **options, repetition_penalty=2.0)
+    scores, logits = made.scores[0][0], made.logits[0][0]
+    changed = set((scores != logits).nonzero().flatten().tolist())
+    assert changed <= {*inputs["input_ids"][0].tolist(), stand_in}
+
+
 def test_without_gradients_and_without_names(ready):
     model, processor, place = ready
     inputs = inputs_of(processor, [f"{place} a?"], pictures(1))

@@ -11,7 +11,7 @@ import transformers
 from transformers.trainer_pt_utils import LabelSmoother
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface import MaskPlaceholders, attach
+from spatial_tokens.adapters.huggingface import MaskPlaceholders, attach, trainer_callback
 from spatial_tokens.adapters.huggingface.api import attachment_of
 from tests.adapters.huggingface.models import FIELDS, llava, pictures
 
@@ -158,3 +158,25 @@ def test_trls_collator(ready):
     counted = (batch["labels"][:, 1:] != -100).sum()
     torch.testing.assert_close(model(**batch, num_items_in_batch=counted).loss, expected / count, rtol=1e-5, atol=0)
     torch.testing.assert_close(model(**batch).loss, expected / count, rtol=1e-5, atol=0)
+
+
+def test_trl_divides_outside_the_model(ready):
+    """It asks the model for log-probabilities and divides them by a count of its own."""
+    model, processor, _ = ready
+    batch = usual(processor)(ROWS[:2])
+    with pytest.raises(SpatialTokensError, match=r"TRL counts them; wrap the collator: MaskPlaceholders\(collator, model\)"):
+        model(**batch, fused_lm_head=True)
+
+
+def test_trainer_callback_wraps_the_collator(ready, tmp_path):
+    """Then accumulated batches are right too."""
+    model, processor, _ = ready
+    seen = []
+    made = trainer(tmp_path, model, lambda rows: seen.append(rows) or usual(processor)(rows), gradient_accumulation_steps=2)
+    made.add_callback(trainer_callback())
+    made.train()
+    with torch.no_grad():
+        found = [summed(model, usual(processor)(rows)) for rows in seen[:2]]
+    expected = sum(loss for loss, _ in found) / sum(count for _, count in found)
+    logged = next(entry["loss"] for entry in made.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(float(expected), rel=1e-4)

@@ -78,7 +78,7 @@ def test_a_batch_is_its_rows(pieces, left, count, length):
     batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids == IMAGE).long(), "labels": ids * mask - (1 - mask)}
     options = {"token_id": SLOT, "count": count, "image_token_id": IMAGE, "opening_ids": [OPEN], "tokens_per_image": length}
     made = insert(batch, **options)
-    assert made["input_ids"].shape[1] == ids.shape[1] + count * max(len(spelled(row)[1]) for row in pieces)
+    assert made["input_ids"].shape[1] == max(1, *(len(spelled(row, count)[0]) for row in pieces))
     for i in range(len(pieces)):
         there = mask[i].bool()
         alone = insert({name: each[i, there][None] for name, each in batch.items()}, **options)

@@ -84,7 +84,7 @@ def test_text_alone_and_images_alone(attached):
     assert processor(text=["a b"], images=None)["input_ids"] == plain(text=["a b"])["input_ids"]
 
 
-@pytest.mark.parametrize("text", ["<|spatial|><image> b", f"{SLOTS}<image> b", "<image> what is <|spatial|>?", "\U0010fffd<image>"])
+@pytest.mark.parametrize("text", ["<|spatial|><image> b", f"{SLOTS}<image> b", "<image> what is <|spatial|>?"])
 def test_the_users_own_words_mark_no_places(attached, text):
     _, processor, _ = attached
     with pytest.raises(SpatialTokensError, match=r"text 0 holds .*, which marks the places of spatial tokens; leave it out"):
@@ -614,7 +614,8 @@ def test_truncation(side, padding):
 def test_padded_to_a_multiple_and_to_a_length():
     _, processor, _, _ = both(LLAVA, count=6)
     given = {"text": ["a <image> b", "c"], "images": pictures(1), "return_tensors": "pt"}
-    assert processor(**given, padding=True, pad_to_multiple_of=64)["input_ids"].shape == (2, 640 + 64)
+    assert processor(**given, padding=True, pad_to_multiple_of=64)["input_ids"].shape == (2, 640)
+    assert processor(**given, padding=True, pad_to_multiple_of=8)["input_ids"].shape == (2, 592)
     assert processor(**given, padding="max_length", max_length=600)["input_ids"].shape == (2, 606)
 
 
@@ -667,3 +668,96 @@ def test_ids_that_are_no_free_tokens(token_id):
     base, _ = llava()
     with pytest.raises(SpatialTokensError, match="token_id must"):
         attach(base, token_id=token_id, **FIELDS)
+
+
+# What public reports and a reviewer found
+
+
+def test_characters_of_private_use():
+    """The mark is one that no text has."""
+    _, processor, reserved, _ = both(LLAVA, count=6)
+    text = "\U0010fffd <image> \U0010fffc\ue000"
+    made = processor(text=text, images=pictures(1))["input_ids"][0]
+    assert made.count(reserved) == 6
+    assert made.index(reserved) == made.index(99) - 6 == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tensors", [None, "pt"])
+def test_rows_as_long_as_each_other_of_which_one_has_an_image(side, tensors):
+    """Nothing in the plain row tells on which side it would be padded."""
+    plain, processor, _, place = both(gemma3)
+    length = len(plain(text=[f"{place} a"], images=[pictures(1)])["input_ids"][0])
+    given = {"text": [f"{place} a", "x" * length], "images": [pictures(1), []]}
+    assert len({len(each) for each in plain(**given)["input_ids"]}) == 1
+    options = {"padding": True, "padding_side": side, "return_tensors": tensors}
+    made = processor(**given, **options)
+    lengths = [len(each) for each in made["input_ids"]]
+    assert lengths == [length + 2] * 2
+    assert list(map(int, made["attention_mask"][1])) == ([0, 0] + [1] * length if side == "left" else [1] * length + [0, 0])
+    without_mask = processor(**given, **options, return_attention_mask=False)
+    assert [list(map(int, row)) for row in without_mask["input_ids"]] == [list(map(int, row)) for row in made["input_ids"]]
+
+
+def test_an_image_token_that_takes_the_space_before_it():
+    from tokenizers import AddedToken
+
+    base, plain = llava()
+    plain.tokenizer.add_tokens([AddedToken("<image>", special=True, lstrip=True, normalized=False)], special_tokens=True)
+    model, processor = attach(base, plain, **FIELDS)
+    ids = processor(text="a <image> b", images=pictures(1))["input_ids"][0]
+    assert groups_before(ids, attachment_of(model).token_id, base.config.image_token_id) == [6]
+    assert ids[ids.index(base.config.image_token_id) - 1] == attachment_of(model).token_id
+
+
+def paligemma():
+    tokenizer = letters({"image_token": "<image>"})
+    tokenizer.add_tokens([f"<loc{i:04}>" for i in range(2)])
+    images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    images.image_seq_length = 16
+    config = transformers.PaliGemmaConfig(
+        text_config={
+            "model_type": "gemma", "vocab_size": len(tokenizer) + 1200, "head_dim": 8, "num_key_value_heads": 2, **SMALL
+        },
+        vision_config={"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, "vision_use_head": False, **VISION},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), projection_dim=32,
+    )  # fmt: skip
+    return transformers.PaliGemmaForConditionalGeneration(config).eval(), transformers.PaliGemmaProcessor(images, tokenizer)
+
+
+@pytest.mark.parametrize("mode", ["own", "image"])
+def test_a_processor_that_puts_images_before_the_text(mode):
+    base, plain = paligemma()
+    model, processor = attach(base, plain, mode=mode, **GRID_OF_4)
+    for options in ({}, {"suffix": "cd"}):
+        before, made = (each(text="ab", images=pictures(1), return_tensors="pt", **options) for each in (plain, processor))
+        reserved = attachment_of(model).token_id
+        assert made["input_ids"][0, :2].tolist() == [reserved] * 2
+        assert torch.equal(made["input_ids"][:, 2:], before["input_ids"])
+        if options:
+            assert made["labels"][0].tolist() == [-100] * 2 + before["labels"][0].tolist()
+    assert model(**made).logits.isfinite().all()
+    with pytest.raises(SpatialTokensError, match="2 images were given, 1 found in the text; write '<image>' where each goes"):
+        processor(text="ab", images=[pictures(2)], return_tensors="pt")
+
+
+def test_images_in_arrays():
+    _, processor, reserved, _ = both(LLAVA, count=6)
+    pixels = torch.zeros(2, 3, 336, 336)
+    for images in (pixels, [pixels]):
+        assert processor(text="<image> a <image>", images=images)["input_ids"][0].count(reserved) == 12
+
+
+def test_images_that_touch_and_have_tiles():
+    base, plain, _ = llava_next()
+    model, processor = attach(base, plain, unit="tile", **GRID_OF_4)
+    made = processor(text="<image><image> a", images=pictures(2, (128, 80)), return_tensors="pt")
+    assert (made["input_ids"] == attachment_of(model).token_id).sum() == 2 * 2 * 5
+    assert model(**made).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("token", ["image", "<ima", "<image><x>", "\ud800"])
+def test_a_token_that_is_part_of_another(token):
+    base, plain = llava()
+    with pytest.raises(SpatialTokensError, match=r"is a part of a token that has|token must be the text of a token"):
+        attach(base, plain, token=token, **FIELDS)

@@ -16,7 +16,7 @@ from spatial_tokens.adapters.huggingface import placeholders
 from spatial_tokens.adapters.huggingface.families import Family
 from spatial_tokens.adapters.huggingface.hooks import NAME, Attachment, Mode, Resize, Unit
 from spatial_tokens.adapters.huggingface.layouts import tiles_of
-from spatial_tokens.adapters.huggingface.model_parts import ModelParts, find_parts
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of, find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_placeholders, without_placeholders
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
 from spatial_tokens.config import SPProjectorConfig
@@ -89,7 +89,7 @@ def attach(
     if hasattr(inner, ATTRIBUTE) or hasattr(inner, NAME):
         raise SpatialTokensError("the model has spatial tokens already; detach(model) first")
     _require_nothing_lost(model)
-    if not isinstance(token, str) or not token.strip() or token != token.strip():
+    if not isinstance(token, str) or not token.strip() or token != token.strip() or not token.isprintable():
         raise SpatialTokensError(f"token must be the text of a token, without spaces around it, got {shown(token)}")
     parts = find_parts(inner)
     chosen: Mode = "image" if mode == "image" else "own"
@@ -200,7 +200,7 @@ def _new(parts: ModelParts, config: SPProjectorConfig | str, resize: Resize | No
     fitted = config_for(parts, config, resize, fields)
     weight = next(parts.projector.parameters(), None)
     weight = next(parts.model.parameters()) if weight is None or not weight.is_floating_point() else weight
-    return SPProjector.from_config(fitted, device=_device_of(parts.projector, weight), dtype=weight.dtype)
+    return SPProjector.from_config(fitted, device=device_of(parts.projector, weight), dtype=weight.dtype)
 
 
 def _ready(parts: ModelParts, projector: SPProjector, resize: Resize | None, fields: Mapping[str, Any]) -> SPProjector:
@@ -218,7 +218,7 @@ def _ready(parts: ModelParts, projector: SPProjector, resize: Resize | None, fie
     if width not in (None, parts.text_hidden_size):
         raise SpatialTokensError(f"the projector's tokens have {width} channels, the language model has {parts.text_hidden_size}")
     weight = next(parts.projector.parameters(), next(parts.model.parameters()))
-    return projector.to(device=_device_of(parts.projector, weight))
+    return projector.to(device=device_of(parts.projector, weight))
 
 
 def config_for(
@@ -274,14 +274,6 @@ def _forget_compiled_code() -> None:
     """Drops what torch.compile has made: it does not check whether a module has gained or lost hooks."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _device_of(projector: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where a module runs: where its weights are, or where accelerate brings them for its calls."""
-    hooks = [getattr(part, "_hf_hook", None) for part in projector.modules()]
-    devices = [getattr(hook, "execution_device", None) for hook in hooks]
-    found = next((device for device in devices if device is not None), None)
-    return weight.device if found is None else torch.device(found)
 
 
 def _require_image_mode(family: Family, unit: Unit) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from spatial_tokens.adapters.huggingface.layouts import Maps
 
@@ -36,16 +37,28 @@ class Call:
     """One call of the base model, or of `generate`.
 
     Args:
-        outer: The `generate` that it is part of.
+        outer: The `generate` that it is made in.
         generating: Whether it is a call of `generate`.
     """
 
     def __init__(self, outer: Call | None = None, *, generating: bool = False) -> None:
         self.outer, self.generating = outer, generating
+        self.generate = self if generating else outer  # the call of generate that it is a step of
         self.input_ids: torch.Tensor | None = None
         self.placeholders: torch.Tensor | None = None  # (B, L); of generate: those of the prompt, on the CPU
+        self.start = 0  # of generate: how many tokens a cache held before those of the prompt
         self.features: Features | None = None
         self.filled = False  # whether spatial tokens have been made; of generate: or there is nothing left of the prompt to fill
+
+    def part_of_prompt(self, batch: int, seen: int, length: int) -> torch.Tensor:
+        """Where the prompt of `generate` has placeholders, among the `(batch, length)` tokens after those that a cache has seen.
+
+        What comes after the prompt has none; rows are repeated for beams and samples.
+        """
+        prompt: Any = self.placeholders
+        first = seen - self.start
+        part = functional.pad(prompt, (0, max(0, first + length - prompt.shape[1])))[:, first : first + length]
+        return part.repeat_interleave(batch // prompt.shape[0], dim=0)
 
 
 class Current:
@@ -66,3 +79,18 @@ class PerThread(threading.local):
 
     def __reduce__(self) -> Any:
         return PerThread, ()
+
+
+def length_of(cache: Any) -> int:
+    """The tokens that a cache has seen."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def is_ids(value: Any, dimensions: int | None = 2) -> bool:
+    """Whether a value is a tensor of token ids."""
+    return (
+        isinstance(value, torch.Tensor)
+        and not value.is_floating_point()
+        and value.dtype != torch.bool
+        and dimensions in (None, value.ndim)
+    )

@@ -21,19 +21,19 @@ A `Call` lies in an object that each thread has for itself (`PerThread`). torch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from spatial_tokens.adapters.huggingface.around import Around
-from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording
-from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails
-from spatial_tokens.adapters.huggingface.model_parts import ModelParts
-from spatial_tokens.adapters.huggingface.placeholders import IGNORED, Places, find_places, uncounted
+from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording, is_ids, length_of
+from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, thumbnails
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of
+from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
 from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
@@ -82,6 +82,14 @@ class Attachment:
     def projector(self) -> nn.Module:
         """Looked up at every use: another library may have wrapped it."""
         return getattr(self.parts.model, NAME)  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy for a copy of the model; a part of it that is copied alone (PEFT's modules_to_save) keeps the model's hooks."""
+        if id(self.parts.model) not in memo:
+            return self
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def install(self) -> None:
         """Registers the hooks."""
@@ -134,14 +142,19 @@ class Attachment:
         """Around `generate`, which sees ids of the base's vocabulary alone: for penalties, drafts and assistants as without us."""
         current, call = self.threads.current, Call(generating=True)
         call.outer = before = current.call if current.call is not None and current.call.generating else None
-        name = next((name for name in ("input_ids", "inputs") if _is_ids(arguments.get(name))), None)
+        names = [name for name in ("input_ids", "inputs", "negative_prompt_ids") if is_ids(arguments.get(name))]
+        hidden = {name: self.token.hidden(arguments[name]) for name in names}
+        name = next((name for name in ("input_ids", "inputs") if name in hidden), None)
         ids: Any = None if name is None else arguments[name]
-        if name is not None:
-            mask = ids == self.token.id
-            call.placeholders = mask.cpu()
-            arguments = {**arguments, name: ids.masked_fill(mask, self.token.stand_in)}
+        if ids is not None:
+            cached, mask = length_of(arguments.get("past_key_values")), arguments.get("attention_mask")
+            is_new = cached >= ids.shape[1] if mask is None else mask.shape[-1] == cached + ids.shape[1]
+            call.start = cached if is_new else 0  # a prompt follows what was cached, or holds it
+            if arguments.get("inputs_embeds") is None:
+                call.placeholders = (ids == self.token.id).cpu()
             if arguments.get("streamer") is not None:
-                arguments["streamer"] = PromptStreamer(arguments["streamer"], ids)
+                arguments = {**arguments, "streamer": PromptStreamer(arguments["streamer"], ids)}
+        arguments = {**arguments, **hidden}
         arguments["logits_processor"] = self.token.never_generated(arguments.get("logits_processor"))
         current.call = call
         try:
@@ -161,11 +174,13 @@ class Attachment:
         replaced = {"labels": labels.masked_fill(mask, IGNORED)}
         if kwargs.get("num_items_in_batch") is not None:
             replaced["num_items_in_batch"] = uncounted(kwargs["num_items_in_batch"], labels, mask)
+        elif "fused_lm_head" in kwargs and bool(mask.any()):  # TRL divides by a count that the model does not see
+            raise SpatialTokensError(f"labels of placeholders of spatial tokens are not -100, but TRL counts them; {WRAP}")
         return args, {**kwargs, **replaced}
 
     def start_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the base model: a new call; `input_ids` without the reserved token."""
-        if module is not self.parts.base:
+        if getattr(module, "_is_replica", False):
             raise SpatialTokensError("nn.DataParallel copies modules but not their hooks; use DistributedDataParallel")
         current = self.threads.current
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -174,25 +189,39 @@ class Attachment:
         if outer is not None and not outer.generating:
             outer = outer.outer  # it was interrupted, by Ctrl-C for example, and never ended
         current.call = call = Call(outer)
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        ids = ids if is_ids(ids) else None
+        if outer is not None and ids is not None and ids.shape[1] > 1 and self._has_placeholders(ids):
+            call.generate = None  # generate() was given others: somebody calls the model while it generates
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         call.features = getattr(encoded, CARRIED, None)
-        if outer is not None and encoded is not None:  # accelerate copies it between devices, without what is carried on it
-            call.features, outer.features = call.features or outer.features, None
-        ids: Any = kwargs.get("input_ids", args[0] if args else None)
-        if not _is_ids(ids):
+        if call.generate is not None and encoded is not None:  # accelerate copies it, without what is carried on it
+            call.features, call.generate.features = call.features or call.generate.features, None
+        if ids is None:
             return None
         call.input_ids = ids
-        if outer is not None or self.mode == "image":
-            return None  # generate() was given others
+        if call.generate is not None or self.mode == "image":
+            return None
         call.placeholders = ids == self.token.id
-        hidden = ids.masked_fill(call.placeholders, self.token.stand_in)
+        hidden = self.token.hidden(ids)
         return (args, {**kwargs, "input_ids": hidden}) if "input_ids" in kwargs else ((hidden, *args[1:]), kwargs)
 
     def end_call(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        """After the base model: drops the call."""
+        """After the base model: drops the call.
+
+        Raises:
+            SpatialTokensError: If the language model did not take what was encoded.
+        """
         current = self.threads.current
-        if current.call is not None and not current.call.generating:
-            current.call = current.call.outer
+        call = current.call
+        if call is None or call.generating:
+            return
+        current.call = call.outer
+        if call.features is not None and outputs is not None:  # there are none where the call has failed
+            raise SpatialTokensError(
+                "images were encoded, but the language model that attach() found was not called: it was replaced; detach and "
+                "attach again"
+            )
 
     def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Around `get_image_features`: keeps the patches, or joins their tokens with the image's."""
@@ -204,6 +233,9 @@ class Attachment:
             outputs = original(**arguments)
         finally:
             current.recording = None
+        if not recording.inputs:
+            path = self.parts.projector_path
+            raise SpatialTokensError(f"the {path} that attach() found was not called: it was replaced; detach and attach again")
         maps = maps_of(self.parts.family.layout, recording.inputs, arguments, self.parts.vision_config)
         if self.parts.family.tiles == "anyres" and self.unit == "image":
             maps = thumbnails(maps, arguments, self.parts.model.config)
@@ -248,8 +280,9 @@ class Attachment:
         """Before the language model: spatial tokens in their places."""
         embeddings, call = kwargs.get("inputs_embeds"), self.threads.current.call
         if embeddings is None:
-            if call is None:
-                self._require_no_ids(kwargs.get("input_ids", args[0] if args else None))
+            ids: Any = kwargs.get("input_ids", args[0] if args else None)
+            if call is None and self.mode == "own" and is_ids(ids) and self._has_placeholders(ids):
+                raise SpatialTokensError("input_ids have places for spatial tokens; call the whole model, not its language model")
             return None
         call = call or Call()
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # of that name before transformers 5.24
@@ -261,7 +294,7 @@ class Attachment:
                 return None
             return args, {**kwargs, "inputs_embeds": embeddings + self._no_tokens(embeddings)}
         mask = self._mask(call, embeddings, cache)
-        for each in (call, call.outer):
+        for each in (call, call.generate):
             if each is not None:
                 each.filled = True
         if torch.compiler.is_compiling():
@@ -281,10 +314,11 @@ class Attachment:
     def mask_ids(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Before the word embeddings, where the caller looks ids up himself: the reserved token has no row."""
         current = self.threads.current
-        if current.call is not None or not args or not _is_ids(args[0], dimensions=None):
+        current.marked = None
+        if current.call is not None or not args or not is_ids(args[0], dimensions=None):
             return None
         current.marked = args[0] == self.token.id
-        return (args[0].masked_fill(current.marked, self.token.stand_in), *args[1:])
+        return (self.token.hidden(args[0]), *args[1:])
 
     def mark_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
         """After them: the placeholders' rows, by which `scatter_tokens` finds them."""
@@ -296,40 +330,22 @@ class Attachment:
 
     def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
-        patches = torch.stack([self._fitted(each).flatten(0, 1) for each in maps])
+        patches = torch.stack([fitted(each, self.grid_size, self.resize).flatten(0, 1) for each in maps])
         if self.vision_hidden_size not in (None, patches.shape[-1]):
             raise SpatialTokensError(
                 f"the patch features have {patches.shape[-1]} channels, the projector's config says "
                 f"{self.vision_hidden_size}; attach with vision_hidden_size of the former"
             )
         weight = next(self.projector.parameters())
-        return self.projector(patches.to(device=weight.device, dtype=weight.dtype))  # type: ignore[no-any-return]
-
-    def _fitted(self, each: torch.Tensor) -> torch.Tensor:
-        grid = self.grid_size
-        if grid is None or tuple(each.shape[:2]) == tuple(grid):
-            return each
-        if self.resize is None:
-            raise SpatialTokensError(
-                f"an image has {each.shape[0]}x{each.shape[1]} patches, the projector's grid is {grid[0]}x{grid[1]}; attach with "
-                "resize='pool' or 'interpolate', or with a config of that grid"
-            )
-        planes = each.movedim(-1, 0)[None].float()  # torch interpolates no 16 bits on a CPU
-        planes = (
-            functional.adaptive_avg_pool2d(planes, grid)
-            if self.resize == "pool"
-            else functional.interpolate(planes, grid, mode="bilinear", antialias=True)
-        )
-        return planes[0].movedim(0, -1).to(each)
+        return self.projector(patches.to(device=device_of(self.projector, weight), dtype=weight.dtype))  # type: ignore[no-any-return]
 
     def _mask(self, call: Call, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
         """Where the placeholders are in a sequence `(B, L)`."""
-        generate = call if call.generating else call.outer
-        if generate is not None and generate.placeholders is not None:
-            prompt, length = generate.placeholders, embeddings.shape[1]
-            start = 0 if cache is None or call.generating else int(cache.get_seq_length())
-            part = functional.pad(prompt, (0, max(0, start + length - prompt.shape[1])))[:, start : start + length]
-            return part.repeat_interleave(embeddings.shape[0] // prompt.shape[0], dim=0).to(embeddings.device)
+        if call.generate is not None and call.generate.placeholders is not None:
+            if call.input_ids is None and embeddings.shape[1] > call.generate.placeholders.shape[1]:
+                raise SpatialTokensError("generate() with virtual tokens before the prompt (prompt tuning) is not supported")
+            seen = 0 if call.generating else length_of(cache)
+            return call.generate.part_of_prompt(embeddings.shape[0], seen, embeddings.shape[1]).to(embeddings.device)
         if call.placeholders is not None and call.placeholders.shape == embeddings.shape[:2]:
             return call.placeholders
         return (embeddings == self.token.row.to(embeddings)).all(-1)  # the caller embedded the ids
@@ -341,14 +357,12 @@ class Attachment:
         side_by_side = self.unit == "tile" and self.parts.family.tiles == "anyres"
         return find_places(mask, images, self.num_spatial_tokens, side_by_side=side_by_side)
 
-    def _require_no_ids(self, ids: Any) -> None:
-        """Raises SpatialTokensError if the language model alone, without its images, is given placeholders."""
-        if self.mode == "own" and _is_ids(ids) and not torch.compiler.is_compiling() and bool((ids == self.token.id).any()):
-            raise SpatialTokensError("input_ids have places for spatial tokens; call the whole model, not its language model")
+    def _has_placeholders(self, ids: torch.Tensor) -> bool:
+        return not torch.compiler.is_compiling() and bool((ids == self.token.id).any())
 
     def _require_no_places(self, call: Call, embeddings: torch.Tensor, cache: Any) -> None:
         """Raises SpatialTokensError if there are placeholders in a sequence; it does not look at the single tokens of a loop."""
-        length, generate = embeddings.shape[1], call if call.generating else call.outer
+        length, generate = embeddings.shape[1], call.generate
         if generate is not None and (generate.filled or generate.placeholders is None):
             return
         if torch.compiler.is_compiling():
@@ -359,7 +373,7 @@ class Attachment:
             return
         found = self._mask(call, embeddings, cache).sum(1).tolist()
         if generate is not None and generate.placeholders is not None:
-            seen = 0 if cache is None else int(cache.get_seq_length())
+            seen = length_of(cache) - generate.start
             generate.filled = seen + length >= generate.placeholders.shape[1]  # nothing of the prompt is left to look at
         row = next((row for row, count in enumerate(found) if count), None)
         if row is not None:
@@ -379,25 +393,5 @@ class Attachment:
         weight = next(self.projector.parameters())
         channels = self.vision_hidden_size or self.parts.vision_hidden_size or weight.shape[-1]
         blank = embeddings.new_zeros(*(self.grid_size or self.parts.grid_size or (1, 1)), channels)
-        own = self._own_without_images(embeddings)  # first, as in a batch with images: engines reduce gradients as they come
+        own = self.parts.zero(embeddings) if self.modules_to_save else 0  # first, as with images: engines reduce as they come
         return own + self.tokens([blank])[:, :0].sum().to(embeddings)
-
-    def _own_without_images(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Zero, of what trains in the base's own projector."""
-        if not self.modules_to_save:
-            return embeddings.new_zeros(())
-        tap: Any = self.parts.projector
-        if isinstance(getattr(tap, "linear_1", None), nn.Linear):  # LLaVA's
-            blank = torch.zeros(1, 1, tap.linear_1.in_features).to(tap.linear_1.weight)
-            return tap(blank)[..., :0].sum().to(embeddings)  # type: ignore[no-any-return]
-        trained = [each for each in tap.parameters() if each.requires_grad]
-        return torch.stack([0 * each.sum() for each in trained]).sum() if trained else embeddings.new_zeros(())
-
-
-def _is_ids(value: Any, dimensions: int | None = 2) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and not value.is_floating_point()
-        and value.dtype != torch.bool
-        and dimensions in (None, value.ndim)
-    )

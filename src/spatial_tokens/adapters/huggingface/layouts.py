@@ -7,8 +7,10 @@ from math import isqrt
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import Size
 
 Arguments = Mapping[str, Any]
 Maps = list[torch.Tensor]
@@ -257,3 +259,25 @@ def thumbnails(maps: Maps, arguments: Arguments, config: Any) -> Maps:
     if sum(counts) != len(maps):
         raise SpatialTokensError(f"{len(maps)} tiles were encoded, but image_sizes tell of {sum(counts)}")
     return [maps[start] for start in starts]
+
+
+def fitted(patches: torch.Tensor, grid: Size | None, resize: str | None) -> torch.Tensor:
+    """A map `(H, W, C)` on another grid: averaged ("pool") or interpolated, in float32.
+
+    Raises:
+        SpatialTokensError: If it is on another and may not be resized.
+    """
+    if grid is None or tuple(patches.shape[:2]) == tuple(grid):
+        return patches
+    if resize is None:
+        raise SpatialTokensError(
+            f"an image has {patches.shape[0]}x{patches.shape[1]} patches, the projector's grid is {grid[0]}x{grid[1]}; attach with "
+            "resize='pool' or 'interpolate', or with a config of that grid"
+        )
+    planes = patches.movedim(-1, 0)[None].float()  # torch interpolates no 16 bits on a CPU
+    planes = (
+        functional.adaptive_avg_pool2d(planes, grid)
+        if resize == "pool"
+        else functional.interpolate(planes, grid, mode="bilinear", antialias=True)
+    )
+    return planes[0].movedim(0, -1).to(patches)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
+import torch
 from torch import nn
 
 from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL, PROJECTORS, REFUSED, Family
@@ -77,6 +78,15 @@ class ModelParts:
         smaller = self.family.reduced * max(1, merge)
         return height // smaller, width // smaller
 
+    def zero(self, like: torch.Tensor) -> torch.Tensor:
+        """Zero, of the projector's parameters: they get a gradient in a batch without images too."""
+        tap: Any = self.projector
+        if isinstance(getattr(tap, "linear_1", None), nn.Linear):  # LLaVA's
+            blank = torch.zeros(1, 1, tap.linear_1.in_features).to(tap.linear_1.weight)
+            return tap(blank)[..., :0].sum().to(like)  # type: ignore[no-any-return]
+        trained = [each for each in tap.parameters() if each.requires_grad]
+        return torch.stack([0 * each.sum() for each in trained]).sum() if trained else like.new_zeros(())
+
     @property
     def opening_ids(self) -> list[int]:
         """Tokens that may stand right before an image and belong to it."""
@@ -110,6 +120,16 @@ def find_parts(model: nn.Module) -> ModelParts:
     family = FAMILIES.get(str(getattr(vision_config, "model_type", ""))) or FAMILIES.get(kind, GENERAL)
     path, projector = _find_projector(base, family, kind)
     return ModelParts(model, base, _language_model(model), projector, path, family, vision_config, _image_token_id(config, kind))
+
+
+def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module runs: where its weights are, or where accelerate brings them for its calls."""
+    if not weight.is_meta:
+        return weight.device
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    found = next((device for device in devices if device is not None), None)
+    return weight.device if found is None else torch.device(found)
 
 
 def _vision_config(config: Any) -> Any:

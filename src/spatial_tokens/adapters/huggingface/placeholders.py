@@ -23,6 +23,7 @@ ALIGNED: dict[str, tuple[int | None, int]] = {
     "labels": (IGNORED, IGNORED),
     "position_ids": (None, 0),
 }
+WRAP = "wrap the collator: MaskPlaceholders(collator, model), as trainer_callback() does"
 OFFSETS = "offset_mapping"  # pairs; a placeholder has the start of the token after it, twice
 Runs = list[tuple[int, int]]  # of a row: before which position how many placeholders go
 
@@ -133,7 +134,7 @@ def insert(
         padding_side: on the side where the attention mask has zeros, or if it has none on this one.
 
     Returns:
-        The inputs, `(B, L + K * images)`.
+        The inputs, as long as the longest row with its placeholders.
 
     Raises:
         SpatialTokensError: If a row has placeholders already, its image tokens are not those of whole images, or a tensor that
@@ -187,42 +188,48 @@ def find_runs(
 
 
 def insert_runs(
-    outputs: Any, runs: Sequence[Runs], token_id: int, pad_token_id: int, *, padding_side: str = "left", multiple: int | None = None
-) -> None:
+    outputs: Any, runs: Sequence[Runs], token_id: int, pad_token_id: int, *, pad: bool | None = None, padding_side: str = "left",
+    multiple: int | None = None,
+) -> None:  # fmt: skip
     """Puts placeholders into `input_ids` and what goes with them: tensors, arrays or lists, which stay what they are.
-
-    Rows of lists may be of different lengths; all others become as much longer as the row with the most placeholders does.
 
     Args:
         outputs: A mapping; its values are replaced.
         runs: Where, for each row.
         token_id: The reserved token.
         pad_token_id: What pads,
-        padding_side: on the side where the attention mask has zeros, or if it has none on this one.
-        multiple: What the length stays a multiple of.
+        pad: Whether rows are padded: lists may be left of different lengths. None: they are padded if the attention mask allows it,
+        padding_side: on the side where the mask has zeros, or if it has none on this one.
+        multiple: What the length is a multiple of.
 
     Raises:
-        SpatialTokensError: If the rows need padding and there is no attention mask.
+        SpatialTokensError: If rows must be padded, and neither `pad` nor an attention mask says that they may.
     """
     rows = rows_of(outputs["input_ids"])
+    counts = [sum(count for _, count in run) for run in runs]
     mask = None if outputs.get("attention_mask") is None else rows_of(outputs["attention_mask"])
-    most = max((sum(count for _, count in row) for row in runs), default=0)
-    ragged = isinstance(outputs["input_ids"], list) and (mask is None or all(all(row) for row in mask))
-    if multiple and not ragged:
-        most = -(-most // multiple) * multiple
-    if mask is None and not ragged and any(sum(count for _, count in row) != most for row in runs):
-        raise SpatialTokensError(f"the rows have {[len(row) for row in runs]} images; give the attention_mask, to pad them")
-    left = padding_side == "left" if mask is None or all(all(row) for row in mask) else any(row and not row[0] for row in mask)
-    lengths = [len(row) + (sum(count for _, count in run) if ragged else most) for row, run in zip(rows, runs, strict=True)]
+    kept = [len(row) for row in rows] if mask is None else [sum(row) for row in mask]
+    padded = [not row[0] for row in mask or [] if not all(row)]  # whether on the left
+    usual = padded[0] if padded else padding_side == "left"
+    on_left = [usual if mask is None or all(mask[i]) else not mask[i][0] for i in range(len(rows))]
+    if pad is None and mask is None and len(set(counts)) > 1:
+        raise SpatialTokensError(f"the rows have {[len(run) for run in runs]} images; give the attention_mask, to pad them")
+    if isinstance(outputs["input_ids"], list) and not pad:
+        lengths = [len(row) + count for row, count in zip(rows, counts, strict=True)]
+    else:
+        spare = max(map(len, rows), default=0) - max(kept, default=0)  # of a length that was asked for
+        length = max((real + count for real, count in zip(kept, counts, strict=True)), default=0)
+        length += spare if multiple is None or spare >= multiple else 0
+        lengths = [-(-length // multiple) * multiple if multiple else length] * len(rows)
     for name in (*ALIGNED, OFFSETS):
         if outputs.get(name) is None:
             continue
         at_placeholder, in_padding = (token_id, pad_token_id) if name == "input_ids" else ALIGNED.get(name, (None, 0))
         made = []
-        for row, run, length in zip(rows_of(outputs[name]), runs, lengths, strict=True):
+        for row, run, length, left in zip(rows_of(outputs[name]), runs, lengths, on_left, strict=True):
             longer: list[Any] = _with_offsets(row, run) if name == OFFSETS else _with_runs(row, run, at_placeholder)
             padding: list[Any] = [(0, 0) if name == OFFSETS else in_padding] * (length - len(longer))
-            made.append(padding + longer if left else longer + padding)
+            made.append((padding + longer)[-length:] if left else (longer + padding)[:length])
         outputs[name] = _as(outputs[name], made)
     if outputs.get("length") is not None:
         outputs["length"] = lengths if isinstance(outputs["length"], list) else _as(outputs["length"], lengths)
@@ -309,5 +316,5 @@ def uncounted(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
             return counted - int(mask[..., first:].sum())
     raise SpatialTokensError(
         f"labels of placeholders of spatial tokens are not -100, and num_items_in_batch ({int(counted)}), which is of several "
-        "batches or processes, counts them; wrap the collator: MaskPlaceholders(collator, model)"
+        f"batches or processes, counts them; {WRAP}"
     )

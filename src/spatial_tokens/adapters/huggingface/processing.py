@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
 from spatial_tokens.errors import SpatialTokensError, shown
 
 TOKEN = "<|spatial|>"
-MARK = "\U0010fffd"  # the last character for private use
+PRIVATE_USE = range(0x10FFFD, 0x100000, -1)  # characters, of which the first that no text has is the mark
 SANITIZE = "sanitize_control_tokens"  # an option of transformers 5.24:
 SANITIZED = "\U000f0000"  # it puts this before a user's words that look like a token
 
@@ -66,12 +66,11 @@ class Inserter:
     def check(self, texts: Sequence[str]) -> None:
         """Raises SpatialTokensError if a text holds what only this processor may write."""
         for row, text in enumerate(texts):
-            for word in filter(None, (self.token, MARK)):
-                if re.search(f"(?<!{SANITIZED}){re.escape(word)}", text):
-                    raise SpatialTokensError(
-                        f"text {row} holds {word!r}, which marks the places of spatial tokens; leave it out: the processor puts "
-                        "it before every image"
-                    )
+            if self.token is not None and re.search(f"(?<!{SANITIZED}){re.escape(self.token)}", text):
+                raise SpatialTokensError(
+                    f"text {row} holds {self.token!r}, which marks the places of spatial tokens; leave it out: the processor puts "
+                    "it before every image"
+                )
 
     def check_counts(self, texts: Sequence[str], images: Any) -> None:
         """Raises SpatialTokensError, naming the row, unless every image has its placeholder."""
@@ -96,9 +95,14 @@ class Inserter:
 
 
 class _Noted:
-    """Where the marks of each text were, when it was ready to be tokenized, and what became of it."""
+    """Where the marks of each text were, when it was ready to be tokenized, and what became of it.
 
-    def __init__(self) -> None:
+    Args:
+        mark: A character that is in none of the texts.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
         self.marks: list[list[int]] = []
         self.texts: list[str] = []
         self.encoding: Any = None
@@ -107,10 +111,14 @@ class _Noted:
 
     def take(self, texts: list[str]) -> list[str]:
         """The texts without their marks."""
-        plain = [each.replace(MARK, "") for each in texts]
-        if any(MARK in each for each in texts):
-            self.marks, self.texts = [_positions(each) for each in texts], plain
+        plain = [each.replace(self.mark, "") for each in texts]
+        if any(self.mark in each for each in texts):
+            self.marks, self.texts = [self.positions(each) for each in texts], plain
         return plain
+
+    def positions(self, text: str) -> list[int]:
+        """Where the marks of a text would be without them."""
+        return [match.start() - number for number, match in enumerate(re.finditer(self.mark, text))]
 
 
 class _MarkedTokenizer:
@@ -128,7 +136,8 @@ class _MarkedTokenizer:
         if self._noted.marks and self._noted.encoding is None:
             self._noted.encoding = encoding
             self._noted.left_truncated = getattr(self, "truncation_side", "right") == "left"
-            self._noted.count = lambda part: len(tokenize(part, add_special_tokens=False, **_only(SANITIZE, kwargs))["input_ids"])
+            sanitized = {SANITIZE: kwargs[SANITIZE]} if SANITIZE in kwargs else {}
+            self._noted.count = lambda part: len(tokenize(part, add_special_tokens=False, **sanitized)["input_ids"])
         return encoding
 
 
@@ -138,9 +147,11 @@ class _MarkedReplacements:
     _noted: _Noted
 
     def get_text_with_replacements(self, text: list[str], *args: Any, **kwargs: Any) -> Any:
-        given = [_positions(each) for each in text]
+        given = [self._noted.positions(each) for each in text]
         text, replacements = super().get_text_with_replacements(text, *args, **kwargs)  # type: ignore[misc]
         plain = self._noted.take(text)
+        if not self._noted.marks:
+            return plain, replacements
         for row, found in enumerate(replacements):
             for each in found:
                 for name, marks in (("span", given[row]), ("new_span", self._noted.marks[row])):
@@ -153,14 +164,13 @@ class _SpatialProcessor:
     """Mixed into a processor's class: what it returns gets its placeholders."""
 
     _inserter: Inserter
+    tokenizer: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inserter, kind = self._inserter, type(self).__mro__[2]
         given = inspect.signature(kind.__call__).bind_partial(self, *args, **kwargs)
         text, images = given.arguments.get("text"), given.arguments.get("images")
-        if text is None:
-            return kind.__call__(self, *args, **kwargs)
-        texts = [text] if isinstance(text, str) else text
+        texts = [text] if isinstance(text, str) else [] if text is None else text
         if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
             raise SpatialTokensError(f"text must be a string or a list of strings, got {shown(text)}")
         inserter.check(texts)
@@ -169,17 +179,33 @@ class _SpatialProcessor:
             return kind.__call__(self, *args, **kwargs)
         if has_places:
             inserter.check_counts(texts, images)
-        processor, noted = _for_one_call(self)
-        marked = [inserter.pattern.sub(lambda match: MARK + match[0], each) for each in texts]
-        given.arguments["text"] = marked[0] if isinstance(text, str) else marked
+        processor, noted = _for_one_call(self, texts)
+        marked = [inserter.pattern.sub(lambda match: noted.mark + match[0], each) for each in texts]
+        if text is not None:
+            given.arguments["text"] = marked[0] if isinstance(text, str) else marked
         given.arguments["self"] = processor
         outputs = kind.__call__(*given.args, **given.kwargs)
-        if not any(inserter.image_token_id in row for row in placeholders.rows_of(outputs["input_ids"])):
-            raise SpatialTokensError(f"images were given, but no text has {inserter.image_token!r}; write it where an image goes")
-        runs = _at_marks(noted, inserter.count) if has_places and not inserter.per_tile else inserter.at_runs(outputs)
-        multiple = _option("pad_to_multiple_of", kwargs)
-        placeholders.insert_runs(outputs, runs, inserter.token_id, inserter.pad_token_id, multiple=multiple)
+        if outputs.get("input_ids") is None:
+            return outputs
+        padding, side, multiple = (_option(name, kwargs) for name in ("padding", "padding_side", "pad_to_multiple_of"))
+        placeholders.insert_runs(
+            outputs, self._runs(outputs, noted, images), inserter.token_id, inserter.pad_token_id,
+            pad=padding not in (None, False, "do_not_pad"), padding_side=side or self.tokenizer.padding_side, multiple=multiple,
+        )  # fmt: skip
         return outputs
+
+    def _runs(self, outputs: Any, noted: _Noted, images: Any) -> list[placeholders.Runs]:
+        """Where placeholders go."""
+        inserter = self._inserter
+        if noted.marks and not (inserter.per_tile and inserter.tile_length is not None):
+            return _at_marks(noted, inserter, outputs)
+        runs, given = inserter.at_runs(outputs), _counts(images)
+        found, total = sum(map(len, runs)), sum(given) if isinstance(given, list) else given
+        if not inserter.per_tile and found != total:
+            raise SpatialTokensError(
+                f"{total} images were given, {found} found in the text; write {inserter.image_token!r} where each goes"
+            )
+        return runs
 
     def __reduce__(self) -> Any:
         return _rebuild, (type(self).__mro__[2],), self.__dict__
@@ -194,11 +220,12 @@ def _rebuild(kind: type) -> Any:
     return object.__new__(_with(_SpatialProcessor, kind))
 
 
-def _for_one_call(processor: Any) -> tuple[Any, _Noted]:
-    """A shallow copy of a processor that takes marked texts, and what it notes of them."""
+def _for_one_call(processor: Any, texts: Sequence[str]) -> tuple[Any, _Noted]:
+    """A shallow copy of a processor that takes these texts with marks, and what it notes of them."""
     from transformers import PreTrainedTokenizerBase
 
-    noted, kind = _Noted(), type(processor).__mro__[2]
+    used: set[str] = set().union(*texts)
+    noted, kind = _Noted(next(each for each in map(chr, PRIVATE_USE) if each not in used)), type(processor).__mro__[2]
     processor = copy.copy(processor)
     processor._noted = noted
     processor.__class__ = _with(_MarkedReplacements, kind) if hasattr(kind, "get_text_with_replacements") else kind
@@ -207,7 +234,7 @@ def _for_one_call(processor: Any) -> tuple[Any, _Noted]:
             tokenizer: Any = copy.copy(each)
             kind_of_tokenizer: Any = type(each)
             tokenizer.__class__ = _with(_MarkedTokenizer, kind_of_tokenizer)
-            tokenizer._noted = noted if name == "tokenizer" else _Noted()
+            tokenizer._noted = noted if name == "tokenizer" else _Noted(noted.mark)
             setattr(processor, name, tokenizer)
     return processor, noted
 
@@ -224,12 +251,14 @@ def add_token(processor: Any, token: str | None) -> tuple[Any, int | None]:
     if token is None:
         return processor, None
     processor.tokenizer = tokenizer = copy.deepcopy(processor.tokenizer)
-    if token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
-    elif not _is_unused(processor, token):
+    others = {str(each) for each in tokenizer.added_tokens_decoder.values()} - {token}
+    is_there = token in tokenizer.get_vocab()
+    if (is_there and not _is_unused(processor, token)) or any(token in each or each in token for each in others):
         raise SpatialTokensError(
-            f"{token!r} has a use of its own in the tokenizer; give a token that it does not have, or leave token out ({TOKEN!r})"
+            f"{token!r} has a use of its own in the tokenizer, or is a part of a token that has; leave token out ({TOKEN!r})"
         )
+    if not is_there:
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     return processor, int(tokenizer.convert_tokens_to_ids(token))
 
 
@@ -309,42 +338,37 @@ def without_placeholders(processor: Any) -> Any:
     return processor
 
 
-def _positions(text: str) -> list[int]:
-    """Where the marks of a text would be without them."""
-    return [match.start() - number for number, match in enumerate(re.finditer(MARK, text))]
-
-
-def _only(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name]} if name in options else {}
-
-
-def _at_marks(noted: _Noted, count: int) -> list[placeholders.Runs]:
-    """Before the first token that starts at, or after, each mark.
+def _at_marks(noted: _Noted, inserter: Inserter, outputs: Any) -> list[placeholders.Runs]:
+    """Before the first token of each image: the first that starts at, or after, its mark.
 
     Raises:
         SpatialTokensError: If that was cut off.
     """
-    encoding = noted.encoding
+    encoding, of_image = noted.encoding, {inserter.image_token_id, *inserter.opening_ids}
     samples = encoding.get("overflow_to_sample_mapping")
     rows = placeholders.rows_of(encoding["input_ids"])
     numbers = range(len(rows)) if samples is None else [int(each) for each in samples]
+    tiles = tiles_of(outputs, inserter.config) if inserter.per_tile else [1] * sum(map(len, noted.marks))
     made = []
     for row, text in enumerate(numbers):
-        token_of = _token_at if encoding.encodings else _token_after
-        found = [token_of(noted, row, place) for place in noted.marks[text]]
-        if None in found and samples is None:
-            raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
-        made.append([(index, count) for index in found if index is not None])  # an image is in one of the parts of a long text
+        first, found = sum(map(len, noted.marks[:text])), []
+        for number, place in enumerate(noted.marks[text], first):
+            index = _token_at(noted, row, place, of_image) if encoding.encodings else _token_after(noted, row, place)
+            if index is None and samples is None:
+                raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
+            if index is not None:  # else it is in another part of a long text
+                found.append((index, inserter.count * tiles[number]))
+        made.append(found)
     return made
 
 
-def _token_at(noted: _Noted, row: int, place: int) -> int | None:
+def _token_at(noted: _Noted, row: int, place: int, of_image: set[int]) -> int | None:
     encoding = noted.encoding
     index = encoding.char_to_token(row, place)
     if index is None:
         return None
-    span = encoding.token_to_chars(row, index)
-    return int(index) + (span is not None and span.start < place)
+    before = encoding.token_to_chars(row, index).start < place  # of another word, unless the image's token took a space before it
+    return int(index) + (before and encoding.encodings[row].ids[index] not in of_image)
 
 
 def _token_after(noted: _Noted, row: int, place: int) -> int | None:
@@ -364,10 +388,13 @@ def _option(name: str, kwargs: dict[str, Any]) -> Any:
 
 def _counts(images: Any) -> int | list[int]:
     """How many images: in each row, if they are given so, else in all."""
-    if images is None:
-        return 0
     if not isinstance(images, (list, tuple)):
-        return len(images) if getattr(images, "ndim", 0) == 4 else 1
+        return _count(images)
     if any(isinstance(each, (list, tuple)) or each is None for each in images):
-        return [len(each) if isinstance(each, (list, tuple)) else int(each is not None) for each in images]
-    return len(images)
+        return [sum(map(_count, each)) if isinstance(each, (list, tuple)) else _count(each) for each in images]
+    return sum(map(_count, images))
+
+
+def _count(image: Any) -> int:
+    """One, or as many as an array of four dimensions has."""
+    return 0 if image is None else len(image) if getattr(image, "ndim", 0) == 4 else 1

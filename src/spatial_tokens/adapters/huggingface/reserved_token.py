@@ -35,11 +35,14 @@ class ReservedToken:
         token_id = rows if token_id is None else token_id
         if type(token_id) is not int or not 0 <= token_id <= LARGEST_ID:
             raise SpatialTokensError(f"token_id must be an integer from 0 to {LARGEST_ID}, got {shown(token_id)}")
-        named = {each: name for name, each in _named_ids(parts.model)}
-        if token_id in named:
-            raise SpatialTokensError(f"token_id must stand for nothing else; {token_id} is the model's {named[token_id]}")
-        free = (each for each in range(rows - 1, -1, -1) if each not in named and each != token_id)
-        self.text, self.id, self.stand_in = text, token_id, next(free, 0)
+        names: dict[int, set[str]] = {}
+        for name, each in _named_ids(parts.model):
+            names.setdefault(each, set()).add(name)
+        if token_id in names:
+            raise SpatialTokensError(f"token_id must stand for nothing else; {token_id} is the model's {min(names[token_id])}")
+        starts = (each for each, of_it in names.items() if of_it == {"bos_token_id"} and each < rows)  # it is in no answer
+        free = (each for each in range(rows - 1, -1, -1) if each not in names and each != token_id)
+        self.text, self.id, self.stand_in = text, token_id, next(starts, next(free, 0))
         generator = torch.Generator().manual_seed(token_id)
         self.row = 0.02 * torch.randn(parts.text_hidden_size, generator=generator)  # unlike any token's, padding's zeros too
 
@@ -49,6 +52,10 @@ class ReservedToken:
         token = cls("", None, parts)
         token.id = parts.image_token_id
         return token
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids as the base sees them."""
+        return ids.masked_fill(ids == self.id, self.stand_in)
 
     def never_generated(self, given: Any) -> Any:
         """The logits processors of a `generate` call, and one that rules this token out."""
