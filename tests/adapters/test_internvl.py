@@ -379,3 +379,6 @@ def test_a_patch_head_of_its_own():
     config = SPProjectorConfig(vision_hidden_size=3, text_hidden_size=5, grid_size=8, kernel_sizes=(4,), detail_kernel_size=None)
     with pytest.raises(SpatialTokensError, match="the model projects its patches itself; give patch_head=None"):
         WithSpatialTokens(nn.Linear(3, 5), SPProjector.from_config(config))
+    for parts in ((nn.Linear(3, 5), None), (None, SPProjector.from_config(config))):
+        with pytest.raises(SpatialTokensError, match="a projector and an SPProjector are needed, got "):
+            WithSpatialTokens(*parts)

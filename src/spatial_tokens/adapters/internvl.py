@@ -98,7 +98,7 @@ class UndoPixelShuffle(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Merged features `(B, N / f^2, f^2 * C)` to patch features `(B, N, C)`."""
-        check_dense(features, "merged features", "(B, N / f^2, f^2 * C)", 3)
+        check_dense(features, "merged features", "(B, N / f^2, f^2 * C)")
         if tuple(features.shape[1:]) != self.merged_shape:
             raise SpatialTokensError(
                 f"merged features must have shape (B, {', '.join(map(str, self.merged_shape))}), got {tuple(features.shape)}; "
