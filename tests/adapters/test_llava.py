@@ -14,8 +14,8 @@ from spatial_tokens.modules.ablations import SlidingWindowExtractor
 from spatial_tokens.presets import PRESETS
 from tests import reference
 from tests.adapters.codebases import added_lines, load
-from tests.modules.checks import FLOAT64, assert_equals_reference
-from tests.tolerances import assert_close, rounding
+from tests.modules.checks import assert_equals_reference
+from tests.tolerances import FLOAT64, assert_close, rounding
 
 BUILDER = "llava/model/multimodal_projector/builder.py"
 ARCH = "llava/model/llava_arch.py"

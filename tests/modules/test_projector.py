@@ -12,7 +12,6 @@ from spatial_tokens.modules import LinearHead, MLPHead
 from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
 from tests import reference
 from tests.modules.checks import (
-    FLOAT64,
     assert_equals_reference,
     batches,
     features,
@@ -23,6 +22,7 @@ from tests.modules.checks import (
     variants,
     widths,
 )
+from tests.tolerances import FLOAT64
 
 GRID = {"grid_size": (4, 6)}
 TINY = {"vision_hidden_size": 4, "text_hidden_size": 5, **GRID, "kernel_sizes": (2, 4), "detail_kernel_size": None}
