@@ -1,8 +1,12 @@
 """The command as a user meets it: exit codes, one line on errors, JSON, files."""
 
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,9 @@ TINY = SPProjectorConfig(
     vision_hidden_size=6, text_hidden_size=10, grid_size=8, kernel_sizes=(4, 8), spatial_hidden_size=4,
     detail_kernel_size=4, spatial_head="linear",
 )  # fmt: skip
+
+
+LONG = "a" * 300
 
 
 @pytest.fixture
@@ -117,6 +124,10 @@ def test_demo_fits_the_preset_to_another_grid_and_says_so(capsys, tmp_path):
         (("--encoder", "nonsense"), "timm does not know a model 'nonsense'"),
         (("--output", __file__), "cannot make the directory"),
         (("--seed", "x"), "invalid int value: 'x'"),
+        (("--seed", 2**64), "seed must be an integer from -2**63 to 2**64 - 1, got 18446744073709551616"),
+        (("--seed", -(2**63) - 1), "seed must be an integer"),
+        (("--encoder", ""), "timm does not know a model ''"),
+        ((LONG,), "File name too long"),
         (("a.jpg", "b.jpg"), "unrecognized arguments: b.jpg"),
     ],
 )
@@ -168,8 +179,25 @@ def test_info_of_a_broken_config(capsys, tmp_path, text, message):
     assert message in run(capsys, "info", tmp_path / "config.json", code=2)
 
 
-def test_info_of_a_missing_config(capsys):
-    assert "cannot read missing.json: No such file" in run(capsys, "info", "missing.json", code=2)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.json", "cannot read missing.json: No such file"),
+        (f"{LONG}.json", "File name too long"),
+        (LONG, "unknown preset 'aaa"),
+        ("", "the config must be a path, got an empty string"),
+        ("two\nlines\x1b.json", r"cannot read two\nlines\x1b.json"),
+        ("zero\0.json", r"cannot read zero\x00.json"),
+    ],
+)
+def test_info_of_a_missing_config(capsys, name, message):
+    assert message in run(capsys, "info", name, code=2)
+
+
+def test_info_of_json_of_another_kind_names_the_file(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    message = run(capsys, "info", tmp_path, code=2)
+    assert f"{tmp_path / 'config.json'} is no config of a projector: unknown field 'architectures'" in message
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
@@ -233,6 +261,12 @@ def test_convert_mistakes(capsys, tmp_path, projector):
         ((tmp_path / "missing.bin", tmp_path / "out"), "does not exist"),
         ((own, tmp_path / "missing" / "out.bin"), "cannot write"),
         ((own, tmp_path / "out.bin", "--prefix", "x."), "invalid choice: 'x.'"),
+        ((LONG, tmp_path / "out"), "does not exist"),
+        ((released, tmp_path / LONG), "File name too long"),
+        ((own, tmp_path / f"{LONG}.bin"), "File name too long"),
+        (("", tmp_path / "out"), "IN must be a path, got an empty string"),
+        ((released, ""), "OUT must be a path, got an empty string"),
+        ((own, own, "--overwrite"), "IN and OUT are both"),
     ]:
         assert message in run(capsys, "convert", *arguments, code=2)
     assert {path.name for path in tmp_path.iterdir()} == {"own", "released.bin", "cut.bin", "empty"}
@@ -261,6 +295,74 @@ def test_tables_without_rich_name_the_extra(capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install 'spatial-tokens[viz]'" in run(capsys, "info", "llava-sp-cropping", code=2)
     assert json.loads(run(capsys, "info", "llava-sp-cropping", "--json"))
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"]])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_standard_output_is_an_error(capsys, monkeypatch, arguments):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(arguments) == 2
+    assert "cannot use standard output: No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_an_error_that_cannot_be_written_is_still_an_exit_code(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["info", "nonsense"]) == 2
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["info", "nonsense"]) == 2
+
+
+def test_a_closed_standard_output_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info"]) == 2
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_none(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["info", "--json"]) == 0
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, projector):
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_convert = ["convert", str(tmp_path / "own"), str(tmp_path / "é.bin")]
+    assert main(run_convert) == 0
+    assert rb"\xe9.bin: vision_hidden_size=6" in written.getvalue()
+    assert terminal.errors == "strict"
+    assert main(["info"]) == 0  # a table without the lines that ASCII lacks
+    assert written.getvalue().count(b"\\") == 1
+
+
+def test_ctrl_c_that_a_library_passes_over_is_no_traceback(monkeypatch):
+    def fail(arguments):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("spatial_tokens.cli.commands.run_info", fail)
+    assert main(["info"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "program", [["-m", "spatial_tokens"], ["-c", "from spatial_tokens.cli import main; raise SystemExit(main())"]]
+)
+def test_ctrl_c_while_torch_is_imported(tmp_path, program):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, *program, "info"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_the_installed_command():

@@ -4,6 +4,7 @@ import math
 import re
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,7 +138,9 @@ def test_the_parity_error_in_full():
     )
 
 
-@pytest.mark.parametrize("value", ["crop", "Cropping", "", None, 0, True, ("cropping",), ["pooling"]])
+@pytest.mark.parametrize(
+    "value", ["crop", "", None, 0, True, ("cropping",), ["pooling"], np.array(["cropping", "pooling"])], ids=repr
+)
 def test_variants(value):
     refused(f"variant must be 'cropping' or 'pooling', got {value!r}", variant=value)
 
@@ -153,7 +156,7 @@ def test_no_detail_stride_without_a_detail_kernel(stride):
     refused(f"detail_stride is {stride!r} but detail_kernel_size is None", detail_kernel_size=None, detail_stride=stride)
 
 
-@pytest.mark.parametrize("value", ["MLP", "", None, True, 1, ["mlp"]])
+@pytest.mark.parametrize("value", ["MLP", "", None, True, 1, ["mlp"], np.array(["mlp", "linear"])], ids=repr)
 def test_spatial_heads(value):
     refused(f"spatial_head must be 'mlp' or 'linear', got {value!r}", spatial_head=value)
 

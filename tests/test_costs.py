@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from spatial_tokens import SPProjector, SPProjectorConfig
+from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.presets import PRESETS
 from tests.strategies import configs
 
@@ -84,6 +84,12 @@ def test_multiply_adds_of_the_paper():
     assert costs["extractor"].multiply_adds == pytest.approx(0.76e9, rel=0.01)
     assert costs["integrator detail map"].multiply_adds == pytest.approx(3.36e9, rel=0.01)
     assert costs["patch head"].multiply_adds == pytest.approx(12.1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("value", [0, -2, 2.0, "2", None])
+def test_bytes_of_a_parameter_are_positive(value):
+    with pytest.raises(SpatialTokensError, match=f"bytes_per_parameter must be a positive integer, got {value!r}"):
+        SPProjectorConfig.from_preset("siglip-l-16-384").costs(bytes_per_parameter=value)
 
 
 def test_bytes_follow_the_dtype():

@@ -37,6 +37,12 @@ def test_table(capsys):
     [
         (("--model", "tiny", "--preset", "nothing"), "unknown preset"),
         (("no-such-picture.png", "--model", "tiny"), "cannot read the picture"),
+        (
+            ("--model", "tiny", "--prompt", "<image> What?"),
+            "the prompt must not contain the special token '<image>', got '<image> What?'",
+        ),
+        (("--model", "tiny", "--prompt", "a<|spatial|>"), "the prompt must not contain the special token '<|spatial|>'"),
+        (("--model", "tiny", "--seed", 2**64), "seed must be an integer"),
         (("--model", "./no-such-folder"), "cannot load the model"),
     ],
 )

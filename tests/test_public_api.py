@@ -43,11 +43,12 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "matplotlib": {"visualize", "bench"},
     "rich": {"cli", "demo", "bench"},
 }
+SUBCLASSES = {"spatial_tokens.training.trainer"}  # of an optional library's classes: nothing else imports these with itself
 CORE = {"torch", "einops", "safetensors", "spatial_tokens"}
 
 
 def imports(path):
-    """The modules that a file imports, anywhere but under TYPE_CHECKING, each with whether it is imported at the top."""
+    """The modules that a file imports, anywhere but under TYPE_CHECKING, each with whether importing the file imports it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
@@ -56,16 +57,23 @@ def imports(path):
         for statement in block.body
         for node in ast.walk(statement)
     }
+    in_functions = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
+        at_import = id(node) not in in_functions
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node in tree.body) for alias in node.names)
+            yield from ((alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                yield (submodule if submodule in MODULES else node.module), node in tree.body
+                yield (submodule if submodule in MODULES else node.module), at_import
 
 
 def room(module):
@@ -140,6 +148,13 @@ def test_importing_costs_torch_einops_and_safetensors_alone():
     assert not result.stderr
 
 
+def test_the_package_and_the_command_are_imported_without_torch():
+    script = "import sys, spatial_tokens.cli; assert 'torch' not in sys.modules; from spatial_tokens import *; SPProjector.config"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="module 'spatial_tokens' has no attribute 'projector'"):
+        spatial_tokens.projector
+
+
 @pytest.mark.parametrize("room_name", ["errors", "checks", "grid", "presets", "config", "pictures"])
 def test_what_is_counted_and_checked_needs_no_torch(room_name):
     for module, _ in imports(PACKAGE / f"{room_name}.py"):
@@ -172,9 +187,23 @@ def test_imports_make_no_circle():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_libraries_stay_in_their_rooms(module):
-    for imported, at_top in imports(MODULES[module]):
+    for imported, at_import in imports(MODULES[module]):
         library = imported.split(".")[0]
         if library in CORE or library in sys.stdlib_module_names:
             continue
         assert room(module) in OPTIONAL[library], f"{module} imports {library}"
-        assert not at_top or room(module) == "ops", f"{module} imports {library} at its top, not where it is used"
+        if module not in SUBCLASSES and room(module) != "ops":
+            assert not at_import, f"{module} imports {library} with itself, not where it is used"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_subclasses_an_optional_library_is_imported_where_it_is_used(module):
+    assert not {imported for imported, at_import in imports(MODULES[module]) if at_import} & SUBCLASSES
+
+
+@pytest.mark.parametrize(
+    "text", ["import timm", "try:\n    import timm\nexcept ImportError:\n    pass", "class A:\n    import timm"]
+)
+def test_imports_are_found_wherever_importing_the_file_runs_them(tmp_path, text):
+    (tmp_path / "file.py").write_text(f"{text}\ndef f():\n    import rich\n")
+    assert list(imports(tmp_path / "file.py")) == [("timm", True), ("rich", False)]

@@ -84,6 +84,21 @@ def test_wrong_attention(shape):
         visualize.draw_attention(visualize.sample_picture(), torch.zeros(shape), (24, 24), 16, 2)
 
 
+@pytest.mark.parametrize("image", [None, torch.zeros(3, 8, 8), "picture.png"])
+def test_images_are_pil_images(image):
+    for draw in (
+        lambda: visualize.draw_windows(image, (4, 4), (2,), "cropping"),
+        lambda: visualize.draw_attention(image, torch.zeros(1, 25), (24, 24), 16, 2),
+    ):
+        with pytest.raises(SpatialTokensError, match=f"image must be a PIL.Image.Image, got {type(image).__name__}"):
+            draw()
+
+
+def test_attention_is_a_tensor():
+    with pytest.raises(SpatialTokensError, match=r"attention must be a tensor \(K, 25\), got list"):
+        visualize.draw_attention(visualize.sample_picture(), [[0.0] * 25], (24, 24), 16, 2)
+
+
 def test_wrong_windows():
     with pytest.raises(SpatialTokensError, match="larger than grid_size"):
         visualize.draw_windows(visualize.sample_picture(), (24, 24), (26,), "cropping")

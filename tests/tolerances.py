@@ -3,6 +3,7 @@
 import torch
 
 FLOAT32 = 1e-5
+FLOAT64 = 1e-9
 
 
 def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
@@ -19,6 +20,11 @@ def assert_close(given: torch.Tensor, expected: torch.Tensor, tolerance: float =
     """Fails unless the relative error is at most the tolerance; a NaN on one side fails."""
     error = relative_error(given, expected)
     assert error <= tolerance, f"relative error {error:.2e} is over {tolerance:.0e}"
+
+
+def assert_each_close(given: torch.Tensor, expected: torch.Tensor) -> None:
+    """Fails unless each value is as near as float32 allows, also where all are zero but for rounding."""
+    torch.testing.assert_close(given, expected, rtol=10 * FLOAT32, atol=FLOAT32)
 
 
 def rounding(dtype: torch.dtype, operations: int) -> float:

@@ -13,6 +13,7 @@ import torch
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from spatial_tokens.grid import KernelSize, Size, Window, as_size, check_kernel_sizes, crop_window, pool_bins, strided_windows
+from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.storage.files import atomic_write
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def draw_windows(image: Image, grid_size: KernelSize, kernel_sizes: Sequence[Ker
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
-        SpatialTokensError: If a kernel size does not fit the grid.
+        SpatialTokensError: If the image is no PIL image, or a kernel size does not fit the grid.
     """
+    _check_picture(image)
     grid = as_size(grid_size, "grid_size")
     sizes = [as_size(k, "kernel size") for k in check_kernel_sizes(grid, kernel_sizes, variant)]
     figure, axes = _panels(len(sizes), f"{variant}: what each spatial token covers")
@@ -73,10 +75,12 @@ def draw_attention(
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
-        SpatialTokensError: If the attention is not `(K, P)` for that grid, kernel and stride.
+        SpatialTokensError: If the image is no PIL image, or the attention is not `(K, P)` for that grid, kernel and stride.
     """
+    _check_picture(image)
     grid, step = as_size(grid_size, "grid_size"), as_size(detail_stride, "detail_stride")
     windows = strided_windows(grid, detail_kernel_size, step)
+    check_dense(attention, "attention", f"(K, {len(windows)})")
     if attention.ndim != 2 or attention.shape[1] != len(windows):
         raise SpatialTokensError(
             f"attention must have shape (K, {len(windows)}), one picture's, got {tuple(attention.shape)}; index the batch first"
@@ -111,6 +115,7 @@ def sample_picture(size: Size = (336, 336)) -> Image:
         from PIL import Image, ImageDraw
     except ImportError as error:
         raise MissingExtraError("pillow", "viz") from error
+    height, width = as_size(size, "size")
     scale = 4
     picture = Image.new("RGB", (336 * scale, 336 * scale), "#9fd3f5")
     draw = ImageDraw.Draw(picture)
@@ -129,7 +134,12 @@ def sample_picture(size: Size = (336, 336)) -> Image:
     draw.ellipse(box(18, 110, 84, 184), fill="#2f6b3c")
     draw.ellipse(box(258, 240, 300, 282), fill="#e4572e")
     draw.ellipse(box(70, 262, 130, 300), fill="#4f86c6")
-    return picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _check_picture(image: object) -> None:
+    if not (hasattr(image, "convert") and hasattr(image, "size")):
+        raise SpatialTokensError(f"image must be a PIL.Image.Image, got {type(image).__name__}; make one: PIL.Image.fromarray(...)")
 
 
 def _panels(count: int, title: str, *, colorbar: bool = False) -> tuple[Figure, list[Axes]]:

@@ -15,8 +15,8 @@ from spatial_tokens.adapters.beside import WithSpatialTokens
 from spatial_tokens.adapters.internvl import UndoPixelShuffle, add_spatial_tokens
 from tests import reference
 from tests.adapters.codebases import load, spatial_tokens
-from tests.modules.checks import FLOAT64, assert_equals_reference
-from tests.tolerances import assert_close, rounding
+from tests.modules.checks import assert_equals_reference
+from tests.tolerances import FLOAT64, assert_close, rounding
 
 MODEL = "internvl_chat/internvl/model/internvl_chat/modeling_internvl_chat.py"
 SCRIPT = "internvl_chat/internvl/train/internvl_chat_finetune.py"
@@ -379,3 +379,6 @@ def test_a_patch_head_of_its_own():
     config = SPProjectorConfig(vision_hidden_size=3, text_hidden_size=5, grid_size=8, kernel_sizes=(4,), detail_kernel_size=None)
     with pytest.raises(SpatialTokensError, match="the model projects its patches itself; give patch_head=None"):
         WithSpatialTokens(nn.Linear(3, 5), SPProjector.from_config(config))
+    for parts in ((nn.Linear(3, 5), None), (None, SPProjector.from_config(config))):
+        with pytest.raises(SpatialTokensError, match="a projector and an SPProjector are needed, got "):
+            WithSpatialTokens(*parts)

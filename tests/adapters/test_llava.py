@@ -10,11 +10,12 @@ from torch import nn
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.llava import PROJECTOR_TYPES, build_spatial_projector, split_spatial_tokens
 from spatial_tokens.checkpoint import from_llava_sp, to_llava_sp
+from spatial_tokens.modules.ablations import SlidingWindowExtractor
 from spatial_tokens.presets import PRESETS
 from tests import reference
 from tests.adapters.codebases import added_lines, load
-from tests.modules.checks import FLOAT64, assert_equals_reference
-from tests.tolerances import assert_close, rounding
+from tests.modules.checks import assert_equals_reference
+from tests.tolerances import FLOAT64, assert_close, rounding
 
 BUILDER = "llava/model/multimodal_projector/builder.py"
 ARCH = "llava/model/llava_arch.py"
@@ -320,6 +321,9 @@ def test_split_spatial_tokens():
     spatial, patches = split_spatial_tokens(nn.Linear(3, 5), tokens)
     assert spatial.shape == (2, 0, 5)
     assert torch.equal(patches, tokens)
+    sliding = SPProjector(SlidingWindowExtractor(3, 2, grid_size=24, kernel_size=(12, 8)), None, nn.Linear(2, 5), nn.Linear(3, 5))
+    for six in (sliding, torch.compile(sliding, backend="eager")):  # of parts that no config describes, and wrapped
+        assert split_spatial_tokens(six, tokens)[0].shape == (2, 6, 5)
 
 
 def test_weights_of_a_plain_llava_keep_its_patch_tokens(llava):

@@ -12,8 +12,8 @@ from spatial_tokens.adapters.beside import WithSpatialTokens
 from spatial_tokens.adapters.nanovlm import add_spatial_tokens
 from tests import reference
 from tests.adapters.codebases import load, spatial_tokens
-from tests.modules.checks import FLOAT64, assert_equals_reference
-from tests.tolerances import assert_close, rounding
+from tests.modules.checks import assert_equals_reference
+from tests.tolerances import FLOAT64, assert_close, rounding
 
 FILES = {
     "models/config.py": """

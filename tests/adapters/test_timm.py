@@ -8,7 +8,7 @@ from PIL import Image
 
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError
-from tests.tolerances import relative_error
+from tests.tolerances import relative_error, rounding
 
 timm = pytest.importorskip("timm")
 
@@ -148,6 +148,31 @@ def test_wrong_pixels(shape):
         encoder(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pixels: None, r"pixels must be a tensor \(B, 3, 42, 42\), got NoneType"),
+        (lambda pixels: pixels.to_sparse(), "got torch.sparse_coo; call .to_dense()"),
+        (lambda pixels: pixels.byte(), "pixels are torch.uint8, the weights torch.float32"),
+        (lambda pixels: pixels.to("meta"), "pixels are on meta, the weights on cpu"),
+    ],
+)
+def test_pixels_that_the_model_cannot_read(change, message):
+    encoder = TimmPatchEncoder("vit_small_patch14_dinov2", image_size=42, **SMALL)
+    with pytest.raises(SpatialTokensError, match=message):
+        encoder(change(torch.zeros(1, 3, 42, 42)))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"vit_tiny_patch16_224"])
+def test_names_are_strings(name):
+    with pytest.raises(SpatialTokensError, match="name must be that of a timm model, such as 'vit_base_patch16_224', got "):
+        TimmPatchEncoder(name)
+
+
+def test_timms_own_name_of_the_image_size():
+    assert TimmPatchEncoder("vit_small_patch14_dinov2", img_size=42, **SMALL).grid_size == (3, 3)
+
+
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'spatial-tokens\[timm\]'"):
@@ -159,7 +184,7 @@ def test_half_precision():
     pixels = torch.randn(1, 3, 42, 42)
     with torch.inference_mode():
         expected = encoder(pixels)
-        assert relative_error(encoder.to(torch.bfloat16)(pixels.to(torch.bfloat16)), expected) < 0.05
+        assert relative_error(encoder.to(torch.bfloat16)(pixels.to(torch.bfloat16)), expected) < rounding(torch.bfloat16, 12)
 
 
 def test_a_model_that_cannot_give_its_layers(monkeypatch):

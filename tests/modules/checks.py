@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tests.tolerances import FLOAT32, assert_close
 
-FLOAT64 = 1e-9
 ZERO = ("key_projector.0.bias", "key_projector.1.bias")  # they shift all scores of a softmax alike: no gradient but rounding
 
 

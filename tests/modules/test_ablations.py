@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
 from tests import reference
 from tests.modules.checks import (
-    FLOAT64,
     assert_equals_reference,
     batches,
     features,
@@ -19,6 +18,7 @@ from tests.modules.checks import (
     variants,
     widths,
 )
+from tests.tolerances import FLOAT64
 
 
 @given(data=st.data(), grid=grids, channels=widths, width=widths, batch=batches)

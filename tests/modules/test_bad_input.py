@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SpatialTokensError
 from spatial_tokens.modules import LinearHead, MLPHead
 from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
-from tests.modules.cases import CASES, every_reader
+from tests.modules.cases import CASES, every_case, every_reader
+
+LAYOUTS = (torch.strided, torch.jagged)  # of nested tensors
 
 
 def refused(message):
@@ -38,6 +41,10 @@ def refused(message):
         (torch.zeros(2, 49, 4), "48 patches: one too many, which looks like the class token; drop it: patches[:, 1:]"),
         (torch.zeros(2, 53, 4), "48 patches: 5 too many, which look like class and register tokens; drop them: patches[:, 5:]"),
         (torch.zeros(2, 96, 4), "got 96 positions for a grid of 6 x 8 = 48 patches; resize the picture"),
+        (torch.zeros(2, 48, 4).to_sparse(), "features must be a dense tensor (B, N, C), got torch.sparse_coo; call .to_dense()"),
+        (torch.zeros(2, 48, 4).to_mkldnn(), "features must be a dense tensor (B, N, C), got torch._mkldnn; call .to_dense()"),
+        *((torch.nested.nested_tensor([torch.zeros(48, 4)] * 2, layout=layout),
+           "patch features must be a dense tensor (B, N, C), got a nested tensor; pad and stack it") for layout in LAYOUTS),
     ],
 )  # fmt: skip
 def test_patch_features(case, patches, message):
@@ -63,6 +70,40 @@ def test_spatial_tokens(tokens, message):
     case = CASES["integrator"]
     with refused(message):
         case.build()(tokens, case.inputs()[1])
+
+
+@pytest.mark.parametrize("kind", [MLPHead, LinearHead])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "features must be a tensor (..., in_features), got NoneType"),
+        (torch.tensor(1.0), "features must have shape (..., in_features), got ()"),
+        (torch.zeros(2, 5), "features have 5 channels, this module was built for 4; got shape (2, 5)"),
+        (torch.zeros(2, 4).int(), "features must be floating point, got torch.int32"),
+        (torch.zeros(2, 4).half(), "features are torch.float16, the weights torch.float32; cast one of them"),
+        (torch.zeros(2, 4, device="meta"), "features are on meta, the weights on cpu"),
+        (torch.zeros(2, 4).to_sparse(), "features must be a dense tensor (..., in_features), got torch.sparse_coo"),
+    ],
+)
+def test_heads(kind, given, message):
+    with refused(message):
+        kind(4, 5)(given)
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64, got torch.int8"),
+        ({"dtype": torch.complex64}, "got torch.complex64"),
+        ({"dtype": "float32"}, "got 'float32'"),
+        ({"device": "gpu9"}, "cannot use the device 'gpu9': Invalid device string: 'gpu9'; give 'cpu', 'cuda' or 'meta'"),
+        ({"device": 1.5}, "cannot use the device 1.5: "),
+    ],
+)
+def test_devices_and_dtypes(case, arguments, message):
+    with refused(message):
+        case.build(**arguments)
 
 
 def test_autocast_lifts_the_check_of_the_dtype_alone():
@@ -124,6 +165,8 @@ def test_grids(built, value):
         (((2, 6), (4, 4)), "cropping", "kernel_sizes must increase, got ((2, 6), 4)"),
         ((2, 4), "croping", "variant must be 'cropping' or 'pooling', got 'croping'"),
         ((2, 4), None, "variant must be 'cropping' or 'pooling', got None"),
+        ((2, 4), ["pooling"], "variant must be 'cropping' or 'pooling', got ['pooling']"),
+        ((2, 4), np.array(["cropping", "pooling"]), "variant must be 'cropping' or 'pooling', got array(['cropping', 'pooling']"),
     ],
 )  # fmt: skip
 def test_scales(built, kernel_sizes, variant, message):
@@ -163,6 +206,12 @@ def test_transformer(name, value, message):
     kind, sizes = TRANSFORMER
     with refused(message):
         kind(**{**sizes, name: value})
+
+
+@pytest.mark.parametrize("value", [1, None, "False", np.array([True, False])], ids=repr)
+def test_the_bias_of_a_head_is_a_bool(value):
+    with refused("bias must be True or False, got "):
+        LinearHead(4, 5, bias=value)
 
 
 numbers = st.integers(-1, 9)

@@ -161,7 +161,7 @@ def test_images_do_not_know_each_other_and_stay_as_they_are(case):
     module, inputs = case.build(), case.inputs(3)
     before = [x.clone() for x in inputs]
     for together, alone in zip(case.run(module, inputs), case.run(module, [x[1:2] for x in inputs]), strict=True):
-        assert_close(together[1:2], alone, 1e-6)
+        assert_close(together[1:2], alone, FLOAT32 / 10)
     assert all(map(torch.equal, inputs, before))
 
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from spatial_tokens import SpatialFeatureExtractor
 from tests import reference
-from tests.modules.checks import FLOAT64, assert_equals_reference, batches, features, grids, scales, variants, widths
+from tests.modules.checks import assert_equals_reference, batches, features, grids, scales, variants, widths
+from tests.tolerances import FLOAT64
 
 
 @given(data=st.data(), grid=grids, variant=variants, channels=widths, width=widths, batch=batches)

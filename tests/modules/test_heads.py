@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from spatial_tokens.modules import LinearHead, MLPHead
 from tests import reference
-from tests.modules.checks import FLOAT64, assert_equals_reference, batches, features, widths
+from tests.modules.checks import assert_equals_reference, batches, features, widths
+from tests.tolerances import FLOAT64
 
 HEADS = {"mlp": MLPHead, "linear": LinearHead, "linear without bias": lambda c, d, **dd: LinearHead(c, d, bias=False, **dd)}
 

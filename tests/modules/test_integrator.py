@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from spatial_tokens import DetailFeatureIntegrator
 from tests import reference
-from tests.modules.checks import FLOAT64, assert_equals_reference, batches, features, grids, kernels, strides, widths
+from tests.modules.checks import assert_equals_reference, batches, features, grids, kernels, strides, widths
+from tests.tolerances import FLOAT64
 
 normal_widths = st.integers(3, 6)  # a LayerNorm of one or two channels has no gradient but rounding
 

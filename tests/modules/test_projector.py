@@ -12,7 +12,6 @@ from spatial_tokens.modules import LinearHead, MLPHead
 from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
 from tests import reference
 from tests.modules.checks import (
-    FLOAT64,
     assert_equals_reference,
     batches,
     features,
@@ -23,8 +22,74 @@ from tests.modules.checks import (
     variants,
     widths,
 )
+from tests.tolerances import FLOAT64
 
 GRID = {"grid_size": (4, 6)}
+TINY = {"vision_hidden_size": 4, "text_hidden_size": 5, **GRID, "kernel_sizes": (2, 4), "detail_kernel_size": None}
+
+
+class Mean(nn.Module):
+    """An extractor of the user's own: the mean patch, `count` times."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def forward(self, patches):
+        return patches.mean(1, keepdim=True).expand(-1, self.count, -1)
+
+
+class CountedMean(Mean):
+    @property
+    def num_spatial_tokens(self):
+        return self.count
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        SpatialFeatureExtractor(4, 4, kernel_sizes=(2, 4), variant="pooling", **GRID),
+        SlidingWindowExtractor(4, 4, kernel_size=2, **GRID),
+        TransformerExtractor(4, kernel_sizes=(2, 4), num_heads=2, num_layers=1, **GRID),
+        CountedMean(3),
+    ],
+    ids=lambda extractor: type(extractor).__name__,
+)
+def test_the_number_of_spatial_tokens_is_what_the_projector_makes(extractor):
+    projector = SPProjector(extractor, None, LinearHead(4, 5), None)
+    assert projector.num_spatial_tokens == projector(torch.zeros(1, 24, 4)).shape[1]
+
+
+@pytest.mark.parametrize(("extractor", "found"), [(Mean(3), "None"), (CountedMean(0), "0"), (CountedMean("3"), "'3'")])
+def test_an_extractor_that_does_not_say_its_number_of_tokens(extractor, found):
+    projector = SPProjector(extractor, None, LinearHead(4, 5), None)
+    message = f"Mean.num_spatial_tokens must be a positive integer, got {found}; give the extractor an attribute"
+    with pytest.raises(SpatialTokensError, match=message):
+        projector.num_spatial_tokens
+
+
+@pytest.mark.parametrize("name", ["extractor", "integrator", "spatial_head", "patch_head"])
+@pytest.mark.parametrize("value", ["MLP", LinearHead])
+def test_parts_are_modules(name, value):
+    parts = {"extractor": Mean(3), "integrator": None, "spatial_head": LinearHead(4, 5), "patch_head": None}
+    with pytest.raises(SpatialTokensError, match=f"{name} must be an nn.Module, got "):
+        SPProjector(**{**parts, name: value})
+
+
+@pytest.mark.parametrize("value", [None, 3, b"folder", ["folder"], ""])
+def test_folders_are_paths(value):
+    projector = SPProjector.from_config(SPProjectorConfig(**TINY))
+    with pytest.raises(SpatialTokensError, match="directory must be a path, got "):
+        projector.save_pretrained(value)
+    with pytest.raises(SpatialTokensError, match="directory must be a path, got "):
+        SPProjector.from_pretrained(value)
+
+
+@pytest.mark.parametrize("arguments", [{"device": "gpu9"}, {"dtype": torch.int8}])
+def test_loading_into_a_device_or_dtype_that_is_none(tmp_path, arguments):
+    SPProjector.from_config(SPProjectorConfig(**TINY)).save_pretrained(tmp_path)
+    with pytest.raises(SpatialTokensError, match=r"cannot use the device 'gpu9'|dtype must be one of .*, got torch.int8"):
+        SPProjector.from_pretrained(tmp_path, **arguments)
 
 
 @st.composite

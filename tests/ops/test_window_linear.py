@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -327,6 +328,41 @@ def test_torchs_other_transforms(backend, transform):
         return torch.cat([gradient.flatten(1) for gradient in each(weights, patch_map)], dim=1)
 
     assert_close(call(lambda x, w: strided.run(x, w, backend)), call(strided.reference))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@every_backend
+@both_counts
+def test_gradients_in_batches_are_those_of_each(geometry, backend, create_graph):
+    patch_map, weights, grad = geometry.tensors(2, 3, 4, torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (patch_map, *weights)]
+    grads = torch.stack([grad, -2 * grad.flip(0), grad.roll(1, 1)])
+
+    def gradients(run, outputs, inputs):
+        tokens = run(patch_map, weights)
+        if not create_graph:
+            return torch.autograd.grad(tokens, inputs, outputs, is_grads_batched=outputs.ndim > grad.ndim)
+        first = torch.autograd.grad(tokens, inputs, grad, create_graph=True)
+        sums = outputs.sum((-1, -2, -3))  # as many gradients of each first gradient as there are of the tokens
+        scaled = [torch.tensordot(sums, tensor.detach(), dims=0) for tensor in first]
+        return torch.autograd.grad(first, inputs, scaled, is_grads_batched=outputs.ndim > grad.ndim)
+
+    found = gradients(lambda x, w: geometry.run(x, w, backend), grads, leaves)
+    each = [gradients(geometry.reference, outputs, leaves) for outputs in grads]
+    for ours, *theirs in zip(found, *each, strict=True):
+        assert_close(ours, torch.stack(theirs))
+
+
+@every_backend
+def test_vectorized_jacobians(backend):
+    patch_map, weights, _ = strided.tensors(1, 2, 2, torch.float64)
+    for vectorized in (
+        lambda run: jacobian(lambda x: run(x, weights), patch_map, vectorize=True),
+        lambda run: jacobian(lambda w: run(patch_map, [w, *weights[1:]]), weights[0], vectorize=True),
+        lambda run: jacobian(lambda x: run(x, weights), patch_map, vectorize=True, strategy="forward-mode"),
+        lambda run: torch.compile(torch.func.vmap(lambda x: run(x[None], weights)), backend="aot_eager")(patch_map),
+    ):
+        assert_close(vectorized(lambda x, w: strided.run(x, w, backend)), vectorized(strided.reference))
 
 
 def test_forward_reads_single_windows_in_place_and_several_row_by_row():

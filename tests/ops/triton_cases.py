@@ -231,6 +231,14 @@ def test_opcheck_and_second_gradient_of_pyramid():
     assert_close(second("triton"), second("naive"))
 
 
+def test_gradients_of_pyramid_in_batches():
+    patch_map, sizes = torch.randn(2, 4, 5, 3, device=DEVICE, requires_grad=True), [(3, 2), (1, 5)]
+    grads = torch.randn(3, 2, 1, 11, 3, device=DEVICE)
+    batched = torch.autograd.grad(pyramid(patch_map, sizes, backend="triton"), patch_map, grads, is_grads_batched=True)[0]
+    for found, grad in zip(batched, grads, strict=True):
+        assert_close(found, torch.autograd.grad(pyramid(patch_map, sizes, backend="naive"), patch_map, grad)[0])
+
+
 @pytest.mark.parametrize("variant", ["cropping", "pooling"])
 def test_a_whole_projector(variant, monkeypatch):
     config = SPProjectorConfig(

@@ -25,7 +25,7 @@ class WithSpatialTokens(nn.Module):
         - Output: `(B, K + M, D)`, the spatial tokens first.
 
     Raises:
-        SpatialTokensError: At construction if the SPProjector has a patch head; in `forward` if the input does not fit.
+        SpatialTokensError: At construction if the SPProjector is none, or has a patch head; in `forward` if the input does not fit.
 
     Example:
         >>> config = SPProjectorConfig(
@@ -38,6 +38,10 @@ class WithSpatialTokens(nn.Module):
 
     def __init__(self, projector: nn.Module, spatial_projector: SPProjector, unmerge: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(projector, nn.Module) or not isinstance(spatial_projector, SPProjector):
+            raise SpatialTokensError(
+                f"a projector and an SPProjector are needed, got {type(projector).__name__} and {type(spatial_projector).__name__}"
+            )
         if spatial_projector.patch_head is not None:
             raise SpatialTokensError(
                 "the SPProjector has a patch head, but the model projects its patches itself; give patch_head=None"
@@ -55,7 +59,7 @@ class WithSpatialTokens(nn.Module):
         """
         if isinstance(projector, cls):
             raise SpatialTokensError("this model has spatial tokens already; add them to a model that has its own projector")
-        like = next(projector.parameters())
+        like = next(projector.parameters(), torch.empty(0))
         spatial_projector = SPProjector.from_config(config, device=like.device, dtype=like.dtype)
         return cls(projector, spatial_projector, unmerge).train(projector.training)
 

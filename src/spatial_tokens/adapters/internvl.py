@@ -12,6 +12,7 @@ from spatial_tokens.adapters.beside import WithSpatialTokens
 from spatial_tokens.adapters.host import fitted, require
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
+from spatial_tokens.ops.dense import check_dense
 
 
 def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTokens:
@@ -97,6 +98,7 @@ class UndoPixelShuffle(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Merged features `(B, N / f^2, f^2 * C)` to patch features `(B, N, C)`."""
+        check_dense(features, "merged features", "(B, N / f^2, f^2 * C)")
         if tuple(features.shape[1:]) != self.merged_shape:
             raise SpatialTokensError(
                 f"merged features must have shape (B, {', '.join(map(str, self.merged_shape))}), got {tuple(features.shape)}; "

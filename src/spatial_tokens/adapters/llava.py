@@ -9,6 +9,7 @@ from torch import nn
 
 from spatial_tokens.adapters.host import fitted, require
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.presets import PRESETS
 
 PROJECTOR_TYPES = tuple(PRESETS)
@@ -56,5 +57,6 @@ def split_spatial_tokens(projector: nn.Module, features: torch.Tensor) -> tuple[
     Returns:
         `(T, K, D)` and `(T, N, D)`, views.
     """
+    check_dense(features, "features", "(T, K + N, D)", 3)
     count = int(getattr(projector, "num_spatial_tokens", 0))
     return features[:, :count], features[:, count:]

@@ -8,8 +8,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
+from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.grid import KernelSize, Size, as_size
+from spatial_tokens.modules.inputs import check_placement
+from spatial_tokens.ops.dense import check_dense
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +38,7 @@ class TimmPatchEncoder(nn.Module):
     Raises:
         MissingExtraError: If timm is not installed.
         SpatialTokensError: If timm cannot make the model, it has no `forward_intermediates`, the layer does not exist, or the
-            pixels are not of `image_size`.
+            pixels are not of `image_size`, or not of the model's dtype and device.
 
     Example:
         >>> encoder = TimmPatchEncoder("vit_tiny_patch16_224", image_size=(128, 96))
@@ -56,6 +58,10 @@ class TimmPatchEncoder(nn.Module):
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(name, str):
+            raise SpatialTokensError(f"name must be that of a timm model, such as 'vit_base_patch16_224', got {shown(name)}")
+        if image_size is None:
+            image_size = model_kwargs.pop("img_size", None)
         if image_size is not None:
             model_kwargs["img_size"] = as_size(image_size, "image_size")
         self.name, self.layer = name, layer
@@ -77,17 +83,21 @@ class TimmPatchEncoder(nn.Module):
         """Undoes the normalisation of `transform()`: pixels `(3, height, width)` to the picture that the encoder saw."""
         from torchvision.transforms.functional import to_pil_image
 
+        check_dense(pixels, "pixels", "(3, height, width)", 3)
         mean, std = (torch.tensor(self.model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
         levels = ((pixels.cpu() * std + mean).clamp(0, 1) * 255).round()
         return cast("Image", to_pil_image(levels.to(torch.uint8)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` to patch features `(B, N, C)`."""
+        check_dense(pixels, "pixels", f"(B, 3, {self.image_size[0]}, {self.image_size[1]})")
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             raise SpatialTokensError(
                 f"pixels must have shape (B, 3, {self.image_size[0]}, {self.image_size[1]}), got {tuple(pixels.shape)}; "
                 "prepare the picture with transform(), or build the encoder with its image_size"
             )
+        if (weight := next(self.model.parameters(), None)) is not None:
+            check_placement(pixels, weight, "pixels")
         (feature_map,) = self.model.forward_intermediates(
             pixels, indices=[self._level], output_fmt="NCHW", stop_early=True, intermediates_only=True
         )
@@ -128,6 +138,6 @@ def _level_of(layer: int, num_levels: int, name: str) -> int:
     """Timm's index of that layer of Hugging Face's `hidden_states`, which start with the embeddings."""
     if isinstance(layer, bool) or not isinstance(layer, int) or layer == 0 or not -num_levels <= layer <= num_levels:
         raise SpatialTokensError(
-            f"layer must be one of {name!r}: 1 to {num_levels}, or -{num_levels} to -1 from the end; got {layer!r}"
+            f"layer must be one of {name!r}: 1 to {num_levels}, or -{num_levels} to -1 from the end; got {shown(layer)}"
         )
     return layer - 1 if layer > 0 else num_levels + layer

@@ -7,6 +7,7 @@ from torch.nn.modules import module as hooks
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
 from spatial_tokens.ops.autocast import autocasts
+from spatial_tokens.ops.dense import check_dense
 
 
 def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kernel: nn.Module) -> torch.Tensor:
@@ -30,13 +31,7 @@ def check_features(
     features: torch.Tensor, hidden_size: int, layer: nn.Module, name: str, shape: str, *, ndim: int | None = None
 ) -> None:
     """Raises SpatialTokensError unless features are dense, floating `(..., hidden_size)` that `layer` can read."""
-    if not isinstance(features, torch.Tensor):
-        raise SpatialTokensError(f"{name} must be a tensor {shape}, got {type(features).__name__}")
-    if features.layout != torch.strided or features.is_nested:
-        kind, advice = ("a nested tensor", "pad and stack it") if features.is_nested else (features.layout, "call .to_dense()")
-        raise SpatialTokensError(f"{name} must be a dense tensor {shape}, got {kind}; {advice}")
-    if features.ndim == 0 or ndim not in (None, features.ndim):
-        raise SpatialTokensError(f"{name} must have shape {shape}, got {tuple(features.shape)}")
+    check_dense(features, name, shape, ndim)
     if features.shape[-1] != hidden_size:
         raise SpatialTokensError(
             f"{name} have {features.shape[-1]} channels, this module was built for {hidden_size}; "
@@ -44,8 +39,10 @@ def check_features(
         )
     if not features.is_floating_point():
         raise SpatialTokensError(f"{name} must be floating point, got {features.dtype}; encode the picture first")
-    if isinstance(layer, nn.Linear) and is_plain(layer):
-        _check_placement(features, layer.weight, name)
+    if type(layer) is nn.Linear:
+        weight = layer.weight
+        if (features.dtype != weight.dtype or features.device != weight.device) and is_plain(layer):
+            check_placement(features, weight, name)
 
 
 def check_num_patches(given: int, grid_size: Size) -> None:
@@ -86,7 +83,8 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def _check_placement(features: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+def check_placement(features: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+    """Raises SpatialTokensError unless features are where the weights are, and of their dtype or of one that autocast casts."""
     if features.device != weight.device:
         raise SpatialTokensError(
             f"{name} are on {features.device}, the weights on {weight.device}; move one of them: .to({str(weight.device)!r})"

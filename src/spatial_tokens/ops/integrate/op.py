@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from spatial_tokens.ops.backends import Backend, resolve
+from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.ops.integrate import gemm, naive
 
 torch.library.define(
@@ -39,8 +40,10 @@ def integrate(
         Tokens `(B, K, 2S)` and the attention `(B, K, P)`.
 
     Raises:
-        SpatialTokensError: If the named backend cannot run here.
+        SpatialTokensError: If an input is no dense tensor of three dimensions, or the named backend cannot run here.
     """
+    check_dense(spatial_tokens, "spatial tokens", "(B, K, S)", 3)
+    check_dense(detail, "the detail map", "(B, P, S)", 3)
     if resolve(backend, detail) == "naive":
         return naive.integrate(spatial_tokens, detail, query, key, value, list(eps))
     tokens, attention = torch.ops.spatial_tokens.integrate(spatial_tokens, detail, query, key, value, list(eps))

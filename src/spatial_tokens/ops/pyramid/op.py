@@ -8,6 +8,7 @@ import torch
 from spatial_tokens.grid import Size
 from spatial_tokens.ops import vmap
 from spatial_tokens.ops.backends import Backend, resolve
+from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.ops.pyramid import naive
 
 
@@ -23,8 +24,9 @@ def pyramid(patch_map: torch.Tensor, sizes: Sequence[Size], *, backend: Backend 
         `(B, 1, R, C)` with `R` the sum of the sizes' areas, each size row by row.
 
     Raises:
-        SpatialTokensError: If the named backend cannot run here.
+        SpatialTokensError: If the map is no dense tensor of four dimensions, or the named backend cannot run here.
     """
+    check_dense(patch_map, "the patch map", "(B, H, W, C)", 4)
     if resolve(backend, patch_map) != "triton":
         return naive.pyramid(patch_map, sizes)
     pooled: torch.Tensor = _pyramid(patch_map, [number for size in sizes for number in size])

@@ -14,6 +14,7 @@ from spatial_tokens.grid import Size, Window
 from spatial_tokens.ops import vmap
 from spatial_tokens.ops.autocast import autocast
 from spatial_tokens.ops.backends import Backend, resolve
+from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.ops.window_linear import gemm, naive
 from spatial_tokens.ops.windows import ONCE
 
@@ -41,7 +42,8 @@ def window_linear(
         Tokens `(B, K * P, S)`: a weight's windows one after another, row by row.
 
     Raises:
-        SpatialTokensError: If a window leaves the map, a weight does not fit its window, or the named backend cannot run here.
+        SpatialTokensError: If the map is no dense tensor of four dimensions, a window leaves it, a weight does not fit its
+            window, or the named backend cannot run here.
     """
     _check(patch_map, weights, windows, step, count)
     patch_map, *weights = autocast(patch_map, *weights)
@@ -54,6 +56,7 @@ def window_linear(
 
 
 def _check(patch_map: torch.Tensor, weights: Sequence[torch.Tensor], windows: Sequence[Window], step: Size, count: Size) -> None:
+    check_dense(patch_map, "the patch map", "(B, H, W, C)", 4)
     height, width, channels = patch_map.shape[1:]
     if not weights or len(weights) != len(windows):
         raise SpatialTokensError(f"each weight needs a window: got {len(weights)} weights and {len(windows)} windows")
