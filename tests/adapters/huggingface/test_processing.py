@@ -728,7 +728,7 @@ def test_ids_that_generation_alone_names():
     base.generation_config.eos_token_id = [2, 98]
     with pytest.raises(SpatialTokensError, match="98 is the model's eos_token_id"):
         attach(base, token_id=98, **FIELDS)
-    with pytest.raises(SpatialTokensError, match="the tokenizer gives .* the id 100, not 97; leave token_id out"):
+    with pytest.raises(SpatialTokensError, match=r"the tokenizer gives .* the id 100, not 97; leave token_id out"):
         attach(base, plain, token_id=97, **FIELDS)
 
 
