@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 import transformers
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
+from spatial_tokens.adapters.huggingface import attach, detach, insert_placeholders, load_adapter, save_adapter
 from spatial_tokens.adapters.huggingface.api import attachment_of
+from spatial_tokens.adapters.huggingface.processing import TOKEN
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
 SLOTS = "<|spatial|>" * 6
@@ -556,10 +557,15 @@ def test_sanitized_words_of_the_user(mode):
 
 def test_sanitized_words_that_are_padded_and_cut_off_on_the_left():
     """Such an encoding does not say where its tokens were."""
+    from tokenizers.processors import TemplateProcessing
+
     if "sanitize_control_tokens" not in inspect.signature(transformers.ProcessorMixin.apply_chat_template).parameters:
         pytest.skip("this version of transformers has no sanitize_control_tokens")
     plain, processor, reserved, _ = both(LLAVA, count=6)
+    start = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", plain.tokenizer.bos_token_id)])
     for each in (plain, processor):
+        each.chat_template = f"<s>{each.chat_template}"  # which the tokenizer then does not add
+        each.tokenizer.backend_tokenizer.post_processor = start
         each.tokenizer.padding_side = each.tokenizer.truncation_side = "left"
     asked = [conversation("What is <image>?"), conversation("What is this?")[2:]]
     options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
@@ -723,6 +729,16 @@ def test_ids_that_are_no_free_tokens(token_id):
         attach(base, token_id=token_id, **FIELDS)
 
 
+def test_the_stand_in_of_a_model_without_a_token_for_the_start():
+    """The last token that the model gives no meaning; 99 is the image's."""
+    base, plain = llava()
+    for config in (base.config, base.config.text_config, base.generation_config):
+        config.bos_token_id = None
+    model, processor = attach(base, plain, **FIELDS)
+    assert attachment_of(model).token.stand_in == 98
+    model(**processor(images=pictures(1), text="<image> is", return_tensors="pt"))
+
+
 def test_ids_that_generation_alone_names():
     base, plain = llava()
     base.generation_config.eos_token_id = [2, 98]
@@ -816,6 +832,25 @@ def test_images_that_touch_and_have_tiles():
     made = processor(text="<image><image> a", images=pictures(2, (128, 80)), return_tensors="pt")
     assert (made["input_ids"] == attachment_of(model).token_id).sum() == 2 * 2 * 5
     assert model(**made).logits.isfinite().all()
+
+
+def test_images_of_different_numbers_of_tiles():
+    base, plain, _ = llava_next()
+    model, processor = attach(base, plain, unit="tile", **GRID_OF_4)
+    given = {"text": "<image> a <image>", "images": pictures(1, (64, 32)) + pictures(1, (64, 64)), "return_tensors": "pt"}
+    made, expected = processor(**given)["input_ids"], insert_placeholders(model, plain(**given))["input_ids"]
+    assert torch.equal(made, expected)
+    assert groups_before(made[0].tolist(), attachment_of(model).token_id, processor.image_token_id) == [2 * 3, 2 * 5]
+
+
+def test_an_image_whose_text_the_processor_joins_with_the_word_before():
+    """Gemma's begins with two line feeds, which a tokenizer may have in one token with a word; places are after it."""
+    base, plain, place = gemma3()
+    plain.tokenizer.add_tokens(["c\n\n"])
+    model, processor = attach(base, plain, **GRID_OF_4)
+    ids = processor(text=[f"ab c{place}"], images=pictures(1))["input_ids"][0]
+    at = ids.index(attachment_of(model).token_id)
+    assert processor.tokenizer.convert_ids_to_tokens(ids)[at - 1 : at + 3] == ["c\n\n", *[TOKEN] * 2, place]
 
 
 @pytest.mark.parametrize("token", ["image", "<ima", "<image><x>", "\ud800"])
