@@ -698,7 +698,8 @@ def test_the_commands_options(capsys, parts, tmp_path):
     assert "--vision goes with --base" in command(capsys, folder, tmp_path / "other", "--vision", parts / "clip", code=2)
     wrong = command(capsys, folder, tmp_path / "other", *options, "--config", "llava-sp-pooling", code=2)
     assert "missing: conv_4.1.weight" in wrong
-    assert sorted(os.listdir(tmp_path)) == ["out", "released"]
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out", "released"]
+    assert os.listdir(mine) == ["notes.txt"]
 
 
 @pytest.mark.parametrize("failing", ["processor", "model", "adapter"])
