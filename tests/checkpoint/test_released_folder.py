@@ -490,10 +490,10 @@ def test_other_folders_are_not_replaced(parts, folder, tmp_path):
         assert sorted(out.rglob("*")) == before
     with pytest.raises(SpatialTokensError, match=r"cannot write .*: No such file or directory"):
         convert_released(folder, parts / "base", tmp_path / "no" / "out")
-    with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+    with pytest.raises(SpatialTokensError, match=r"a file or directory must be a path, got None"):
         convert_released(folder, parts / "base", None)
     for arguments in ((None, parts / "base"), (folder, None)):
-        with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+        with pytest.raises(SpatialTokensError, match=r"a file or directory must be a path, got None"):
             from_released(*arguments)
 
 

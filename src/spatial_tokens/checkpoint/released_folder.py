@@ -31,12 +31,13 @@ from spatial_tokens.checkpoint.build_llava import (
     vision_tower,
 )
 from spatial_tokens.checkpoint.llava_sp import from_llava_sp
+from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import MLPHead, SPProjector
 from spatial_tokens.storage.directories import new_directory
-from spatial_tokens.storage.files import as_path, read_tensors, read_text
+from spatial_tokens.storage.files import read_tensors, read_text
 from spatial_tokens.storage.pretrained import require_exactly
 from spatial_tokens.storage.staging import is_staging
 
