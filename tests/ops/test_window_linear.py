@@ -306,7 +306,9 @@ def test_compiles_with_inductor():
         assert_close(given_tensor, expected)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "forward mode", "grad", "vmap", "jacobian", "gradients of each image"])
+@pytest.mark.parametrize(
+    "transform", ["jvp", "forward mode", "grad", "vmap", "vmap of last", "jacobian", "gradients of each image"]
+)
 @every_backend
 def test_torchs_other_transforms(backend, transform):
     patch_map, weights, _ = strided.tensors(3, 2, 2, torch.float64)
@@ -322,6 +324,10 @@ def test_torchs_other_transforms(backend, transform):
             return torch.func.grad(lambda x: run(x, weights).square().sum())(patch_map)
         if transform == "vmap":
             return torch.func.vmap(lambda x: run(x[None], weights))(patch_map)
+        if transform == "vmap of last":
+            of_maps = torch.func.vmap(lambda x: run(x, weights), in_dims=-1)(torch.stack([patch_map, tangent], dim=-1))
+            of_weights = torch.func.vmap(lambda w: run(patch_map, w), in_dims=1)([torch.stack([w, -w], dim=1) for w in weights])
+            return torch.cat([of_maps, of_weights])
         if transform == "jacobian":
             return torch.func.jacrev(lambda x: run(x, weights))(patch_map)
         each = torch.func.vmap(torch.func.grad(lambda w, x: run(x[None], w).square().sum()), in_dims=(None, 0))

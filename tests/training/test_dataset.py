@@ -1,5 +1,6 @@
 """Samples as tensors, on the tiny LLaVA's processor: 576 image tokens and six slots an image, letters as words."""
 
+import copy
 import json
 import re
 import sys
@@ -49,7 +50,7 @@ def make(tmp_path, processor):
         (tmp_path / "data.json").write_text(json.dumps(samples))
         if options.get("on_bad_sample") == "skip":
             options.setdefault("bad_samples_file", tmp_path / "out" / "bad.jsonl")
-        return ConversationDataset(tmp_path / "data.json", tmp_path, processor, **options)
+        return ConversationDataset(tmp_path / "data.json", tmp_path, options.pop("processor", processor), **options)
 
     return make
 
@@ -77,6 +78,28 @@ def test_text_alone_has_no_image(make, processor):
     item = make(GOOD)[1]
     assert "pixel_values" not in item
     assert learned(item, processor) == "hi</s>"
+
+
+def test_a_token_that_is_half_in_an_answer_is_learned(make, processor):
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_tokens(["NT: A"])
+    assert learned(make(GOOD, processor=processor)[0], processor) == "NT:Adog.</s>There.</s>"
+
+
+@pytest.mark.parametrize(("spare", "message"), [(0, "its images do not fit in max_length"), (1, "no answer is left within")])
+def test_the_last_token_of_an_image_is_the_last_that_fits(make, spare, message):
+    """Placeholders count too."""
+    end = make(GOOD)[2]["input_ids"].tolist()
+    last = len(end) - 1 - end[::-1].index(end[end.index(99)])
+    with pytest.raises(SpatialTokensError, match=message):
+        make(GOOD, max_length=last + spare)[2]
+
+
+def test_bad_samples_of_two_files_in_one(make, tmp_path):
+    file = tmp_path / "both.jsonl"
+    file.write_text(json.dumps({"data": "another.json", "index": 2, "id": "x", "why": "something"}) + "\n")
+    data = make([*GOOD, sample("bad", "none.png", "<image>", "a")], on_bad_sample="skip", bad_samples_file=file)
+    assert list(data.bad_samples) == [3]
 
 
 def test_two_images(make, processor):

@@ -109,8 +109,11 @@ def test_detaching_restores_the_mlp(dtype):
     hooks = len(mlp._forward_hooks), len(mlp._forward_pre_hooks)
     model = same_values(prepare(attach(base, processor, spatial_hidden_size=8)[0], ALIGNMENT))
     copied = deepcopy(prepare(model, ALIGNMENT))  # once more, which changes nothing
-    for each in (detach(copied), detach(model)):
-        mlp = each.model.multi_modal_projector
+    for each in (copied, model):
+        for weight in each.model.multi_modal_projector.parameters():
+            weight.grad = torch.ones_like(weight)
+        mlp = detach(each).model.multi_modal_projector
+        assert all(weight.grad is None for weight in mlp.parameters())
         assert (len(mlp._forward_hooks), len(mlp._forward_pre_hooks)) == hooks
         for name, tensor in mlp.state_dict().items():
             assert tensor.dtype == dtype
@@ -221,7 +224,7 @@ def test_an_adapter_brings_the_trained_mlp_and_detaching_takes_it_away(tmp_path)
     first, again = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(each, again[name]) for name, each in first.items())
-    detach(base)
+    detach(same_values(prepare(base, ALIGNMENT)))
     assert torch.equal(base.model.multi_modal_projector.linear_1.weight, own)
 
 

@@ -29,6 +29,7 @@ def test_a_ready_projector(tmp_path):
     projector = ready_projector().to(torch.float64)
     model, processor = attach(base, plain, projector)
     assert model.spatial_tokens is projector
+    assert not projector.training, "the model is in evaluation mode"
     assert {each.dtype for each in projector.parameters()} == {torch.float64}
     inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
     expected = model(**inputs).logits
@@ -107,6 +108,13 @@ def test_options(options, message):
     base, plain = llava()
     with pytest.raises(SpatialTokensError, match=message):
         attach(base, plain, **options, **FIELDS)
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(32, (12, 16, 20, 24, 28, 32)), (16, (6, 8, 10, 12, 14, 16))])
+def test_kernels_of_another_grid(side, sizes):
+    """Two patches inward on every side, as in the paper; one where the grid is too small for six of these."""
+    model, _ = attach(llava()[0], grid_size=side, resize="pool", **FIELDS)
+    assert model.spatial_tokens.config.kernel_sizes == sizes
 
 
 def test_its_old_name_for_the_projector():

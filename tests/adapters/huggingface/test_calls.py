@@ -119,6 +119,49 @@ def test_an_interrupted_call_keeps_no_features(ready, error, generating):
     assert all(torch.equal(alone(model, each), logits) for each, logits in zip((inputs, text), expected, strict=True))
 
 
+@pytest.mark.parametrize("place", ["after the projector", "before the language model"])
+def test_a_failed_call_is_over(place):
+    """Nothing of it is kept, and the caller embeds ids as before it."""
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    expected = model.get_input_embeddings()(inputs["input_ids"])
+    seen, tap = [], attachment_of(model).parts.projector
+
+    def fail(*_):
+        raise RuntimeError("failed")
+
+    hooks = [
+        tap.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0]))),
+        tap.register_forward_hook(fail)
+        if place == "after the projector"
+        else model.get_decoder().register_forward_pre_hook(fail, prepend=True),
+    ]
+    with pytest.raises(RuntimeError, match="failed"):
+        alone(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    gc.collect()
+    assert [each() for each in seen] == [None]
+    assert torch.equal(model.get_input_embeddings()(inputs["input_ids"]), expected)
+
+
+def test_a_video_that_fails():
+    """The images of the next call have their spatial tokens."""
+    model, processor = attach(*qwen(), resize="pool", **FIELDS)
+    place = "<|vision_start|><|image_pad|><|vision_end|>"
+    inputs = processor(images=pictures(1), text=[place], return_tensors="pt")
+    expected = alone(model, inputs)
+
+    def fail(*_):
+        raise RuntimeError("failed")
+
+    hook = model.base_model.visual.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="failed"):
+        model.base_model.get_video_features(torch.zeros(4, 8), torch.tensor([[1, 2, 2]]))
+    hook.remove()
+    assert torch.equal(alone(model, inputs), expected)
+
+
 @pytest.mark.parametrize("generating", [False, True])
 def test_a_second_turn_with_a_literal_token(generating):
     """The cache holds the first turn. The words of the second hold the reserved token; there is no image to it."""
@@ -256,15 +299,18 @@ def test_attached_to_a_model_that_runs_compiled():
     torch.compile(attached, backend="eager")(**inputs)
     base, plain = llava(1)
     before = plain(images=pictures(1), text="<image> is", return_tensors="pt")
+    before["input_ids"] = torch.cat([torch.full((1, 6), 5), before["input_ids"]], dim=1)  # as long as with spatial tokens:
+    before["attention_mask"] = torch.ones_like(before["input_ids"])  # or it would be compiled again for its length
     compiled = torch.compile(base, backend="eager")
-    of_base = compiled(**before).logits
+    of_base = alone(compiled, before)
     attach(base, **FIELDS)
-    with torch.no_grad():
-        expected, found = base(**inputs).logits, compiled(**inputs).logits
-        assert not torch.allclose(expected[:, 6:], of_base, atol=1e-4)
+    expected, found = alone(base, inputs), alone(compiled, inputs)
+    assert not torch.allclose(expected[:, 6:], of_base[:, 6:], atol=1e-4)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     detach(base)
-    torch.testing.assert_close(compiled(**before).logits, of_base, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone(compiled, before), of_base, rtol=1e-4, atol=1e-5)
+    with pytest.raises(IndexError):
+        alone(compiled, inputs)
     torch._dynamo.reset()
 
 

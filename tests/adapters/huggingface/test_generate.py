@@ -57,8 +57,8 @@ def test_greedy_is_a_loop_without_cache(ready, options):
 @pytest.mark.parametrize("options", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}])
 def test_rows_of_a_batch_are_what_they_are_alone(ready, options):
     model, processor, place = ready
-    images = pictures(2)
-    batch = inputs_of(processor, [f"{place} a?", f"{place} a?"], images)
+    images, texts = pictures(2), [f"{place} a?", f"a? {place}"]
+    batch = inputs_of(processor, texts, images)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **options}
     if options["do_sample"]:
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(ready, options):
         assert torch.equal(made, model.generate(**batch, **options))
         assert made.shape[0] == 6
         return
-    alone = [model.generate(**inputs_of(processor, [f"{place} a?"], [image]), **options) for image in images]
+    alone = [model.generate(**inputs_of(processor, [text], [image]), **options) for text, image in zip(texts, images, strict=True)]
     assert torch.equal(model.generate(**batch, **options), torch.cat(alone))
 
 
@@ -113,11 +113,51 @@ def test_the_reserved_token_is_never_made(options):
     assert not (made[:, inputs["input_ids"].shape[1] :] == token).any()
 
 
-def test_embedded_by_the_caller(ready):
+def test_logits_processors_of_the_callers(ready):
+    """They are asked, as well as ours."""
+    model, processor, place = ready
+
+    def only(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([5]), 0)
+
+    inputs = inputs_of(processor, [f"{place} a?"], pictures(1))
+    made = model.generate(**inputs, **TURN, logits_processor=LogitsProcessorList([only]))
+    assert made[0, inputs["input_ids"].shape[1] :].tolist() == [5] * TURN["max_new_tokens"]
+
+
+def test_a_generate_of_the_models_own():
+    """A method that somebody has set on the model is the one that is called, and is there again after detach."""
+    base, plain = llava()
+    base.generate = own = lambda input_ids, **options: input_ids
+    model, processor = attach(base, plain, **FIELDS)
+    inputs = inputs_of(processor, ["<image> a?"], pictures(1))
+    assert torch.equal(model.generate(inputs["input_ids"]), inputs["input_ids"])
+    assert detach(model).generate is own
+
+
+def test_ids_without_their_name(ready):
     model, processor, place = ready
     inputs = dict(inputs_of(processor, [f"{place} a?"], pictures(1)))
-    if model.config.model_type.startswith("qwen"):
-        pytest.skip("this model makes its positions of the ids")
+    expected = model.base_model(**inputs).last_hidden_state
+    assert torch.equal(model.base_model(inputs.pop("input_ids"), **inputs).last_hidden_state, expected)
+
+
+def test_images_encoded_by_the_caller(ready):
+    model, processor, place = ready
+    inputs = dict(inputs_of(processor, [f"{place} a?"], pictures(1)))
+    expected = model(**inputs).logits
+    pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    encoded = {"image": model.get_image_features(**pixels)}
+    grid = {name: each for name, each in pixels.items() if name != "pixel_values"}
+    assert torch.equal(model(**inputs, **grid, mm_encoder_outputs=encoded).logits, expected)
+
+
+def test_embedded_by_the_caller():
+    """Padding is no place, though its row of the embeddings is of zeros."""
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = dict(inputs_of(processor, ["<image> a?", "<image> a b c"], pictures(2)))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[inputs["input_ids"][0, 0]] = 0
     expected = model(**inputs).logits
     ids = inputs.pop("input_ids")
     found = model(**inputs, inputs_embeds=model.get_input_embeddings()(ids)).logits

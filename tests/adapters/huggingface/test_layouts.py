@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.huggingface.layouts import maps_of, tiles_of
+from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, tiles_of
 
 CONFIG = SimpleNamespace(vision_config=SimpleNamespace(image_size=32), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
 
@@ -49,3 +49,15 @@ def test_blocks_of_images_side_by_side():
     for captured in ([row], [each[None] for each in maps]):
         found = maps_of("side by side", captured, arguments, SimpleNamespace())
         assert all(torch.equal(*pair) for pair in zip(found, maps, strict=True))
+
+
+@pytest.mark.parametrize("layer_of", [torch.cat, list], ids=["tensor", "list"])
+def test_what_layers_add_to_image_tokens_they_do_not_add_to_spatial_tokens(layer_of):
+    """Qwen3-VL's deepstack, in mode "image": spatial tokens first, to which nothing is added."""
+    own, added = ([torch.randn(length, 3) for length in (2, 4)] for _ in range(2))
+    tokens = torch.randn(2, 5, 3)
+    made = joined(SimpleNamespace(pooler_output=own, deepstack_features=[layer_of(added)]), tokens)
+    (layer,) = made.deepstack_features
+    assert torch.equal(torch.cat(made.pooler_output), torch.cat([tokens[0], own[0], tokens[1], own[1]]))
+    layer = layer if isinstance(layer, torch.Tensor) else torch.cat(layer)
+    assert torch.equal(layer, torch.cat([torch.zeros(5, 3), added[0], torch.zeros(5, 3), added[1]]))

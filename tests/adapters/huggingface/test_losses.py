@@ -103,6 +103,15 @@ def test_trainer_divides_by_the_words(ready, tmp_path, wrapped, steps):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
 
 
+def test_labels_in_image_mode_are_the_collators():
+    """Placeholders are the model's image tokens there; whether those are learned is for the collator to say."""
+    model, processor = attach(*llava(), mode="image", **FIELDS)
+    batch = processor(text=["<image> ab"], images=pictures(1), return_tensors="pt")
+    batch["labels"] = batch["input_ids"].clone()
+    made = MaskPlaceholders(lambda given: dict(given), model)(batch)
+    assert torch.equal(made["labels"], batch["input_ids"])
+
+
 def test_evaluation(ready, tmp_path):
     """The mean of the batches' means, as Trainer takes it."""
     model, processor, _ = ready

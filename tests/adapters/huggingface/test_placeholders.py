@@ -52,7 +52,8 @@ def test_insert(pieces, left, count):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     made = insert(
         {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100),
-         "mm_token_type_ids": (ids == IMAGE).long(), "position_ids": positions, "pixel_values": torch.ones(1)},
+         "mm_token_type_ids": (ids == IMAGE).long(), "assistant_masks": (ids == 1).long(), "position_ids": positions,
+         "pixel_values": torch.ones(1)},
         token_id=SLOT, count=count, image_token_id=IMAGE, opening_ids=[OPEN], tokens_per_image=lengths, pad_token_id=PAD,
     )  # fmt: skip
     for i, row in enumerate(pieces):
@@ -63,6 +64,7 @@ def test_insert(pieces, left, count):
         assert made["labels"][i][kept].tolist() == [-100 if each == SLOT else each for each in expected]
         assert (made["labels"][i][~kept] == -100).all()
         assert made["mm_token_type_ids"][i][kept].tolist() == [int(each == IMAGE) for each in expected]
+        assert made["assistant_masks"][i].tolist() == (made["input_ids"][i] == 1).tolist()
         assert made["position_ids"][i][kept].tolist() == list(range(len(expected)))
         first = int(kept.int().argmax())
         assert kept[first : first + len(expected)].all(), "padding stands between words"

@@ -557,6 +557,52 @@ def test_sanitized_words_of_the_user(mode):
         assert groups_before(made, reserved, plain.tokenizer.convert_tokens_to_ids("<image>")) == [6, 6]
 
 
+def test_sanitized_words_that_are_padded_and_cut_off_on_the_left():
+    """Such an encoding does not say where its tokens were."""
+    if "sanitize_control_tokens" not in inspect.signature(transformers.ProcessorMixin.apply_chat_template).parameters:
+        pytest.skip("this version of transformers has no sanitize_control_tokens")
+    plain, processor, reserved, _ = both(LLAVA, count=6)
+    for each in (plain, processor):
+        each.tokenizer.padding_side = each.tokenizer.truncation_side = "left"
+    asked = [conversation("What is <image>?"), conversation("What is this?")[2:]]
+    options = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+    longest = len(plain.apply_chat_template(asked[0], **options)["input_ids"][0])
+    for kwargs in ({"padding": True}, {"padding": True, "truncation": True, "max_length": longest - 3}):
+        before, made = (each.apply_chat_template(asked, **options, processor_kwargs=kwargs) for each in (plain, processor))
+        for row, images in enumerate((2, 1)):
+            ids, mask = made["input_ids"][row], made["attention_mask"][row]
+            kept = [each for each, m in zip(ids, mask, strict=True) if m]
+            expected = [each for each, m in zip(before["input_ids"][row], before["attention_mask"][row], strict=True) if m]
+            assert [each for each in kept if each != reserved] == expected
+            starts = [i for i, each in enumerate(kept) if each == processor.image_token_id and kept[i - 1] != each]
+            assert [kept[i - 6 : i] for i in starts[-images:]] == [[reserved] * 6] * images
+
+
+def test_a_processor_that_tokenizes_more_than_the_text():
+    base, plain = llava()
+
+    class Again(type(plain)):
+        def __call__(self, images=None, text=None, **kwargs):
+            made = super().__call__(images=images, text=text, **kwargs)
+            self.tokenizer("something else")
+            return made
+
+    plain.__class__ = Again
+    _, processor = attach(base, plain, **FIELDS)
+    assert words(processor, processor(images=pictures(1), text="a <image>")["input_ids"][0]) == f"a {SLOTS}<image>"
+
+
+@pytest.mark.skipif(not hasattr(transformers.ProcessorMixin, "get_text_with_replacements"), reason="an older transformers")
+@pytest.mark.parametrize("family", [LLAVA, QWEN])
+def test_where_images_are_said_to_be_in_the_text(family):
+    """In the caller's text, and in the expanded one: also of images that touch."""
+    plain, processor, _, place = both(family, count=6)
+    given = {"text": [f"a {place}{place} b", place], "images": pictures(3, (128, 80)), "return_text_replacement_offsets": True}
+    before, made = (each(**given)["text_replacement_offsets"] for each in (plain, processor))
+    assert made == before
+    assert [len(row) for row in made] == [2, 1]
+
+
 @pytest.mark.parametrize(("family", "count"), [(LLAVA, 6), (QWEN, 6), (idefics3, 2), (gemma3, 2)])
 @pytest.mark.parametrize("tensors", [None, "pt", "np"])
 def test_offsets_and_masks(family, count, tensors):
@@ -619,7 +665,14 @@ def test_padded_to_a_multiple_and_to_a_length():
     given = {"text": ["a <image> b", "c"], "images": pictures(1), "return_tensors": "pt"}
     assert processor(**given, padding=True, pad_to_multiple_of=64)["input_ids"].shape == (2, 640)
     assert processor(**given, padding=True, pad_to_multiple_of=8)["input_ids"].shape == (2, 592)
+    assert processor(**given, text_kwargs={"padding": True, "pad_to_multiple_of": 64})["input_ids"].shape == (2, 640)
     assert processor(**given, padding="max_length", max_length=600)["input_ids"].shape == (2, 606)
+
+
+def test_lengths_count_placeholders():
+    _, processor, _, _ = both(LLAVA, count=6)
+    made = processor(text=["a <image> b", "c"], images=pictures(1), return_length=True)
+    assert made["length"] == [len(row) for row in made["input_ids"]]
 
 
 def test_many_threads_with_one_processor():
@@ -671,6 +724,15 @@ def test_ids_that_are_no_free_tokens(token_id):
     base, _ = llava()
     with pytest.raises(SpatialTokensError, match="token_id must"):
         attach(base, token_id=token_id, **FIELDS)
+
+
+def test_ids_that_generation_alone_names():
+    base, plain = llava()
+    base.generation_config.eos_token_id = [2, 98]
+    with pytest.raises(SpatialTokensError, match="98 is the model's eos_token_id"):
+        attach(base, token_id=98, **FIELDS)
+    with pytest.raises(SpatialTokensError, match=r"the tokenizer gives .* the id 100, not 97; leave token_id out"):
+        attach(base, plain, token_id=97, **FIELDS)
 
 
 # What public reports and a reviewer found
