@@ -80,7 +80,7 @@ def from_released(
     vision: str | PathLike[str] | None = None,
     config: SPProjectorConfig | None = None,
 ) -> tuple[Any, Any]:
-    """A Hugging Face LLaVA with the spatial tokens of a released folder: it generates, and training goes on from it.
+    """A Hugging Face LLaVA with the spatial tokens of a released folder: ready to generate or to train further.
 
     A LoRA is merged, in float32, into the base's weights, which keep their dtype; the other parts take it. The released MLP of
     the patches becomes the model's own `multi_modal_projector`. Weight files are read without running code in them.
