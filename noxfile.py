@@ -1,6 +1,8 @@
 """The one gate. `nox` runs lint, types and tests in the environment that nox is in, so that torch is installed once."""
 
+import os
 import sys
+from typing import Any
 
 import nox
 
@@ -12,8 +14,12 @@ LOWEST = [
 ]  # fmt: skip
 
 
-def here(session: nox.Session, *command: str) -> None:
-    session.run(sys.executable, "-m", *command, external=True)
+# A process for each core, as what is tested is small; more than four would need much memory.
+IN_PARALLEL = ("-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal")
+
+
+def here(session: nox.Session, *command: str, **options: Any) -> None:
+    session.run(sys.executable, "-m", *command, external=True, **options)
 
 
 @nox.session(venv_backend="none")
@@ -29,7 +35,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    here(session, "pytest", *session.posargs)
+    here(session, "pytest", *IN_PARALLEL, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -102,7 +102,7 @@ def test_finetune_trainer_lora(llava, tmp_path, dtype):
     assert set(trained.values()) == {torch.float32}
     assert {"spatial_tokens" in name or "lora_" in name for name in trained} == {True}
     config = json.loads((tmp_path / "spatial" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "SPATIAL_TOKENS"
+    assert config["peft_type"].startswith("SPATIAL_TOKENS")
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
 
 

@@ -149,7 +149,10 @@ def test_importing_costs_torch_einops_and_safetensors_alone():
 
 
 def test_the_package_and_the_command_are_imported_without_torch():
-    script = "import sys, spatial_tokens.cli; assert 'torch' not in sys.modules; from spatial_tokens import *; SPProjector.config"
+    script = (
+        "import sys, spatial_tokens.cli; assert 'torch' not in sys.modules; spatial_tokens.modules.MLPHead;"
+        "from spatial_tokens import *; SPProjector.config"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="module 'spatial_tokens' has no attribute 'projector'"):
         spatial_tokens.projector

@@ -24,6 +24,8 @@ if not TYPE_CHECKING:  # a type checker would believe that every name is there
     def __getattr__(name):
         """Imports the library, and torch, when a name is first asked for, so that the command starts before torch is imported."""
         homes = {"SPProjectorConfig": "config", "SpatialTokensError": "errors"}
+        if name in ("config", "errors", "grid", "modules", "ops", "presets", "storage"):
+            return import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value = getattr(import_module(f"{__name__}.{homes.get(name, 'modules')}"), name)

@@ -9,7 +9,7 @@ from spatial_tokens.errors import SpatialTokensError, shown
 SEEDS = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
 
-def as_path(value: Any, name: str) -> Path:
+def as_path(value: Any, name: str = "a file or directory") -> Path:
     """A path, unlike `Path` never the working directory for an empty string.
 
     Raises:

@@ -490,10 +490,10 @@ def test_other_folders_are_not_replaced(parts, folder, tmp_path):
         assert sorted(out.rglob("*")) == before
     with pytest.raises(SpatialTokensError, match=r"cannot write .*: No such file or directory"):
         convert_released(folder, parts / "base", tmp_path / "no" / "out")
-    with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+    with pytest.raises(SpatialTokensError, match=r"a file or directory must be a path, got None"):
         convert_released(folder, parts / "base", None)
     for arguments in ((None, parts / "base"), (folder, None)):
-        with pytest.raises(SpatialTokensError, match=r"expected a path, as a string or pathlib\.Path, got None"):
+        with pytest.raises(SpatialTokensError, match=r"a file or directory must be a path, got None"):
             from_released(*arguments)
 
 
@@ -728,13 +728,17 @@ def test_the_commands_options(capsys, parts, tmp_path):
     assert "is already there" in command(capsys, folder, out, "--base", parts / "base", code=2)
     options = ("--base", parts / "base", "--vision", parts / "clip", "--overwrite")
     command(capsys, folder, out, *options)
-    assert "is not replaced: it holds files that a conversion does not write, adapter_config.json, " in command(
-        capsys, folder, folder, *options, code=2
-    )
+    assert "IN and OUT are both" in command(capsys, folder, folder, *options, code=2)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    told = command(capsys, folder, mine, *options, code=2)
+    assert "is not replaced: it holds files that a conversion does not write, notes.txt" in told
     assert "--vision goes with --base" in command(capsys, folder, tmp_path / "other", "--vision", parts / "clip", code=2)
     wrong = command(capsys, folder, tmp_path / "other", *options, "--config", "llava-sp-pooling", code=2)
     assert "missing: conv_4.1.weight" in wrong
-    assert sorted(os.listdir(tmp_path)) == ["out", "released"]
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out", "released"]
+    assert os.listdir(mine) == ["notes.txt"]
 
 
 @pytest.mark.parametrize("failing", ["processor", "model", "adapter"])

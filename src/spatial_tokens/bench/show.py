@@ -130,7 +130,7 @@ def _cell(row: Row, heading: str) -> str:
 
 
 def new_table(columns: Sequence[str], widths: Sequence[int] = ()) -> Table:
-    """An empty table in the house's style: names to the left, figures to the right and never cut."""
+    """An empty table in one style: names to the left, figures to the right and never cut."""
     from rich.box import SIMPLE
     from rich.table import Table
 

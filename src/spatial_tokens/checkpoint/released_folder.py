@@ -31,12 +31,13 @@ from spatial_tokens.checkpoint.build_llava import (
     vision_tower,
 )
 from spatial_tokens.checkpoint.llava_sp import from_llava_sp
+from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import MLPHead, SPProjector
 from spatial_tokens.storage.directories import new_directory
-from spatial_tokens.storage.files import as_path, read_tensors, read_text
+from spatial_tokens.storage.files import read_tensors, read_text
 from spatial_tokens.storage.pretrained import require_exactly
 from spatial_tokens.storage.staging import is_staging
 
@@ -79,7 +80,7 @@ def from_released(
     vision: str | PathLike[str] | None = None,
     config: SPProjectorConfig | None = None,
 ) -> tuple[Any, Any]:
-    """A Hugging Face LLaVA with the spatial tokens of a released folder: it generates, and training goes on from it.
+    """A Hugging Face LLaVA with the spatial tokens of a released folder: ready to generate or to train further.
 
     A LoRA is merged, in float32, into the base's weights, which keep their dtype; the other parts take it. The released MLP of
     the patches becomes the model's own `multi_modal_projector`. Weight files are read without running code in them.

@@ -33,6 +33,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
         return
     from spatial_tokens import demo
 
+    _require_paths(arguments, "output")
     report = demo.run_demo(
         arguments.image,
         arguments.output,
@@ -104,9 +105,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from spatial_tokens.bench.command import run
     from spatial_tokens.bench.machine import as_device
 
-    for name in ("json", "plots"):
-        if getattr(arguments, name) is not None:
-            as_path(getattr(arguments, name), f"--{name}")
+    _require_paths(arguments, "json", "plots")
     chosen: dict[str, Any] = {"device": as_device(arguments.device)}
     if arguments.dtype is not None:
         chosen["dtypes"] = (arguments.dtype,)
@@ -136,6 +135,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
         raise SpatialTokensError(f"IN and OUT are both {target}; choose another OUT")
     config = None if arguments.config is None else _read_config(arguments.config)
+    _require_paths(arguments, "base", "vision")
     if arguments.base is not None:
         _convert_whole(arguments, config)
         return
@@ -172,6 +172,13 @@ def _convert_whole(arguments: argparse.Namespace, config: SPProjectorConfig | No
     print(f'  processor = AutoProcessor.from_pretrained("{out}")')
     print(f'  model, processor = load_adapter(model, "{out}/spatial_tokens", processor)')
     print(f"train on: python examples/train.py CONFIG.yaml --model {out} --start_from {out}; see docs/training.md")
+
+
+def _require_paths(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuses an empty string, which `Path` would take for the working directory."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            as_path(getattr(arguments, name), f"--{name}")
 
 
 def _print_converted(arguments: argparse.Namespace, config: SPProjectorConfig) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from spatial_tokens.storage.files import as_path, writing
+from spatial_tokens.checks import as_path
+from spatial_tokens.storage.files import writing
 from spatial_tokens.storage.staging import OLD, staging, sync
 
 

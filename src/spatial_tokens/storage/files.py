@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spatial_tokens.errors import SpatialTokensError, reason, shown
+from spatial_tokens.checks import as_path
+from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.storage.contents import LFS_POINTER, described
 from spatial_tokens.storage.staging import staging, sync
 
@@ -27,18 +28,6 @@ FOLDER_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-def as_path(path: str | os.PathLike[str]) -> Path:
-    """A path, as the standard library takes it.
-
-    Raises:
-        SpatialTokensError: If it is something else, such as None.
-    """
-    try:
-        return Path(path)
-    except TypeError as error:
-        raise SpatialTokensError(f"expected a path, as a string or pathlib.Path, got {shown(path)}") from error
 
 
 @contextmanager

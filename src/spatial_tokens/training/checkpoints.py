@@ -9,8 +9,9 @@ import zlib
 from os import PathLike
 from pathlib import Path
 
+from spatial_tokens.checks import as_path
 from spatial_tokens.errors import SpatialTokensError, reason
-from spatial_tokens.storage.files import as_path, atomic_write
+from spatial_tokens.storage.files import atomic_write
 from spatial_tokens.storage.staging import is_staging, sync
 
 MANIFEST = "complete.json"

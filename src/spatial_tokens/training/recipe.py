@@ -14,13 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from spatial_tokens.errors import SpatialTokensError, shown
-from spatial_tokens.grid import is_positive_int
-
-
-def _require_integers(**values: Any) -> None:
-    for name, value in values.items():
-        if not is_positive_int(value):
-            raise SpatialTokensError(f"{name} must be a positive integer, got {shown(value)}")
+from spatial_tokens.grid import check_positive
 
 
 def _require_ranges(**ranges: tuple[Any, float, float]) -> None:
@@ -56,7 +50,7 @@ class LoRA:
     learning_rate: float = 2e-4
 
     def __post_init__(self) -> None:
-        _require_integers(rank=self.rank)
+        check_positive(rank=self.rank)
         _require_ranges(alpha=(self.alpha, 0, inf), dropout=(self.dropout, 0, 1), learning_rate=(self.learning_rate, 0, inf))
 
 
@@ -86,7 +80,7 @@ class Stage:
     num_epochs: float = 1
 
     def __post_init__(self) -> None:
-        _require_integers(global_batch_size=self.global_batch_size)
+        check_positive(global_batch_size=self.global_batch_size)
         _require_ranges(
             projector_learning_rate=(self.projector_learning_rate, 0, inf),
             warmup_ratio=(self.warmup_ratio, 0, 1),
@@ -190,7 +184,7 @@ def schedule(optimizer: Optimizer, stage: Stage, num_training_steps: int) -> Lam
         >>> schedule(optimizer, ALIGNMENT, num_training_steps=100).get_last_lr()
         [0.0]
     """
-    _require_integers(num_training_steps=num_training_steps)
+    check_positive(num_training_steps=num_training_steps)
     return LambdaLR(optimizer, partial(_share_of_full_rate, ceil(stage.warmup_ratio * num_training_steps), num_training_steps))
 
 

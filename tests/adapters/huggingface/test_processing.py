@@ -510,6 +510,8 @@ def moved(row, ids, plain_ids, reserved, value):
     return made
 
 
+# Before, transformers did not count how much longer images make the text.
+THEIR_MASKS_ARE_RIGHT = hasattr(transformers.ProcessorMixin, "_adjust_assistant_masks_indices")
 LLAVA = lambda: (*llava(), "<image>")  # noqa: E731
 QWEN = lambda: (*qwen(), "<|vision_start|><|image_pad|><|vision_end|>")  # noqa: E731
 
@@ -523,7 +525,7 @@ def test_the_answers_of_a_conversation(family, count):
     ids, plain_ids = made["input_ids"][0], before["input_ids"][0]
     assert ids.count(reserved) == 2 * count
     assert made["assistant_masks"][0] == moved(before["assistant_masks"][0], ids, plain_ids, reserved, 0)
-    if family is not QWEN:  # whose tokenizer here knows few words
+    if family is not QWEN and THEIR_MASKS_ARE_RIGHT:  # Qwen's tokenizer here knows few words
         kept = [each for each, mask in zip(ids, made["assistant_masks"][0], strict=True) if mask]
         assert processor.tokenizer.decode(kept).replace(" ", "") == "abc"
 
@@ -534,9 +536,10 @@ def test_the_answers_of_a_conversation_in_image_mode():
     plain.chat_template = processor.chat_template = TURNS.replace("IMAGE", "<image>")
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     before, made = (each.apply_chat_template(conversation(), **options) for each in (plain, processor))
-    for each in (before, made):
+    for each in (before, made) if THEIR_MASKS_ARE_RIGHT else ():
         kept = [i for i, m in zip(each["input_ids"][0], each["assistant_masks"][0], strict=True) if m]
         assert plain.tokenizer.decode(kept).replace(" ", "") == "abc"
+    assert sum(made["assistant_masks"][0]) == sum(before["assistant_masks"][0])
     assert len(made["input_ids"][0]) == len(before["input_ids"][0]) + 12
 
 

@@ -19,6 +19,7 @@ from spatial_tokens.adapters.huggingface.layouts import tiles_of
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of, find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_placeholders, without_placeholders
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
+from spatial_tokens.checks import check_choice
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.grid import as_size, crop_sizes
@@ -82,9 +83,9 @@ def attach(
         raise SpatialTokensError(
             f"projector must be a preset's name, an SPProjectorConfig or an SPProjector, got {shown(projector)}"
         )
-    _require_one_of("mode", mode, ("auto", "own", "image"))
-    _require_one_of("unit", unit, ("image", "tile"))
-    _require_one_of("resize", resize, (None, "pool", "interpolate"))
+    check_choice("mode", mode, ("auto", "own", "image"))
+    check_choice("unit", unit, ("image", "tile"))
+    check_choice("resize", resize, (None, "pool", "interpolate"))
     inner = unwrapped(model)
     if hasattr(inner, ATTRIBUTE) or hasattr(inner, NAME):
         raise SpatialTokensError("the model has spatial tokens already; detach(model) first")
@@ -253,11 +254,6 @@ def _require_fit(parts: ModelParts, given: Any, resize: Resize | None, names: se
             wrong.append(f"{name} {value}, not {expected}")
     if wrong:
         raise SpatialTokensError(f"the config does not fit the model: it has {'; '.join(wrong)}")
-
-
-def _require_one_of(name: str, given: Any, choices: Sequence[str | None]) -> None:
-    if not isinstance(given, (str, type(None))) or given not in choices:
-        raise SpatialTokensError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(given)}")
 
 
 def _require_nothing_lost(model: Any) -> None:

@@ -16,10 +16,10 @@ from spatial_tokens import __version__
 from spatial_tokens.adapters.huggingface.api import attach, attachment_of, detach, unwrapped
 from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
 from spatial_tokens.adapters.huggingface.processing import TOKEN
+from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
-from spatial_tokens.storage.files import as_path
 from spatial_tokens.storage.folder_format import FolderFormat
 from spatial_tokens.storage.pretrained import assign, require_exactly
 from spatial_tokens.storage.sharded import gathered, is_sharded, shape_of, tensors_of, whole_copy, write
