@@ -306,9 +306,7 @@ def test_compiles_with_inductor():
         assert_close(given_tensor, expected)
 
 
-@pytest.mark.parametrize(
-    "transform", ["jvp", "forward mode", "grad", "vmap", "vmap of last", "jacobian", "gradients of each image"]
-)
+@pytest.mark.parametrize("transform", ["jvp", "forward mode", "grad", "vmap", "jacobian", "gradients of each image"])
 @every_backend
 def test_torchs_other_transforms(backend, transform):
     patch_map, weights, _ = strided.tensors(3, 2, 2, torch.float64)
@@ -324,10 +322,6 @@ def test_torchs_other_transforms(backend, transform):
             return torch.func.grad(lambda x: run(x, weights).square().sum())(patch_map)
         if transform == "vmap":
             return torch.func.vmap(lambda x: run(x[None], weights))(patch_map)
-        if transform == "vmap of last":
-            of_maps = torch.func.vmap(lambda x: run(x, weights), in_dims=-1)(torch.stack([patch_map, tangent], dim=-1))
-            of_weights = torch.func.vmap(lambda w: run(patch_map, w), in_dims=1)([torch.stack([w, -w], dim=1) for w in weights])
-            return torch.cat([of_maps, of_weights])
         if transform == "jacobian":
             return torch.func.jacrev(lambda x: run(x, weights))(patch_map)
         each = torch.func.vmap(torch.func.grad(lambda w, x: run(x[None], w).square().sum()), in_dims=(None, 0))
@@ -369,6 +363,26 @@ def test_vectorized_jacobians(backend):
         lambda run: torch.compile(torch.func.vmap(lambda x: run(x[None], weights)), backend="aot_eager")(patch_map),
     ):
         assert_close(vectorized(lambda x, w: strided.run(x, w, backend)), vectorized(strided.reference))
+
+
+def test_the_operators_batched_over_any_dimension():
+    """Eager code of vmap runs the naive backend; compiled code asks the operator's own rule."""
+    patch_map, weights, _ = strided.tensors(2, 2, 4, torch.float64)
+    flat = [number for window in strided.windows for number in window]
+
+    def run(maps, *kernels):
+        return torch.ops.spatial_tokens.window_linear(maps, list(kernels), flat, list(strided.step), list(strided.count), "gemm")
+
+    for in_dims in ((3, None, None), (None, 1, None), (1, 0, 1)):
+        given = (patch_map, *weights)
+        batched = [
+            each if dim is None else torch.stack([each, i * each], dim)
+            for i, (each, dim) in enumerate(zip(given, in_dims, strict=True), 2)
+        ]
+        found = torch.func.vmap(run, in_dims=in_dims)(*batched)
+        for j in range(2):
+            one = [each if dim is None else each.select(dim, j) for each, dim in zip(batched, in_dims, strict=True)]
+            assert_close(found[j], strided.reference(one[0], one[1:]))
 
 
 def test_forward_reads_single_windows_in_place_and_several_row_by_row():

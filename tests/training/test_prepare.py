@@ -224,8 +224,11 @@ def test_an_adapter_brings_the_trained_mlp_and_detaching_takes_it_away(tmp_path)
     first, again = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(each, again[name]) for name, each in first.items())
-    detach(same_values(prepare(base, ALIGNMENT)))
+    detach(base)
     assert torch.equal(base.model.multi_modal_projector.linear_1.weight, own)
+    base, _ = load_adapter(base.bfloat16(), tmp_path, processor)
+    detach(same_values(prepare(base, ALIGNMENT)))  # after which what was loaded is neither
+    assert torch.equal(base.model.multi_modal_projector.linear_1.weight, own.bfloat16())
 
 
 @pytest.mark.parametrize(
