@@ -163,6 +163,27 @@ def test_a_video_that_fails():
 
 
 @pytest.mark.parametrize("generating", [False, True])
+def test_interrupted_between_the_encoder_and_the_language_model(generating):
+    """Ctrl-C there: the language model alone, and the embeddings, are then what they were."""
+    model, processor = attach(*llava(), **FIELDS)
+    inputs = processor(images=pictures(1), text="<image> is", return_tensors="pt")
+    embeddings = torch.randn(1, inputs["input_ids"].shape[1], 64)
+    with torch.no_grad():
+        expected = model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = model.get_decoder().register_forward_pre_hook(interrupt, prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, **GREEDY) if generating else model(**inputs)
+        hook.remove()
+        assert attachment_of(model).threads.current.call is None
+        assert torch.equal(model.get_decoder()(inputs_embeds=embeddings).last_hidden_state, expected)
+        assert model.get_input_embeddings()(inputs["input_ids"]).isfinite().all()
+
+
+@pytest.mark.parametrize("generating", [False, True])
 def test_a_second_turn_with_a_literal_token(generating):
     """The cache holds the first turn. The words of the second hold the reserved token; there is no image to it."""
     model, processor = attach(*llava(), **FIELDS)

@@ -37,13 +37,12 @@ class Call:
     """One call of the base model, or of `generate`.
 
     Args:
-        outer: The `generate` that it is made in.
-        generating: Whether it is a call of `generate`.
+        generate: The call of `generate` that it is a step of.
+        generating: Whether it is a call of `generate` itself.
     """
 
-    def __init__(self, outer: Call | None = None, *, generating: bool = False) -> None:
-        self.outer, self.generating = outer, generating
-        self.generate = self if generating else outer  # the call of generate that it is a step of
+    def __init__(self, generate: Call | None = None, *, generating: bool = False) -> None:
+        self.generating, self.generate = generating, self if generating else generate
         self.input_ids: torch.Tensor | None = None
         self.placeholders: torch.Tensor | None = None  # (B, L); of generate: those of the prompt, on the CPU
         self.start = 0  # of generate: how many tokens a cache held before those of the prompt

@@ -6,12 +6,11 @@ What runs when, in one call of an attached model (`mode="own"`):
 |---|---|---|---|
 | around `generate` | `generate` | the prompt | a `Call` that knows the prompt's placeholders; a prompt without the reserved token |
 | before the model | `mask_labels` | `labels` | labels of -100 at placeholders |
-| before the base model | `start_call` | `input_ids`, `mm_encoder_outputs` | a `Call`; `input_ids` without the reserved token |
+| around the base model | `run_base` | `input_ids`, encodings | a `Call`, until it ends; `input_ids` without the reserved token |
 | around `get_image_features` | `encode` | what was recorded in it | `Call.features`, on the outputs too: `generate` encodes first |
 | before the model's projector | `record` | its input | the patch features |
 | after the model's projector | `count` | its output | how many image tokens they became |
 | before the language model | `scatter_tokens` | `Call.features`, the placeholders | spatial tokens in `inputs_embeds` |
-| after the base model, also if it failed | `end_call` | | the `Call` before it, if any |
 
 Where the caller looks up word embeddings himself, `mask_ids` and `mark_embeddings` give placeholders a row that no other token has.
 With `mode="image"` tokens are joined to what `get_image_features` returns, and `scatter_tokens` is not needed.
@@ -97,11 +96,11 @@ class Attachment:
         hooks = [
             tap.register_forward_pre_hook(self.record, with_kwargs=True),
             tap.register_forward_hook(self.count),
-            base.register_forward_pre_hook(self.start_call, with_kwargs=True),
-            base.register_forward_hook(self.end_call, always_call=True),
+            base.register_forward_pre_hook(self.refuse_replicas),
             self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
         ]
         around = {
+            (base, "forward"): self.run_base,
             (base, "get_image_features"): self.encode,
             (base, "get_video_features"): self.encode_video,
             (model, "save_pretrained"): self.save_base,
@@ -141,7 +140,7 @@ class Attachment:
     def generate(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Around `generate`, which sees ids of the base's vocabulary alone: for penalties, drafts and assistants as without us."""
         current, call = self.threads.current, Call(generating=True)
-        call.outer = before = current.call if current.call is not None and current.call.generating else None
+        before = current.call
         names = [name for name in ("input_ids", "inputs", "negative_prompt_ids") if is_ids(arguments.get(name))]
         hidden = {name: self.token.hidden(arguments[name]) for name in names}
         name = next((name for name in ("input_ids", "inputs") if name in hidden), None)
@@ -178,50 +177,44 @@ class Attachment:
             raise SpatialTokensError(f"labels of placeholders of spatial tokens are not -100, but TRL counts them; {WRAP}")
         return args, {**kwargs, **replaced}
 
-    def start_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the base model: a new call; `input_ids` without the reserved token."""
+    def refuse_replicas(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the base model: `nn.DataParallel` copies modules, but not what the hooks know of them."""
         if getattr(module, "_is_replica", False):
             raise SpatialTokensError("nn.DataParallel copies modules but not their hooks; use DistributedDataParallel")
-        current = self.threads.current
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.training_warnings.check(self.projector)
-        outer = current.call
-        if outer is not None and not outer.generating:
-            outer = outer.outer  # it was interrupted, by Ctrl-C for example, and never ended
-        current.call = call = Call(outer)
-        ids: Any = kwargs.get("input_ids", args[0] if args else None)
-        ids = ids if is_ids(ids) else None
-        if outer is not None and ids is not None and ids.shape[1] > 1 and self._has_placeholders(ids):
-            call.generate = None  # generate() was given others: somebody calls the model while it generates
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        call.features = getattr(encoded, CARRIED, None)
-        if call.generate is not None and encoded is not None:  # accelerate copies it, without what is carried on it
-            call.features, call.generate.features = call.features or call.generate.features, None
-        if ids is None:
-            return None
-        call.input_ids = ids
-        if call.generate is not None or self.mode == "image":
-            return None
-        call.placeholders = ids == self.token.id
-        hidden = self.token.hidden(ids)
-        return (args, {**kwargs, "input_ids": hidden}) if "input_ids" in kwargs else ((hidden, *args[1:]), kwargs)
 
-    def end_call(self, module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        """After the base model: drops the call.
+    def run_base(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Around the base model's forward: a new call; `input_ids` without the reserved token.
 
         Raises:
             SpatialTokensError: If the language model did not take what was encoded.
         """
         current = self.threads.current
-        call = current.call
-        if call is None or call.generating:
-            return
-        current.call = call.outer
-        if call.features is not None and outputs is not None:  # there are none where the call has failed
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.training_warnings.check(self.projector)
+        outer = current.call
+        current.call = call = Call(outer if outer is not None and outer.generating else None)
+        ids = arguments.get("input_ids")
+        ids = ids if is_ids(ids) else None
+        if call.generate is not None and ids is not None and ids.shape[1] > 1 and self._has_placeholders(ids):
+            call.generate = None  # generate() was given others: somebody calls the model while it generates
+        encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
+        call.features = getattr(encoded, CARRIED, None)
+        if call.generate is not None and encoded is not None:  # accelerate copies it, without what is carried on it
+            call.features, call.generate.features = call.features or call.generate.features, None
+        call.input_ids = ids
+        if ids is not None and call.generate is None and self.mode == "own":
+            call.placeholders = ids == self.token.id
+            arguments = {**arguments, "input_ids": self.token.hidden(ids)}
+        try:
+            outputs = original(**arguments)
+        finally:
+            current.call = outer
+        if call.features is not None:
             raise SpatialTokensError(
                 "images were encoded, but the language model that attach() found was not called: it was replaced; detach and "
                 "attach again"
             )
+        return outputs
 
     def encode(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Around `get_image_features`: keeps the patches, or joins their tokens with the image's."""
