@@ -26,7 +26,7 @@ class Estimate:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.count > 1 and abs(self.mean) > self.half
 
 

@@ -198,7 +198,7 @@ def beside_the_paper(results: Results) -> str:
 
 
 def told_gain(gain: Estimate | None) -> str:
-    """A difference, in bold where its interval leaves zero out."""
+    """A difference, in bold where its interval excludes zero."""
     if gain is None:
         return "not run"
     text = f"{gain.mean:+.1f} ± {gain.half:.1f}" if gain.count > 1 else f"{gain.mean:+.1f}{ONE}"

@@ -13,7 +13,7 @@ What runs when, in one call of an attached model (`mode="own"`):
 | before the language model | `scatter_tokens` | `Call.features`, the placeholders | spatial tokens in `inputs_embeds` |
 
 Where the caller looks up word embeddings himself, `mask_ids` and `mark_embeddings` give placeholders a row that no other token has.
-With `mode="image"` tokens are joined to what `get_image_features` returns, and `scatter_tokens` is not needed.
+With `mode="image"` tokens are joined to what `get_image_features` returns; `scatter_tokens` only lets a batch without images train.
 
 A `Call` lies in an object that each thread has for itself (`PerThread`). torch.compile cannot trace a `ContextVar`.
 """
@@ -192,7 +192,7 @@ class Attachment:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.training_warnings.check(self.projector)
         outer = current.call
-        current.call = call = Call(outer if outer is not None and outer.generating else None)
+        call = Call(outer if outer is not None and outer.generating else None)
         ids = arguments.get("input_ids")
         ids = ids if is_ids(ids) else None
         if call.generate is not None and ids is not None and ids.shape[1] > 1 and self._has_placeholders(ids):
@@ -206,6 +206,7 @@ class Attachment:
             call.placeholders = ids == self.token.id
             arguments = {**arguments, "input_ids": self.token.hidden(ids)}
         try:
+            current.call = call
             outputs = original(**arguments)
         finally:
             current.call = outer
