@@ -83,6 +83,7 @@ def room(module):
 def test_public_names():
     assert sorted(spatial_tokens.__all__) == [
         "DetailFeatureIntegrator",
+        "FactorizedFeatureExtractor",
         "SPProjector",
         "SPProjectorConfig",
         "SpatialFeatureExtractor",
