@@ -231,7 +231,11 @@ def quicker(rows, other, dtype, batch, direction="forward") -> str:
     if None in found:
         return "not measured"
     ours, again, theirs = (values["ms"] for values in found)
-    return f"1/{theirs / ours:.0f} ({ours:.3g} of {theirs:.3g} ms; in cache 1/{theirs / again:.0f})"
+    return f"1/{theirs / ours:.0f} ({milliseconds(ours)} of {milliseconds(theirs)} ms; in cache 1/{theirs / again:.0f})"
+
+
+def milliseconds(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
 
 
 def training_steps(rows: list[dict]) -> list[tuple]:
