@@ -84,24 +84,20 @@ def compress(
     gather(fits, sample)
 
     every = [fit for group in fits for fit in group]
-    refits = {candidate: [fit.refit(candidate) for fit in every] for candidate in candidates}
-    curve = tuple(
+    judged = [[fit.judge(candidate) for fit in every] for candidate in candidates]
+    curve = [
         CurvePoint(
             candidate.rank,
             candidate.frequencies,
             target.parameters(candidate),
-            fmean(each.unexplained for each in refits[candidate]),
+            fmean(each.unexplained for each in judgments),
             fmean(fit.plain_unexplained(candidate) for fit in every),
         )
-        for candidate in candidates
-    )
-    chosen = candidates[_choice(curve, error, parameters)]
-    tokens = [
-        TokenReport(fit.kernel.name, each.unexplained, each.before, fit.plain_unexplained(chosen), each.ridge)
-        for fit, each in zip(every, refits[chosen], strict=True)
+        for candidate, judgments in zip(candidates, judged, strict=True)
     ]
-    cores = iter([each.core() for each in refits[chosen]])
-    small = target.build(chosen, [[(fit.factors_of(chosen), next(cores)) for fit in group] for group in fits])
+    number = _choice(curve, error, parameters)
+    chosen, ridges = candidates[number], iter([each.ridge for each in judged[number]])
+    found = [[(fit.factors_of(chosen), fit.core(chosen, next(ridges))) for fit in group] for group in fits]
     report = CompressionReport(
         rank=chosen.rank,
         frequencies=target.frequencies_of(chosen),
@@ -109,12 +105,15 @@ def compress(
         pictures=sample.pictures,
         held_out=sample.held_out,
         dense_parameters=sum(fit.kernel.weight.numel() for fit in every),
-        parameters=target.parameters(chosen),
-        unexplained=fmean(each.unexplained for each in tokens),
-        tokens=tuple(tokens),
+        parameters=curve[number].parameters,
+        unexplained=curve[number].unexplained,
+        tokens=tuple(
+            TokenReport(fit.kernel.name, each.unexplained, each.before, fit.plain_unexplained(chosen), each.ridge)
+            for fit, each in zip(every, judged[number], strict=True)
+        ),
         curve=tuple(sorted(curve, key=lambda point: point.parameters)),
     )
-    return small, report
+    return target.build(chosen, found), report
 
 
 def _candidates(target: Target, rank: Any, parameters: Any, error: Any) -> list[Candidate]:

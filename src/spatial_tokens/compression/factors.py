@@ -1,4 +1,4 @@
-"""The channels and maps that dense kernels need most: singular vectors, mode by mode, of kernels weighed by the features' moments."""
+"""The channels and maps that dense kernels need most: singular vectors of kernels that are weighed by the features' moments."""
 
 from __future__ import annotations
 
@@ -122,24 +122,27 @@ def _maps(kernel: DenseKernel, spatial_basis: SpatialBasis, places: torch.Tensor
 
 def _leading(gram: torch.Tensor, root: torch.Tensor, count: int) -> torch.Tensor:
     """What reads the leading singular vectors `V` of a whitened kernel: `V^T root^-1`, each row scaled, without an inverse."""
-    vectors = torch.linalg.eigh(root @ gram @ root)[1].flip(1)
-    return vectors[:, :count].T @ root @ gram
+    vectors: torch.Tensor = torch.linalg.eigh(root @ gram @ root)[1].flip(1)
+    return vectors[:, :count].mT @ root @ gram
 
 
 def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
     """Orthonormal rows, of which the first span what the first did."""
     scale = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return torch.linalg.qr((rows / scale).T)[0].T.contiguous()
+    columns: torch.Tensor = torch.linalg.qr((rows / scale).mT)[0]
+    return columns.mT.contiguous()
 
 
 def _root(symmetric: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(symmetric)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: torch.Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    return root
 
 
 def _solve(symmetric: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """A pseudo-inverse times a matrix: features may have no energy in some direction."""
-    return torch.linalg.pinv(symmetric, rtol=1e-13, hermitian=True) @ right
+    inverse: torch.Tensor = torch.linalg.pinv(symmetric, rtol=1e-13, hermitian=True)
+    return inverse @ right
 
 
 def _identity(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from spatial_tokens.compression.factors import Factors
 from spatial_tokens.compression.kernels import DenseKernel
-from spatial_tokens.compression.refit import Products, Refit, refit, share
+from spatial_tokens.compression.refit import Fit, Products, judge, share, solver
 from spatial_tokens.compression.samples import Sample
 from spatial_tokens.grid import SpatialBasis
 from spatial_tokens.ops.window_basis import weights
@@ -48,7 +48,7 @@ class KernelFit:
 
     def __post_init__(self) -> None:
         self._read, self._read_plain = self._weights(self.factors), self._weights(self.plain)
-        self._inputs = torch.cat([self._inputs_of(each) for each in self.candidates]).unique()
+        self._inputs = torch.unique(torch.cat([self._inputs_of(each) for each in self.candidates]))
         self._plain = [self._of(self.plain, each) for each in self.candidates]
 
     @property
@@ -73,10 +73,15 @@ class KernelFit:
             given = inputs[..., self._inputs_of(candidate)] @ factors.core.flatten(1).T
             self.plain_errors[i] += (given - tokens).square().sum()
 
-    def refit(self, candidate: Candidate) -> Refit:
-        """The best core of a candidate, and what it misses."""
-        kept = torch.searchsorted(self._inputs, self._inputs_of(candidate))
-        return refit(self.factors_of(candidate), self.fitted.part(kept), self.held_out.part(kept))
+    def judge(self, candidate: Candidate) -> Fit:
+        """The ridge that is best for a candidate, and what it then misses of held-out pictures."""
+        kept = self._kept(candidate)
+        return judge(self.factors_of(candidate), self.fitted.part(kept), self.held_out.part(kept))
+
+    def core(self, candidate: Candidate, ridge: float) -> torch.Tensor:
+        """The core `(S, M * R)` of a candidate, fitted to all pictures."""
+        kept = self._kept(candidate)
+        return solver(self.factors_of(candidate), self.fitted.part(kept) + self.held_out.part(kept))(ridge)
 
     def factors_of(self, candidate: Candidate) -> Factors:
         """The factors of a candidate."""
@@ -92,6 +97,10 @@ class KernelFit:
         number, all_of = min(candidate.frequencies, most), torch.arange(most**2, device=self.kernel.weight.device)
         return all_of[: number**2] if self.spatial_basis == "learned" else all_of.view(most, most)[:number, :number].flatten()
 
+    def _kept(self, candidate: Candidate) -> torch.Tensor:
+        """Where a candidate's inputs are among those of all."""
+        return torch.searchsorted(self._inputs, self._inputs_of(candidate))
+
     def _inputs_of(self, candidate: Candidate) -> torch.Tensor:
         rank = len(self.factors.projection)
         channels = torch.arange(candidate.rank, device=self.kernel.weight.device)
@@ -101,13 +110,13 @@ class KernelFit:
         return factors.part(self._maps_of(candidate), candidate.rank)
 
     def _weights(self, factors: Factors) -> torch.Tensor:
-        maps = factors.maps.unflatten(1, self.kernel.basis.map_size)
+        maps = torch.unflatten(factors.maps, 1, self.kernel.basis.map_size)
         return weights(self.kernel.basis, self.kernel.grid_size, self.kernel.grid_size, maps).to(self.kernel.dtype)
 
     def _inputs_from(self, read: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """`(b, N, R)` to `(b, windows, M * R)` in float64."""
         windows = self.kernel.basis.num_windows
-        return (read @ projected).unflatten(1, (windows, -1)).flatten(2).double()
+        return torch.unflatten(read @ projected, 1, (windows, -1)).flatten(2).double()
 
 
 def gather(fits: Sequence[Sequence[KernelFit]], sample: Sample) -> None:

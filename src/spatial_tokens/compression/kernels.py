@@ -43,7 +43,7 @@ class DenseKernel:
     def slices(self) -> Iterator[torch.Tensor]:
         """The weight, a few outputs `(s, P, C)` at a time."""
         for part in torch.split(self.weight, SLICE):
-            yield part.to(self.dtype).unflatten(1, (self.places, -1))
+            yield torch.unflatten(part.to(self.dtype), 1, (self.places, -1))
 
     def contract(self, maps: torch.Tensor) -> torch.Tensor:
         """The sum over places with `(M, P)`: `(S, M, C)` in float64."""
@@ -51,12 +51,12 @@ class DenseKernel:
 
     def cells(self) -> torch.Tensor:
         """How much of each patch each place is, `(windows, P, N)` in float64."""
-        one_each = torch.eye(self.places, dtype=torch.float64, device=self.weight.device).unflatten(1, self.basis.map_size)
-        return weights(self.basis, self.grid_size, self.grid_size, one_each).unflatten(0, (-1, self.places))
+        one_each = torch.unflatten(torch.eye(self.places, dtype=torch.float64, device=self.weight.device), 1, self.basis.map_size)
+        return torch.unflatten(weights(self.basis, self.grid_size, self.grid_size, one_each), 0, (-1, self.places))
 
     def tokens(self, patches: torch.Tensor) -> torch.Tensor:
         """Patch features `(b, N, C)` to what the kernel gives of each window, `(b, windows, S)`."""
-        patch_map, basis = patches.unflatten(1, self.grid_size), self.basis
+        patch_map, basis = torch.unflatten(patches, 1, self.grid_size), self.basis
         if basis.bins is not None:
             return self._apply(pool(patch_map, basis.bins)).unsqueeze(1)
         (rows, columns), (down, right) = basis.count, basis.step

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from spatial_tokens.compression.factors import Factors
 
-RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-12, 9))  # in units of the pictures that are seen
+RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-12, 9))  # relative to the features' own moments
 
 
 @dataclass
@@ -33,8 +34,11 @@ class Products:
     @classmethod
     def zeros(cls, size: int, outputs: int, device: torch.device) -> Products:
         """Before any sample."""
-        made = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((size, size), (outputs, size), (), (outputs,))]
-        return cls(*made)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(size, size), zeros(outputs, size), zeros(), zeros(outputs))
 
     def add(self, inputs: torch.Tensor, tokens: torch.Tensor) -> None:
         """More samples: `(n, d)` and `(n, S)`, in float64."""
@@ -68,44 +72,35 @@ class Products:
         return squares.clamp_min(0).item() / max(1, self.samples)
 
 
-@dataclass(frozen=True)
-class Refit:
-    """A core and how it was found.
+class Fit(NamedTuple):
+    """How well cores do on held-out pictures, that were fitted to the others.
 
     Args:
-        core: Makes it, `(S, d)`, fitted to all pictures.
-        ridge: What was best on the held-out ones.
-        unexplained: The share of the tokens' variance that is missed on these, by a fit to the others.
-        before: The same, of the core that the fit was drawn to.
+        ridge: The one that does best.
+        unexplained: The share of the tokens' variance that is missed with it.
+        before: The share that is missed without a fit.
     """
 
-    core: Callable[[], torch.Tensor]
     ridge: float
     unexplained: float
     before: float
 
 
-def refit(prior: Factors, fitted: Products, held_out: Products) -> Refit:
-    """The core that gives the tokens best, drawn towards the one that is best if features are as their moments say.
-
-    Minimises `|tokens - core @ inputs|^2 + ridge * |(core - prior) moments^(1/2)|^2` in the mean over samples, for each ridge on
-    the fitted pictures; the ridge that is best on the held-out ones is the one of the fit to all.
-    """
-    solve = _solver(prior, fitted)
-    errors = {ridge: held_out.error(solve(ridge)) for ridge in RIDGES}
+def judge(prior: Factors, fitted: Products, held_out: Products) -> Fit:
+    """The ridge that is best on held-out pictures."""
+    cores = solver(prior, fitted)
+    errors = {ridge: held_out.error(cores(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)
-    everything = fitted + held_out
-    before, variance = held_out.error(prior.core.flatten(1)), everything.variance
-    return Refit(lambda: _solver(prior, everything)(ridge), ridge, share(errors[ridge], variance), share(before, variance))
+    variance = (fitted + held_out).variance
+    return Fit(ridge, share(errors[ridge], variance), share(held_out.error(prior.core.flatten(1)), variance))
 
 
-def share(error: float, variance: float) -> float:
-    """An error as a share of a variance; 0 of tokens that are always the same, and hit."""
-    return error / variance if variance > 0 else 0.0 if error == 0 else float("inf")
+def solver(prior: Factors, products: Products) -> Callable[[float], torch.Tensor]:
+    """For any ridge the core `(S, M * R)` that gives the tokens best, drawn towards that of the factors.
 
-
-def _solver(prior: Factors, products: Products) -> Callable[[float], torch.Tensor]:
-    """The core for any ridge, from one decomposition."""
+    It minimises `|tokens - core @ inputs|^2 + ridge * |(core - prior) moments^(1/2)|^2` in the mean over samples, with the inputs'
+    second moments as those of channels and places tell them: a ridge without end leaves what is best for these.
+    """
     core = prior.core.flatten(1)
     whiten = torch.kron(_inverse_root(prior.of_maps), _inverse_root(prior.of_channels))
     seen, rotation = torch.linalg.eigh(whiten.T @ (products.inputs / products.samples) @ whiten)
@@ -114,6 +109,13 @@ def _solver(prior: Factors, products: Products) -> Callable[[float], torch.Tenso
     return lambda ridge: core + (missing / (seen.clamp_min(0) + ridge)) @ basis.T
 
 
+def share(error: float, variance: float) -> float:
+    """An error as a share of a variance; 0 of tokens that are always the same, and hit."""
+    return error / variance if variance > 0 else 0.0 if error == 0 else float("inf")
+
+
 def _inverse_root(symmetric: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(symmetric)
-    return vectors * values.clamp_min(values[-1].clamp_min(torch.finfo(values.dtype).tiny) * 1e-14).rsqrt()
+    least = 1e-14 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    inverse: torch.Tensor = vectors * values.clamp_min(least).rsqrt()
+    return inverse

@@ -45,7 +45,7 @@ class CompressionReport:
 
     Args:
         rank: Of the kernels.
-        frequencies: Of each side of the kernels' windows, smaller windows excepted.
+        frequencies: Maps of each side of each kernel's window; the integrator's has the most of them.
         spatial_basis: "cosine" or "learned".
         pictures: That the kernels were fitted to.
         held_out: Those of them on which ridges were chosen, and on which a fit to the others was judged.
@@ -57,7 +57,7 @@ class CompressionReport:
     """
 
     rank: int
-    frequencies: int
+    frequencies: tuple[int, ...]
     spatial_basis: SpatialBasis
     pictures: int
     held_out: int
@@ -80,11 +80,11 @@ class CompressionReport:
         ratio = self.dense_parameters / self.parameters
         lines = [
             f"{self.dense_parameters:,} parameters of dense kernels to {self.parameters:,} (1/{ratio:.0f}): rank {self.rank}, "
-            f"{self.frequencies} x {self.frequencies} {self.spatial_basis} maps",
+            f"{self.spatial_basis} maps, {' '.join(map(str, self.frequencies))} a side",
             f"variance missed on {self.held_out} of {self.pictures} pictures, by a fit to the others:",
-            f"{'token':<12}{'refitted':>10}{'whitened':>10}{'plain HOSVD':>13}{'ridge':>9}",
+            f"{'token':<14}{'refitted':>10}{'whitened':>10}{'plain HOSVD':>13}{'ridge':>9}",
         ]
         for token in self.tokens:
             shares = f"{token.unexplained:>10.2%}{token.whitened:>10.2%}{token.plain_hosvd:>13.2%}"
-            lines.append(f"{token.token:<12}{shares}{token.ridge:>9.0e}")
+            lines.append(f"{token.token:<14}{shares}{token.ridge:>9.0e}")
         return "\n".join(lines)

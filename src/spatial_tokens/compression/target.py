@@ -1,4 +1,4 @@
-"""What a dense projector becomes: its kernels as they are compressed, and the factorized projector that is made of their factors."""
+"""What a dense projector becomes: its kernels as they are compressed, and the projector that is made of their factors."""
 
 from __future__ import annotations
 
@@ -73,6 +73,10 @@ class Target:
         return self.extractor.grid_size
 
     @property
+    def _weight(self) -> torch.Tensor:
+        return cast(nn.Linear, self.extractor.kernels[0]).weight
+
+    @property
     def channels(self) -> int:
         """`C`."""
         return self.extractor.vision_hidden_size
@@ -87,31 +91,28 @@ class Target:
 
     def dense_kernels(self, frequencies: int) -> list[list[DenseKernel]]:
         """The kernels that share a channel projection: the extractor's, and the integrator's if there is one."""
-        names = [
-            [f"kernel {'x'.join(map(str, size)) if isinstance(size, tuple) else size}" for size in self.extractor.kernel_sizes]
-        ]
-        layers: list[list[nn.Module]] = [list(self.extractor.kernels)]
+        names = [f"kernel {'x'.join(map(str, as_size(size, 'kernel size')))}" for size in self.extractor.kernel_sizes]
+        groups: list[tuple[list[str], list[nn.Module]]] = [(names, list(self.extractor.kernels))]
         if self.integrator is not None:
-            names.append(["detail map"])
-            layers.append([self.integrator.detail_kernel])
+            groups.append((["detail map"], [self.integrator.detail_kernel]))
         return [
             [
                 DenseKernel(name, cast(nn.Linear, layer).weight.detach(), basis, self.grid_size)
-                for name, layer, basis in zip(*each, kernels.bases, strict=True)
+                for name, layer, basis in zip(names, layers, kernels.bases, strict=True)
             ]
-            for *each, kernels in zip(names, layers, self._factorized(Candidate(1, frequencies)), strict=True)
+            for (names, layers), kernels in zip(groups, self._factorized(Candidate(1, frequencies)), strict=True)
         ]
 
     def build(self, candidate: Candidate, fits: Sequence[Sequence[tuple[Factors, torch.Tensor]]]) -> SPProjector:
         """The projector with these factors and cores, and with copies of the heads and of the attention."""
         extractor, integrator = self._modules(candidate)
         for kernels, found in zip(self._factorized_of(extractor, integrator), fits, strict=True):
-            _load(kernels, found, like=self.extractor.kernels[0].weight)
+            _load(kernels, found, like=self._weight)
         if integrator is not None and self.integrator is not None:
             for name in ("query_projector", "key_projector", "value_projector"):
                 setattr(integrator, name, copy.deepcopy(getattr(self.integrator, name)))
-        heads = copy.deepcopy([self.projector.spatial_head, self.projector.patch_head])
-        return SPProjector(extractor, integrator, *heads).train(self.projector.training)
+        spatial_head, patch_head = copy.deepcopy((self.projector.spatial_head, self.projector.patch_head))
+        return SPProjector(extractor, integrator, spatial_head, patch_head).train(self.projector.training)
 
     def _factorized(self, candidate: Candidate) -> list[FactorizedKernels]:
         return self._factorized_of(*self._modules(candidate))
@@ -126,7 +127,7 @@ class Target:
         """The modules, without values."""
         dense, integrator = self.extractor, self.integrator
         factors: dict[str, Any] = {"rank": candidate.rank, "spatial_basis": self.spatial_basis}
-        shape: dict[str, Any] = {"grid_size": self.grid_size, "device": "meta", "dtype": dense.kernels[0].weight.dtype}
+        shape: dict[str, Any] = {"grid_size": self.grid_size, "device": "meta", "dtype": self._weight.dtype}
         numbers = self.frequencies_of(candidate)
         extractor = FactorizedFeatureExtractor(
             self.channels,
@@ -172,6 +173,6 @@ def _load(kernels: FactorizedKernels, found: Sequence[tuple[Factors, torch.Tenso
     values["channel_projection.weight"] = found[0][0].projection
     if kernels.spatial_basis == "learned":
         for i, (factors, _) in enumerate(found):
-            values[f"maps.{i}"] = factors.maps.unflatten(1, kernels.bases[i].map_size)
+            values[f"maps.{i}"] = torch.unflatten(factors.maps, 1, kernels.bases[i].map_size)
     placed = {name: each.to(like.device, like.dtype, copy=True).contiguous() for name, each in values.items()}
     kernels.load_state_dict(placed, assign=True)
