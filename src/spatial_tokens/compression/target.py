@@ -12,7 +12,7 @@ from torch import nn
 
 from spatial_tokens.compression.factors import Factors
 from spatial_tokens.compression.fit import Candidate
-from spatial_tokens.compression.kernels import DenseKernel
+from spatial_tokens.compression.kernels import SLICE, DenseKernel
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size, SpatialBasis, as_frequencies, as_size, check_factors
 from spatial_tokens.modules import DetailFeatureIntegrator, FactorizedFeatureExtractor, SpatialFeatureExtractor, SPProjector
@@ -48,15 +48,8 @@ class Target:
         Raises:
             SpatialTokensError: If the projector is none with dense, plain kernels of finite values, or frequencies do not fit it.
         """
-        if not isinstance(projector, SPProjector):
-            raise SpatialTokensError(f"projector must be an SPProjector, got a {type(projector).__name__}")
-        extractor, integrator = projector.extractor, projector.integrator
-        if not isinstance(extractor, SpatialFeatureExtractor) or (integrator is not None and integrator.rank is not None):
-            raise SpatialTokensError(
-                f"only dense kernels can be compressed, those of a SpatialFeatureExtractor; got a {type(extractor).__name__}"
-                + ("" if integrator is None or integrator.rank is None else " and an integrator with a factorized kernel")
-            )
-        _check_kernels([*extractor.kernels, *([] if integrator is None else [integrator.detail_kernel])])
+        _check_values(dense_layers(projector))
+        extractor, integrator = cast(SpatialFeatureExtractor, projector.extractor), projector.integrator
         channels = extractor.vision_hidden_size
         windows = [*extractor.kernel_sizes, *([] if integrator is None else [integrator.kernel_size])]
         if frequencies is None:
@@ -152,19 +145,34 @@ class Target:
         )
 
 
-def _check_kernels(kernels: Sequence[nn.Module]) -> None:
-    for kernel in kernels:
-        if not is_plain(kernel) or type(kernel) is not nn.Linear or is_partitioned(kernel.weight):
-            raise SpatialTokensError("a kernel is wrapped, quantized or sharded; merge or unload it first")
-        if kernel.weight.is_meta:
+def dense_layers(projector: Any) -> list[nn.Linear]:
+    """The kernels of a dense projector: the extractor's, and the integrator's if there is one.
+
+    Raises:
+        SpatialTokensError: If it has others, or they are wrapped, quantized or sharded.
+    """
+    if not isinstance(projector, SPProjector):
+        raise SpatialTokensError(f"projector must be an SPProjector, got a {type(projector).__name__}")
+    extractor, integrator = projector.extractor, projector.integrator
+    factorized = integrator is not None and integrator.rank is not None
+    if not isinstance(extractor, SpatialFeatureExtractor) or factorized:
+        found = "a factorized detail kernel" if factorized else f"a {type(extractor).__name__}"
+        raise SpatialTokensError(f"dense kernels are needed, as those of a SpatialFeatureExtractor are; this projector has {found}")
+    layers = [*extractor.kernels, *([] if integrator is None else [integrator.detail_kernel])]
+    if not all(type(layer) is nn.Linear and is_plain(layer) and not is_partitioned(layer.weight) for layer in layers):
+        raise SpatialTokensError("a kernel is wrapped, quantized or sharded; merge or unload it first")
+    return cast("list[nn.Linear]", layers)
+
+
+def _check_values(layers: Sequence[nn.Linear]) -> None:
+    for layer in layers:
+        if layer.weight.is_meta:
             raise SpatialTokensError("a kernel is on the meta device, without values; load or initialize it first")
-        if not all(bool(part.isfinite().all()) for part in torch.split(kernel.weight, 32)):
+        if not all(bool(part.isfinite().all()) for part in torch.split(layer.weight, SLICE)):
             raise SpatialTokensError("a kernel holds NaN or infinity; find out where they come from before you compress it")
-    placed = {(kernel.weight.dtype, kernel.weight.device) for kernel in kernels}
+    placed = sorted({f"{layer.weight.dtype} on {layer.weight.device}" for layer in layers})
     if len(placed) > 1:
-        raise SpatialTokensError(
-            f"kernels are of several dtypes or on several devices, {sorted(map(str, placed))}; move them first"
-        )
+        raise SpatialTokensError(f"kernels are {' and '.join(placed)}; move them to one device and dtype first")
 
 
 def _load(kernels: FactorizedKernels, found: Sequence[tuple[Factors, torch.Tensor]], like: torch.Tensor) -> None:
