@@ -88,7 +88,7 @@ def decompose(
     gram, contracted = torch.zeros_like(channels), []
     for kernel in kernels:
         places = _identity(kernel.places, weight) if moments is None else _of_places(kernel, moments.places)
-        maps = _maps(kernel, spatial_basis, places, root).to(weight.dtype).double()
+        maps = _maps(kernel, spatial_basis, places, None if moments is None else root).to(weight.dtype).double()
         of_maps = maps @ places @ maps.T
         best = kernel.contract(_solve(of_maps, maps @ places))  # (S, M, C)
         whitened = torch.einsum("smc,mn->snc", best, _root(of_maps)).flatten(0, 1)
@@ -110,12 +110,12 @@ def _of_places(kernel: DenseKernel, places: torch.Tensor) -> torch.Tensor:
     return torch.stack([each @ places @ each.T for each in cells]).mean(0) if len(cells) > 1 else cells[0] @ places @ cells[0].T
 
 
-def _maps(kernel: DenseKernel, spatial_basis: SpatialBasis, places: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+def _maps(kernel: DenseKernel, spatial_basis: SpatialBasis, places: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
     if spatial_basis == "cosine":
         return cosine_maps(kernel.basis.map_size, kernel.basis.frequencies, places.device).flatten(1)
-    gram, root = torch.zeros_like(places), root.to(kernel.dtype)
+    gram, of_channels = torch.zeros_like(places), None if root is None else root.to(kernel.dtype)
     for part in kernel.slices():
-        rows = (part @ root).transpose(0, 1).flatten(1)
+        rows = (part if of_channels is None else part @ of_channels).transpose(0, 1).flatten(1)
         gram += rows @ rows.T
     return _orthonormal(_leading(gram, _root(places), kernel.basis.num_maps))
 
