@@ -124,11 +124,14 @@ class FactorizedKernels(nn.Module):
         """
         if not all(map(is_plain, (self.channel_projection, *self.cores))):
             raise SpatialTokensError("a factor is wrapped or quantized; merge or unload it first")
-        project, dense = self.channel_projection.weight, []
+        weight = self.channel_projection.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)  # products of factors of 16 bits are rounded once
+        dense = []
         for i, basis in enumerate(self.bases):
-            core = torch.unflatten(cast(nn.Linear, self.cores[i]).weight, 1, (basis.num_maps, self.rank))
-            maps = self.maps[i] if self.maps else cosine_maps(basis.map_size, basis.frequencies, core.device).to(core.dtype)
-            dense.append(torch.einsum("sfr,fp,rc->spc", core, maps.flatten(1), project).flatten(1))
+            core = torch.unflatten(cast(nn.Linear, self.cores[i]).weight, 1, (basis.num_maps, self.rank)).to(exact)
+            maps = self.maps[i] if self.maps else cosine_maps(basis.map_size, basis.frequencies, core.device)
+            channels = torch.einsum("sfr,rc->sfc", core, weight.to(exact))
+            dense.append(torch.einsum("sfc,fp->spc", channels, maps.flatten(1).to(exact)).flatten(1).to(weight.dtype))
         return dense
 
     def extra_repr(self) -> str:
