@@ -20,13 +20,11 @@ from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pa
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
 
 BATCH = 32
+LORA = LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3)
 STAGES = (
     replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=3e-3),
-    replace(
-        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1.5e-3,
-        lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3),
-    ),
-)  # fmt: skip
+    replace(INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1.5e-3, lora=LORA),
+)
 
 
 @dataclass(frozen=True)
