@@ -38,7 +38,7 @@ try:
     from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from benchmarks.spatial_vqa import tables, tasks
+    from benchmarks.spatial_vqa import dense_or_factorized, tables, tasks
     from benchmarks.spatial_vqa.plans import PLANS, Compression, Job, Plan
     from benchmarks.spatial_vqa.results import Results
     from benchmarks.spatial_vqa.scenes import VERSION
@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> None:
     if found is None:
         print(f"0 of {len(options.plan.jobs)} runs are done")
         return
-    Console().print(Markdown(tables.summary(Results(found))))
+    summary = dense_or_factorized.summary if options.plan.folder else tables.summary
+    Console().print(Markdown(summary(Results(found))))
     print(tables.caution(Results(found)))
     print(f"{len(found['runs'])} of {len(options.plan.jobs)} runs are in {results}")
 
