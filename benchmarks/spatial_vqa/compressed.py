@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.spatial_vqa.designs import DESIGNS, Design, install
+from benchmarks.spatial_vqa.designs import DESIGNS, Design, factors, install
 from benchmarks.spatial_vqa.plans import Compression
 from benchmarks.spatial_vqa.training import LORA, STAGES, Material, add_lora, ask, prefix_of, train
 from spatial_tokens import SpatialTokensError
@@ -68,10 +68,9 @@ def run(
 
     design = DESIGNS[compression.of.design]
     (dense, dense_parts), (small, parts) = (restore(design, llava, tensors) for _ in range(2))
-    small.spatial_tokens, report = compress(
-        small.spatial_tokens, material["train"].features[:PICTURES, 1:].float(),
-        rank=compression.rank, frequencies=compression.frequencies, spatial_basis=compression.spatial_basis,
-    )  # fmt: skip
+    features = material["train"].features[:PICTURES, 1:].float()
+    to = factors(compression.frequencies, compression.rank, compression.spatial_basis)
+    small.spatial_tokens, report = compress(small.spatial_tokens, features, **to)
     parts = replace(parts, projector=[parts.projector[0], small.spatial_tokens], kernels=[])
     found = {
         "kernel_parameters": report.parameters, "dense_kernel_parameters": report.dense_parameters,

@@ -84,7 +84,8 @@ def main(arguments: list[str]) -> None:
     summary = dense_or_factorized.summary if options.plan.folder else tables.summary
     Console().print(Markdown(summary(Results(found))))
     print(tables.caution(Results(found)))
-    print(f"{len(found['runs'])} of {len(options.plan.jobs)} runs are in {results}")
+    done = len(found["runs"]) + len(found.get("compressions", ()))
+    print(f"{done} of {len(options.plan.jobs)} runs are in {results}")
 
 
 def claim(work: Path, plan: Plan) -> None:

@@ -49,7 +49,7 @@ def _end_with_parent() -> None:
 def make_features(plan: Plan, work: Path) -> None:
     """Trains the encoder; what it then sees in every picture of the comparison."""
     _pretrain(work / ENCODER, "encoder", "train", encoder.train_encoder, plan.vision)
-    for rolled in sorted({job.rolled for job in plan.jobs}):
+    for rolled in sorted({job.rolled for job in plan.runs}):
         _look(plan, work, rolled)
 
 
