@@ -162,7 +162,8 @@ PLANS = {
         name="factorized", folder="full", vision=VISION, language=LANGUAGE,
         held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
-            *_jobs((designs.CROPPING, designs.FACTORIZED, designs.WIDER, designs.PLACES), range(3), LONGER, rolled=True),
+            *_jobs((designs.FACTORIZED, designs.WIDER, designs.PLACES), range(3), LONGER, rolled=True),  # `full` has the dense ones
+            *_jobs((designs.CROPPING,), range(3), LONGER, rolled=True),  # once more, as their models are compressed
             *_compressions(range(3)),
             *_jobs((designs.CROPPING, designs.FACTORIZED, designs.PLACES, designs.MLP), range(3), SOON, rolled=True),
             *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), SOON, rolled=True, rates=TENTHS),
