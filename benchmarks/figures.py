@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[0] = str(ROOT)  # in place of this folder
 
 from benchmarks import stage_memory
-from benchmarks.spatial_vqa import tables
+from benchmarks.spatial_vqa import dense_or_factorized, tables
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
@@ -286,6 +286,7 @@ PAGES = {
     ROOT / "docs" / "benchmarks.md": lambda: projectors() + "\n" + factorized(),
     ROOT / "docs" / "scale-out.md": scale_out,
     ROOT / "docs" / "evidence.md": tables.page,
+    ROOT / "docs" / "dense-or-factorized.md": dense_or_factorized.page,
     OPERATORS / "window_linear" / "README.md": partial(operators, "tokens, cropping", "detail map"),
     OPERATORS / "integrate" / "README.md": partial(operators, "integrator"),
     OPERATORS / "pyramid" / "README.md": partial(operators, "tokens, pooling"),
