@@ -13,7 +13,6 @@ from spatial_tokens import SpatialTokensError
 from spatial_tokens.training import Parts
 
 PICTURES = 4000  # whose features weigh the kernels
-TUNING = 200  # steps
 BRIEFLY = replace(  # the second stage once more, at a tenth of its rates
     STAGES[1],
     projector_learning_rate=STAGES[1].projector_learning_rate / 10,
@@ -78,7 +77,9 @@ def run(
     }  # fmt: skip
     for name, model, its_parts in (("tuned", small, parts), ("dense_tuned", dense, dense_parts)):
         order = torch.Generator().manual_seed(compression.of.seed)
-        for _ in train(model, design, its_parts, BRIEFLY, TUNING, material["train"], compression.of.schedule.scenes, order):
+        for _ in train(
+            model, design, its_parts, BRIEFLY, compression.tuning, material["train"], compression.of.schedule.scenes, order
+        ):
             progress()
         found[name] = _asked(model, design, material)
     return found

@@ -48,12 +48,14 @@ class Compression:
         frequencies: Cosines of each side of a kernel's window.
         rank: Channels that kernels see.
         spatial_basis: What the maps on the window are.
+        tuning: Steps, of the brief tuning.
     """
 
     of: Job
     frequencies: int
     rank: int
     spatial_basis: SpatialBasis = "cosine"
+    tuning: int = 200
 
     @property
     def name(self) -> str:
