@@ -370,6 +370,18 @@ def test_configs_whose_fields_do_not_go_together(fields, message):
         )
 
 
+@pytest.mark.parametrize(("frequencies", "detail", "expected"), [(2, 4, 2), (3, 2, 2), ((2, 4), (3, 5), 3), ((2, 3), None, None)])
+def test_the_detail_kernel_has_as_many_frequencies_as_fit(frequencies, detail, expected):
+    config = SPProjectorConfig(
+        vision_hidden_size=4, text_hidden_size=5, grid_size=8, kernel_sizes=(4, 8), detail_kernel_size=detail, rank=2,
+        frequencies=frequencies,
+    )  # fmt: skip
+    assert config.detail_frequencies == expected
+    projector = SPProjector.from_config(config)
+    assert projector.config == config
+    assert expected == (None if detail is None else projector.integrator.frequencies)
+
+
 def test_dense_kernels_belong_to_their_grid():
     projector = SPProjector.from_config(
         SPProjectorConfig(vision_hidden_size=4, text_hidden_size=5, grid_size=6, kernel_sizes=(2, 6), detail_kernel_size=None)
