@@ -168,6 +168,8 @@ def _check_values(layers: Sequence[nn.Linear]) -> None:
     for layer in layers:
         if layer.weight.is_meta:
             raise SpatialTokensError("a kernel is on the meta device, without values; load or initialize it first")
+        if layer.weight.device.type == "mps":
+            raise SpatialTokensError("sums over pictures need float64, which MPS does not have; move the projector to the CPU")
         if not all(bool(part.isfinite().all()) for part in torch.split(layer.weight, SLICE)):
             raise SpatialTokensError("a kernel holds NaN or infinity; find out where they come from before you compress it")
     placed = sorted({f"{layer.weight.dtype} on {layer.weight.device}" for layer in layers})
