@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from spatial_tokens import SPProjector, SPProjectorConfig
+from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.timm import TimmPatchEncoder
 from spatial_tokens.adapters.transformers import TransformersPatchEncoder
 from spatial_tokens.checkpoint import to_llava_sp
@@ -128,9 +128,7 @@ def test_pictures_and_a_vision_model_of_transformers(capsys, tmp_path, projector
 def test_vision_models_that_do_not_fit(clip, tmp_path):
     encoder = TransformersPatchEncoder(str(clip))
     assert (encoder.grid_size, encoder.hidden_size, encoder.image_size) == ((6, 6), 16, (24, 24))
-    with pytest.raises(
-        SpatialTokensError, match=r"reads images of \(24, 24\) pixels, got \(28, 28\): its image processor makes others"
-    ):
+    with pytest.raises(SpatialTokensError, match=r"reads images of \(24, 24\) pixels, got \(28, 28\)"):
         encoder(torch.zeros(1, 3, 28, 28))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SpatialTokensError, match="transformers cannot load"):

@@ -60,7 +60,7 @@ class TransformersPatchEncoder(nn.Module):
         """Pixels `(B, 3, height, width)` to patch features `(B, N, C)`."""
         if tuple(pixels.shape[2:]) != self.image_size:
             raise SpatialTokensError(
-                f"{self.name} reads images of {self.image_size} pixels, got {tuple(pixels.shape[2:])}: its image processor makes others"
+                f"{self.name} reads images of {self.image_size} pixels, got {tuple(pixels.shape[2:])}; correct its image processor"
             )
         states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
         patches = self.grid_size[0] * self.grid_size[1]
