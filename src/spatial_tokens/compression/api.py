@@ -84,20 +84,19 @@ def compress(
     gather(fits, sample)
 
     every = [fit for group in fits for fit in group]
-    judged = [[fit.judge(candidate) for fit in every] for candidate in candidates]
     curve = [
         CurvePoint(
             candidate.rank,
             candidate.frequencies,
             target.parameters(candidate),
-            fmean(each.unexplained for each in judgments),
-            fmean(fit.plain_unexplained(candidate) for fit in every),
+            fmean(fit.found[candidate].unexplained for fit in every),
+            fmean(fit.plain_unexplained[candidate] for fit in every),
         )
-        for candidate, judgments in zip(candidates, judged, strict=True)
+        for candidate in candidates
     ]
     number = _choice(curve, error, parameters)
-    chosen, ridges = candidates[number], iter([each.ridge for each in judged[number]])
-    found = [[(fit.factors_of(chosen), fit.core(chosen, next(ridges))) for fit in group] for group in fits]
+    chosen = candidates[number]
+    found = [[(fit.factors_of(chosen), fit.found[chosen].core) for fit in group] for group in fits]
     report = CompressionReport(
         rank=chosen.rank,
         frequencies=target.frequencies_of(chosen),
@@ -108,8 +107,8 @@ def compress(
         parameters=curve[number].parameters,
         unexplained=curve[number].unexplained,
         tokens=tuple(
-            TokenReport(fit.kernel.name, each.unexplained, each.before, fit.plain_unexplained(chosen), each.ridge)
-            for fit, each in zip(every, judged[number], strict=True)
+            TokenReport(fit.kernel.name, each.unexplained, each.before, fit.plain_unexplained[chosen], each.ridge)
+            for fit, each in ((fit, fit.found[chosen]) for fit in every)
         ),
         curve=tuple(sorted(curve, key=lambda point: point.parameters)),
     )
