@@ -103,8 +103,8 @@ class FactorizedKernels(nn.Module):
 
     def _read(self, images: torch.Tensor, grids: Size | list[Size]) -> torch.Tensor:
         """Features to what each map gives of them: `(B, sum of P * F * F, ...)`."""
-        if isinstance(grids, tuple):
-            return self._weights(grids, images) @ images
+        if isinstance(grids, tuple):  # not `@`, which would copy the features, and keep the copy, where the maps are learned
+            return torch.bmm(self._weights(grids, images).expand(images.shape[0], -1, -1), images)
         parts = torch.split(images, [height * width for height, width in grids])
         if not grids:
             return images.unsqueeze(1).expand(-1, sum(basis.num_windows * basis.num_maps for basis in self.bases), -1)
