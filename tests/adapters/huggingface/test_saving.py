@@ -594,3 +594,23 @@ def test_replace_projector_where_there_is_none_like_it():
     base, _ = qwen()
     with pytest.raises(SpatialTokensError, match="has no multi_modal_projector of Linear, GELU, Linear"):
         replace_projector(base, **FIELDS)
+
+
+def test_an_adapter_of_int8_kernels(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    torchao.quantize_(model.spatial_tokens, torchao.Int8WeightOnlyConfig())
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["extractor.kernels.0.weight"].dtype == torch.int8
+    detach(model)
+    model, _ = load_adapter(base, tmp_path, plain)
+    assert torch.equal(model(**inputs).logits, logits)
+    detach(model)
+    model, _ = attach(base, plain, **FIELDS)
+    torchao.quantize_(model.spatial_tokens, torchao.Float8WeightOnlyConfig())
+    with pytest.raises(SpatialTokensError, match=r"this projector cannot be saved: .* is quantized \(a Float8Tensor\)"):
+        save_adapter(model, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["extractor.kernels.0.weight"].dtype == torch.int8
