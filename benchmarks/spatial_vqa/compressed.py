@@ -10,6 +10,7 @@ from benchmarks.spatial_vqa.designs import DESIGNS, Design, factors, install
 from benchmarks.spatial_vqa.plans import Compression
 from benchmarks.spatial_vqa.training import LORA, STAGES, Material, add_lora, ask, prefix_of, train
 from spatial_tokens import SpatialTokensError
+from spatial_tokens.compression import compress
 from spatial_tokens.training import Parts
 
 PICTURES = 4000  # whose features weigh the kernels
@@ -63,8 +64,6 @@ def run(
     Returns:
         Accuracies on test and hard of the compressed model, of the same after tuning, and of the dense one after as much of it.
     """
-    from spatial_tokens.compression import compress
-
     design = DESIGNS[compression.of.design]
     (dense, dense_parts), (small, parts) = (restore(design, llava, tensors) for _ in range(2))
     features = material["train"].features[:PICTURES, 1:].float()

@@ -178,7 +178,6 @@ def test_without_a_terminal_progress_is_lines(work, tmp_path, monkeypatch, capsy
 
 
 def test_a_plan_goes_on_in_anothers_folder_and_compresses_what_it_kept(work, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("spatial_tokens.compression")
     folder = shutil.copytree(work[0], tmp_path / "quick")
     job = Job(CROPPING.name, 0, SHORT, rolled=True, kernel_rate=KernelRate(0.1))
     plan = replace(tiny(job, Compression(job, 3, 4, tuning=1)), name="factorized", folder="quick")
