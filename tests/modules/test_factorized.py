@@ -350,10 +350,6 @@ def test_factors_that_do_not_fit(fields, message):
     [
         ({"frequencies": 3}, "frequencies 3 is for factorized kernels, but rank is None (dense kernels); give a rank too"),
         ({"spatial_basis": "learned"}, "spatial_basis 'learned' is for factorized kernels, but rank is None"),
-        (
-            {"rank": 2, "frequencies": 2, "detail_kernel_size": 1},
-            "2 frequencies a side are more than a kernel of 1 x 1 patches has",
-        ),
     ],
 )
 def test_configs_whose_fields_do_not_go_together(fields, message):
