@@ -345,11 +345,11 @@ def damaged(folder, kind):
         elif kind == "width":
             values["projector"]["text_hidden_size"] = 32
         elif kind == "tensor":
-            del tensors["extractor.kernels.cores.0.weight"]
+            del tensors["extractor.kernels.0.weight"]
         elif kind == "another tensor":
-            tensors["extractor.kernels.cores.9.weight"] = torch.zeros(1)
+            tensors["extractor.kernels.9.weight"] = torch.zeros(1)
         elif kind == "shape":
-            tensors["extractor.kernels.cores.0.weight"] = tensors["extractor.kernels.cores.0.weight"][:1].contiguous()
+            tensors["extractor.kernels.0.weight"] = tensors["extractor.kernels.0.weight"][:1].contiguous()
         elif kind == "token":
             values["token"] = "a"
         elif kind == "id":
@@ -380,9 +380,9 @@ def damaged(folder, kind):
         ("model", "is an adapter of a qwen2_vl model, not of a llava"),
         ("projector", "kernel"),
         ("width", "do not fit|does not fit"),
-        ("tensor", "missing: extractor.kernels.cores.0.weight"),
-        ("another tensor", "extractor.kernels.cores.9.weight"),
-        ("shape", "extractor.kernels.cores.0.weight"),
+        ("tensor", "missing: extractor.kernels.0.weight"),
+        ("another tensor", "extractor.kernels.9.weight"),
+        ("shape", "extractor.kernels.0.weight"),
         ("token", "'a' has a use of its own in the tokenizer"),
         ("id", "token_id in .* must be a int, got 'a'"),
         ("modules", "has weights of modules that the model does not have: .*connector"),

@@ -24,7 +24,6 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.modules import SPProjector
-from spatial_tokens.presets import DEFAULT
 
 ATTRIBUTE = "_spatial_attachment"
 
@@ -32,7 +31,7 @@ ATTRIBUTE = "_spatial_attachment"
 def attach(
     model: Any,
     processor: Any = None,
-    projector: SPProjector | SPProjectorConfig | str = DEFAULT,
+    projector: SPProjector | SPProjectorConfig | str = "llava-sp-cropping",
     *,
     mode: str = "auto",
     unit: Unit = "image",
@@ -73,7 +72,7 @@ def attach(
             found), has them already, or the projector, the token or an option does not fit it.
 
     Example:
-        model, processor = attach(model, processor)
+        model, processor = attach(model, processor, "llava-sp-cropping")
         inputs = processor(images=image, text="<image> What is this?", return_tensors="pt")
         model.generate(**inputs)
     """
