@@ -85,7 +85,7 @@ def has_valid_factors(f, windows):
     given = f.get("frequencies")
     if rank is None:
         return given is None and basis == "cosine"
-    given = 3 if given is None else given
+    given = [min(3, *window) for window in windows] if given is None else given
     numbers = given if type(given) in (list, tuple) else [given] * len(windows)
     if not is_count(rank) or rank > f["vision_hidden_size"] or len(numbers) != len(windows) or not all(map(is_count, numbers)):
         return False

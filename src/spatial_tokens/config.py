@@ -69,8 +69,9 @@ class SPProjectorConfig:
         patch_head: "mlp": LLaVA's two layers with GELU between; None for a projector of spatial tokens alone, beside a model
             that projects its patches itself.
         rank: Channels `R` that factorized kernels see (`FactorizedFeatureExtractor`); None for dense kernels, the paper's.
-        frequencies: Cosines of each side of a factorized kernel's window: one number, or one for each of `kernel_sizes`; the detail
-            kernel has the largest of them, or as many as its shorter side has patches. 3 when left out, None for dense kernels.
+        frequencies: Cosines of each side of a factorized kernel's window: one number, or one for each of `kernel_sizes`. When left
+            out 3, or as many as a kernel's shorter side has patches; None for dense kernels. The detail kernel has the largest of
+            them, or as many as fit.
         spatial_basis: "cosine", or "learned" for factorized kernels whose maps on the window are parameters.
 
     Raises:
@@ -246,7 +247,7 @@ class SPProjectorConfig:
         return counts
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> SPProjectorConfig:
+    def from_preset(cls, name: str, /, **overrides: Any) -> SPProjectorConfig:
         """A named config, with fields of your own in place of some of its.
 
         With another `vision_hidden_size` a preset's rank stays the same share of the channels, unless you give one too.

@@ -17,6 +17,7 @@ Variant = Literal["cropping", "pooling"]
 SpatialBasis = Literal["cosine", "learned"]
 
 LARGEST = 2**31 - 1
+FREQUENCIES = 3  # of factorized kernels, unless told
 
 
 class Window(NamedTuple):
@@ -219,7 +220,8 @@ def check_factors(
 ) -> int | tuple[int, ...] | None:
     """The frequencies of factorized kernels in canonical form: an integer where all have the same number, else one for each.
 
-    Without a rank kernels are dense, and have no frequencies; with one they have 3 each unless told.
+    Without a rank kernels are dense, and have no frequencies; with one they have 3 each unless told, or as many as their shorter
+    side has patches.
 
     Raises:
         SpatialTokensError: If the rank is larger than the channels, frequencies are not one for each kernel or more than it has
@@ -237,7 +239,8 @@ def check_factors(
     check_positive(rank=rank)
     if rank > vision_hidden_size:
         raise SpatialTokensError(f"rank {rank} is larger than vision_hidden_size {vision_hidden_size}; use at most that")
-    frequencies = 3 if frequencies is None else frequencies
+    if frequencies is None:
+        frequencies = tuple(min(FREQUENCIES, *as_size(size, "kernel size")) for size in kernel_sizes)
     numbers = tuple(frequencies) if isinstance(frequencies, (tuple, list)) else (frequencies,) * len(kernel_sizes)
     if len(numbers) != len(kernel_sizes) or not all(map(is_positive_int, numbers)):
         raise SpatialTokensError(

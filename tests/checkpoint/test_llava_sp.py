@@ -672,3 +672,15 @@ def test_unknown_prefixes(prefix):
         SpatialTokensError, match=re.escape(f"prefix must be one of 'base_model.model.model.', 'model.', '', got {prefix!r}")
     ):
         to_llava_sp(SPProjector.from_config(CONFIG), prefix=prefix)
+
+
+def test_factorized_configs_are_none_of_released_files():
+    config = SPProjectorConfig(
+        vision_hidden_size=8, text_hidden_size=8, grid_size=8, kernel_sizes=(4, 8), spatial_hidden_size=4, detail_kernel_size=4,
+        spatial_head="linear", rank=4,
+    )  # fmt: skip
+    released = to_llava_sp(SPProjector.from_config(config))
+    with pytest.raises(
+        SpatialTokensError, match="the state dict holds dense kernels, as all released files do; give a config without"
+    ):
+        from_llava_sp(released, config=config)

@@ -20,6 +20,7 @@ from spatial_tokens import (
     SPProjector,
     SPProjectorConfig,
 )
+from spatial_tokens.ops import window_basis
 from tests import reference
 from tests.modules.cases import factorized
 from tests.modules.checks import assert_all_close, grids, outputs_and_gradients, scales, sides, variants, widths
@@ -219,7 +220,7 @@ def test_wrapped_factors_have_no_dense_kernels():
     )
     projector = SPProjector.from_config(config)
     projector.extractor.kernels.cores[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(SpatialTokensError, match="a factor is wrapped or quantized; merge or unload it first"):
+    with pytest.raises(SpatialTokensError, match="a factor is wrapped, quantized or sharded; merge, unload or gather it first"):
         projector.to_dense()
 
 
@@ -304,11 +305,11 @@ def refused(message):
         ((48, 4), None, "patch features must have shape (B, N, C), got (48, 4); images one after another, (sum of N, C), need the"),
         ((48, 4), (6, 8), "the grid of each: grid_sizes=[(height, width), ...], got (6, 8)"),
         ((2, 35, 4), None, "got 35 positions for a grid of 6 x 8 = 48 patches; resize the picture or build the module with its"),
-        ((2, 35, 4), (6, 8), "or tell the grid that they have: grid_sizes=(height, width)"),
+        ((2, 35, 4), (6, 8), "got 35 patches for the grid 6 x 8 that was told; tell theirs"),
         ((2, 35, 4), (7, 0), "grid_sizes must be a positive integer or a (height, width) pair of them, got (7, 0)"),
         ((2, 35, 4), "7x5", "grid_sizes must be a positive integer or a (height, width) pair of them, got '7x5'"),
-        ((35, 4), [(7, 6)], "patch features (35, 4) are not those of 1 images with grids [(7, 6)] of [42] patches; give the"),
-        ((2, 35, 4), [(7, 5)], "patch features (2, 35, 4) are not those of 1 images with grids [(7, 5)]"),
+        ((35, 4), [(7, 6)], "patch features (35, 4) are not those of 1 images of [42] patches, as grid_sizes tell; give the grid"),
+        ((2, 35, 4), [(7, 5)], "patch features (2, 35, 4) are not those of 1 images of [35] patches"),
         ((2, 35, 4), [(7, 5), (6, 8)], "patch features (2, 35, 4) are not those of 2 images"),
         ((35, 4), [(7, 5), None], "each of grid_sizes must be a positive integer or a (height, width) pair of them, got None"),
         ((35, 4), [], "patch features (35, 4) are not those of 0 images"),
@@ -376,6 +377,34 @@ def test_the_detail_kernel_has_as_many_frequencies_as_fit(frequencies, detail, e
     projector = SPProjector.from_config(config)
     assert projector.config == config
     assert expected == (None if detail is None else projector.integrator.frequencies)
+
+
+def test_three_frequencies_unless_told_or_as_many_as_fit():
+    module = FactorizedFeatureExtractor(4, 3, grid_size=8, kernel_sizes=(2, 4, 8), rank=2)
+    assert module.frequencies == (2, 3, 3)
+    assert SPProjectorConfig.from_preset("factorized-cropping").frequencies == 3
+    assert SPProjectorConfig.from_preset("factorized-cropping", rank=None).frequencies is None
+
+
+def test_an_integrator_of_other_factors_has_no_config():
+    made = SPProjector.from_config(
+        SPProjectorConfig(vision_hidden_size=4, text_hidden_size=5, grid_size=6, kernel_sizes=(4, 6), detail_kernel_size=4, rank=2)
+    )
+    made.integrator = DetailFeatureIntegrator(4, 512, grid_size=6, kernel_size=4, rank=2, spatial_basis="learned")
+    with refused("no SPProjectorConfig describes an integrator of rank, frequencies and spatial_basis (2, 3, 'learned') with this"):
+        made.config
+
+
+def test_tracing_and_functorch_leave_nothing_in_the_cache():
+    module, patches = (
+        FactorizedFeatureExtractor(3, 2, grid_size=(7, 9), kernel_sizes=((3, 5), (7, 9)), rank=2),
+        torch.randn(2, 63, 3),
+    )
+    before = window_basis._cached.cache_info().currsize
+    torch.func.grad(lambda x: module(x).sum())(patches)
+    traced = torch.jit.trace(module, patches)
+    assert window_basis._cached.cache_info().currsize == before
+    assert_close(traced(patches), module(patches))
 
 
 def test_dense_kernels_belong_to_their_grid():

@@ -7,6 +7,7 @@ from torch import nn
 
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
+from spatial_tokens.grid import Size
 from spatial_tokens.modules import SPProjector
 
 
@@ -19,6 +20,7 @@ class WithSpatialTokens(nn.Module):
         projector: The model's own: what it is given to `(B, M, D)`.
         spatial_projector: An SPProjector without patch head: patch features `(B, N, C)` to `(B, K, D)`.
         unmerge: What the own projector is given to patch features; left out where they are the same.
+        grid_size: The patch grid, which a projector of any grid is told; its own when left out.
 
     Shape:
         - Input: what the own projector is given.
@@ -36,7 +38,13 @@ class WithSpatialTokens(nn.Module):
         torch.Size([2, 66, 64])
     """
 
-    def __init__(self, projector: nn.Module, spatial_projector: SPProjector, unmerge: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        projector: nn.Module,
+        spatial_projector: SPProjector,
+        unmerge: nn.Module | None = None,
+        grid_size: Size | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(projector, nn.Module) or not isinstance(spatial_projector, SPProjector):
             raise SpatialTokensError(
@@ -49,9 +57,16 @@ class WithSpatialTokens(nn.Module):
         self.projector = projector
         self.spatial_projector = spatial_projector
         self.unmerge = unmerge
+        self.grid_size = grid_size if spatial_projector.any_grid else None
 
     @classmethod
-    def from_config(cls, projector: nn.Module, config: SPProjectorConfig, unmerge: nn.Module | None = None) -> WithSpatialTokens:
+    def from_config(
+        cls,
+        projector: nn.Module,
+        config: SPProjectorConfig,
+        unmerge: nn.Module | None = None,
+        grid_size: Size | None = None,
+    ) -> WithSpatialTokens:
         """A fresh SPProjector beside a projector, on its device, in its dtype and mode.
 
         Raises:
@@ -61,7 +76,7 @@ class WithSpatialTokens(nn.Module):
             raise SpatialTokensError("this model has spatial tokens already; add them to a model that has its own projector")
         like = next(projector.parameters(), torch.empty(0))
         spatial_projector = SPProjector.from_config(config, device=like.device, dtype=like.dtype)
-        return cls(projector, spatial_projector, unmerge).train(projector.training)
+        return cls(projector, spatial_projector, unmerge, grid_size).train(projector.training)
 
     @property
     def num_spatial_tokens(self) -> int:
@@ -71,4 +86,5 @@ class WithSpatialTokens(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """What the own projector is given to tokens `(B, K + M, D)`."""
         patches = features if self.unmerge is None else self.unmerge(features)
-        return torch.cat([self.spatial_projector(patches), self.projector(features)], dim=1)
+        told = () if self.grid_size is None else (self.grid_size,)
+        return torch.cat([self.spatial_projector(patches, *told), self.projector(features)], dim=1)

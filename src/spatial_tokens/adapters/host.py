@@ -22,12 +22,16 @@ def require(host: object, what: str, *paths: str) -> None:
 def fitted(preset: str, fields: Mapping[str, Any], **of_host: Any) -> SPProjectorConfig:
     """The preset with the host's own values, and fields in place of the rest.
 
+    Factorized kernels read any grid: they keep the preset's, of which their windows are shares.
+
     Raises:
         SpatialTokensError: If the preset or a field is unknown, the result is not valid, or a field contradicts the host.
     """
-    SPProjectorConfig.from_preset(preset)
+    base = SPProjectorConfig.from_preset(preset)
     if not isinstance(fields, Mapping):
         raise SpatialTokensError(f"fields of an SPProjectorConfig are given as a dict, got {shown(fields)}")
+    if fields.get("rank", base.rank) is not None:
+        of_host.pop("grid_size", None)
     config = SPProjectorConfig.from_preset(preset, **{**of_host, **fields})
     for name, value in of_host.items():
         given = getattr(config, name)

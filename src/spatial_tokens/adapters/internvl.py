@@ -56,8 +56,8 @@ def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTok
         patch_head=None,
     )
     factor = int(1 / model.downsample_ratio)
-    unmerge = UndoPixelShuffle(config.grid_size, config.vision_hidden_size, factor, transposed=model.ps_version == "v1")
-    model.mlp1 = projector = WithSpatialTokens.from_config(model.mlp1, config, unmerge)
+    unmerge = UndoPixelShuffle((side, side), config.vision_hidden_size, factor, transposed=model.ps_version == "v1")
+    model.mlp1 = projector = WithSpatialTokens.from_config(model.mlp1, config, unmerge, (side, side))
     model.num_image_token += projector.num_spatial_tokens
     model.config.spatial_tokens = {"preset": preset, **fields}
     return projector

@@ -47,7 +47,7 @@ def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTok
         grid_size=(side, side),
         patch_head=None,
     )
-    model.MP = projector = WithSpatialTokens.from_config(model.MP, config)
+    model.MP = projector = WithSpatialTokens.from_config(model.MP, config, grid_size=(side, side))
     cfg.mp_image_token_length = (side // cfg.mp_pixel_shuffle_factor) ** 2 + projector.num_spatial_tokens
     cfg.mp_spatial_tokens = {"preset": preset, **fields}
     return projector

@@ -78,6 +78,8 @@ def from_llava_sp(
     require_values(tensors, f"cannot use {origin}")
     require_unquantized(tensors, origin)
     config = _infer_config(tensors, origin, grid_size) if config is None else config
+    if config.rank is not None:
+        raise SpatialTokensError(f"{origin} holds dense kernels, as all released files do; give a config without rank")
 
     projector = SPProjector.from_config(config, device="meta")
     names = _released_names(config)

@@ -25,7 +25,7 @@ from spatial_tokens.ops.window_basis import WindowBasis
 
 
 class FactorizedFeatureExtractor(nn.Module):
-    """One spatial token from each scale of the patch grid, with `1 / 200` of SpatialFeatureExtractor's parameters, on any grid.
+    """One spatial token from each scale of any patch grid; at the paper's size, `1 / 200` of SpatialFeatureExtractor's parameters.
 
     The scales are those of the paper (section 3.2); each kernel is a Tucker form: `F x F` cosines on its window, one projection of
     the channels that all kernels share, and a core of its own (`FactorizedKernels` has the equation). A window is a share of the
@@ -38,7 +38,7 @@ class FactorizedFeatureExtractor(nn.Module):
         kernel_sizes: One window each, increasing: integers for squares, or `(height, width)` pairs.
         variant: "cropping" or "pooling". Pooled scales are nearly the same few cosines of the whole picture, with different cores:
             the tokens then differ in their weights more than in what they see.
-        frequencies: Cosines `F` of each side of a window, 3 unless told: for all kernels, or one number for each.
+        frequencies: Cosines `F` of each side of a window, for all kernels or one number for each; unless told 3, or as many as fit.
         rank: Channels `R` that the kernels see.
         spatial_basis: "cosine", or "learned" for maps that are parameters, and start as the cosines.
         device: Where the parameters are made.

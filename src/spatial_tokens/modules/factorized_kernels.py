@@ -14,7 +14,7 @@ from spatial_tokens.ops.window_basis import WindowBasis, cosine_maps, cosine_wei
 
 
 class FactorizedKernels(nn.Module):
-    """Kernels on windows of a patch grid, `1 / 200` of the dense ones' size, for a grid of any size.
+    """Kernels on windows of a patch grid, for a grid of any size; at the paper's size `1 / 200` of the dense ones' parameters.
 
     Channel `s` of kernel `k` on a window is
 
@@ -72,7 +72,8 @@ class FactorizedKernels(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises `D` with orthonormal rows, and the cores as torch does.
 
-        Tokens then have the variance that `Conv2d`'s rule gives those of dense kernels, where patches do not depend on each other.
+        Tokens then have the variance that `Conv2d`'s rule gives those of dense kernels, where what kernels read does not depend on
+        its neighbors. An encoder's features do, and so do bins that overlap: there tokens vary more, those of large windows most.
         """
         for core in self.cores:
             cast(nn.Linear, core).reset_parameters()
@@ -123,7 +124,7 @@ class FactorizedKernels(nn.Module):
             SpatialTokensError: If a factor is wrapped or quantized.
         """
         if not all(map(is_plain, (self.channel_projection, *self.cores))):
-            raise SpatialTokensError("a factor is wrapped or quantized; merge or unload it first")
+            raise SpatialTokensError("a factor is wrapped, quantized or sharded; merge, unload or gather it first")
         weight = self.channel_projection.weight
         exact = torch.promote_types(weight.dtype, torch.float32)  # products of factors of 16 bits are rounded once
         dense = []

@@ -57,16 +57,22 @@ def as_images(
         )
     check_features(patches, hidden_size, layer, "patch features", "(B, N, C)")
     if _is_one(grid_sizes):
-        grid = grid_size if grid_sizes is None else as_size(grid_sizes, "grid_sizes")
-        check_num_patches(patches.shape[1], grid, ", or tell the grid that they have: grid_sizes=(height, width)")
+        if grid_sizes is None:
+            check_num_patches(patches.shape[1], grid_size, ", or tell their grid: grid_sizes=(height, width)")
+            return patches, grid_size
+        grid = as_size(grid_sizes, "grid_sizes")
+        if patches.shape[1] != grid[0] * grid[1]:
+            raise SpatialTokensError(
+                f"got {patches.shape[1]} patches for the grid {grid[0]} x {grid[1]} that was told; tell theirs"
+            )
         return patches, grid
     grids = as_grid_list(grid_sizes)
     lengths = [height * width for height, width in grids]
     of_each = [patches.shape[1]] * patches.shape[0] if patches.ndim == 3 else lengths
     if lengths != of_each or sum(lengths) != patches.shape[:-1].numel():
         raise SpatialTokensError(
-            f"patch features {tuple(patches.shape)} are not those of {len(grids)} images with grids {shown(grids)} of "
-            f"{shown(lengths)} patches; give the grid of each image, in order"
+            f"patch features {tuple(patches.shape)} are not those of {len(grids)} images of {lengths} patches, as grid_sizes tell; "
+            "give the grid of each image, in order"
         )
     return patches.reshape(-1, patches.shape[-1]), grids
 

@@ -163,8 +163,14 @@ class SPProjector(nn.Module):
             patch_head=None if patch_head is None else "mlp",
             **factors,
         )
-        if integrator is not None and (integrator.rank, integrator.frequencies) != (config.rank, config.detail_frequencies):
-            raise _not_described(integrator)
+        if integrator is not None:
+            expected = config.rank, config.detail_frequencies, config.spatial_basis
+            found = integrator.rank, integrator.frequencies, integrator.spatial_basis
+            if found != expected:
+                raise SpatialTokensError(
+                    f"no SPProjectorConfig describes an integrator of rank, frequencies and spatial_basis {found} with this "
+                    f"extractor, whose would be {expected}; save its state_dict() instead"
+                )
         return config
 
     def reset_parameters(self) -> None:

@@ -54,7 +54,7 @@ def resolve(backend: str, features: torch.Tensor) -> str:
         return "naive"
     if named == "triton":
         _require_triton(features, source)
-    return "naive" if _transformed() else named
+    return "naive" if is_transformed() else named
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: they need plain torch, and cannot look into an operator."""
     if torch.compiler.is_compiling():
         return False

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from spatial_tokens.grid import Size, Window
+from spatial_tokens.ops.backends import is_transformed
 from spatial_tokens.ops.windows import ONCE
 
 
@@ -78,7 +79,12 @@ def weights(basis: WindowBasis, own: Size, grid: Size, maps: torch.Tensor | None
 
 def cosine_weights(bases: tuple[WindowBasis, ...], own: Size, grid: Size, like: torch.Tensor) -> torch.Tensor:
     """The weights of cosines on all windows, one after another: `(sum of P * F * F, N)`, in a tensor's dtype and on its device."""
-    if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or is_transformed()
+        or type(like) is not torch.Tensor
+    ):
         return _all_cosine_weights(bases, own, grid, like.device, like.dtype)
     return _cached(bases, own, grid, like.device, like.dtype)
 

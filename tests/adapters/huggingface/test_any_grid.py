@@ -109,5 +109,5 @@ def test_training_with_and_without_pictures():
 
 
 def test_dense_kernels_say_what_they_need():
-    with pytest.raises(SpatialTokensError, match="give rank=128, for factorized kernels, which read any grid, or resize='pool'"):
+    with pytest.raises(SpatialTokensError, match="give 'factorized-cropping', whose kernels read any grid, or resize='pool'"):
         attach(*qwen(), "llava-sp-cropping", **FIELDS)

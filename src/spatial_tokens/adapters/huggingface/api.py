@@ -62,7 +62,8 @@ def attach(
             unless the projector's kernels are factorized (`rank=`), which read patches of every grid as they are.
         token: The reserved token's text: a new token, or an added special token of the tokenizer that has no other use.
         token_id: Its id, if `input_ids` are made without a processor; when left out, the first beyond the embeddings.
-        **fields: Fields of an SPProjectorConfig in place of the preset's, or of what was found in the model.
+        **fields: Fields of an SPProjectorConfig in place of the preset's, or of what was found in the model. Kernel sizes are in
+            patches of `grid_size`: with factorized kernels the preset's, unless given.
 
     Returns:
         The model, and a copy of the processor that inserts placeholders (None without one).
@@ -292,7 +293,7 @@ def _grid_fields(parts: ModelParts, preset: SPProjectorConfig, resize: Resize | 
     grid = fields.get("grid_size", preset.grid_size if resize else parts.grid_size)
     if grid is None:
         raise SpatialTokensError(
-            "the model takes images of any size, so its patch grids differ; give rank=128, for factorized kernels, which read any "
+            "the model takes images of any size, so its patch grids differ; give 'factorized-cropping', whose kernels read any "
             "grid, or resize='pool' or 'interpolate', to bring them all to the preset's "
             f"{preset.grid_size[0]}x{preset.grid_size[1]}"
             if parts.any_size
@@ -300,9 +301,7 @@ def _grid_fields(parts: ModelParts, preset: SPProjectorConfig, resize: Resize | 
         )
     shape: dict[str, Any] = {"grid_size": grid, "patch_head": None}
     if as_size(grid, "grid_size") != preset.grid_size and "kernel_sizes" not in fields:
-        shape["kernel_sizes"] = sizes = _sizes(grid, preset.num_spatial_tokens)
-        if isinstance(preset.frequencies, int):
-            shape["frequencies"] = tuple(min(preset.frequencies, *as_size(size, "kernel size")) for size in sizes)
+        shape["kernel_sizes"] = _sizes(grid, preset.num_spatial_tokens)
     return shape
 
 
