@@ -41,7 +41,7 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "numpy": {"visualize", "bench", "demo"},
     "PIL": {"pictures", "visualize"},
     "matplotlib": {"visualize", "bench"},
-    "rich": {"cli", "demo", "bench"},
+    "rich": {"bench"},
 }
 SUBCLASSES = {"spatial_tokens.training.trainer"}  # of an optional library's classes: nothing else imports these with itself
 CORE = {"torch", "einops", "safetensors", "spatial_tokens"}

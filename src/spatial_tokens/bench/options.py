@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from spatial_tokens.bench import names
 from spatial_tokens.config import SPProjectorConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 
 
 @dataclass(frozen=True)

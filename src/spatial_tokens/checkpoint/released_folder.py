@@ -37,9 +37,10 @@ from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import MLPHead, SPProjector
 from spatial_tokens.storage.directories import new_directory
-from spatial_tokens.storage.files import read_tensors, read_text
+from spatial_tokens.storage.files import read_tensors
 from spatial_tokens.storage.pretrained import require_exactly
 from spatial_tokens.storage.staging import is_staging
+from spatial_tokens.storage.text import read_text
 
 CONFIG_NAME = "config.json"
 LORA_CONFIG = "adapter_config.json"
