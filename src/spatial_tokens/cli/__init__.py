@@ -50,9 +50,8 @@ def _run(argv: list[str] | None, interrupt: Handler) -> str | None:
     name = PROGRAM
     try:
         try:
-            with _on_interrupt(
-                lambda *_: os._exit(INTERRUPTED)
-            ):  # torch may abort where KeyboardInterrupt meets it in its C++ code
+            # torch may abort where KeyboardInterrupt meets it in its C++ code
+            with _on_interrupt(lambda *_: os._exit(INTERRUPTED)):
                 arguments = make_parser().parse_args(argv)
                 name = f"{PROGRAM} {arguments.command}"
                 command = resolve_name(f"{__name__}.{arguments.run}")
