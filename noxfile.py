@@ -94,7 +94,7 @@ def package(session: nox.Session) -> None:
 @nox.parametrize("extra", list(EXTRAS), ids=list(EXTRAS))
 def extras(session: nox.Session, extra: str) -> None:
     """Each extra runs what it is for, alone in an environment of its own, which shares torch with the one that nox is in."""
-    share(session, "torch", *(["torchvision"] if "timm" in extra else []))
+    share(session, "torch", *(["torchvision"] if extra in ("timm", "timm,viz", "hf", "train") else []))
     session.install("." if extra == "core" else f".[{extra}]", "pytest", "hypothesis")
     folder, root = Path(session.create_tmp()), Path.cwd()
     for command in EXTRAS[extra]:
