@@ -50,5 +50,7 @@ def _print_presets(arguments: Namespace) -> None:
     for name, config in configs.items():
         integrator = "-" if config.detail_kernel_size is None else f"kernel {config.detail_kernel_size}"
         size = f"{BYTES[arguments.dtype] * config.num_parameters / 2**20:,.0f}"
-        rows.append((name, config.variant, shape_text(config.grid_size), str(config.num_spatial_tokens), integrator, size))
-    print_table(f"presets, in {arguments.dtype}", ("preset", "variant", "grid", "tokens", "detail", "MiB"), rows)
+        kernels = "dense" if config.rank is None else f"rank {config.rank}"
+        grid, tokens = shape_text(config.grid_size), str(config.num_spatial_tokens)
+        rows.append((name, config.variant, kernels, grid, tokens, integrator, size))
+    print_table(f"presets, in {arguments.dtype}", ("preset", "variant", "kernels", "grid", "tokens", "detail", "MiB"), rows)

@@ -85,9 +85,11 @@ def model_card(
     if isinstance(datasets, str) or not all(isinstance(name, str) for name in names):
         raise SpatialTokensError(f"datasets must be a list of names, such as ['user/data'], got {shown(datasets)}")
     data = ModelCardData(library_name="spatial-tokens", tags=list(TAGS), datasets=names or None, **metadata)
+    kind = "dense" if config.rank is None else f"factorized, rank {config.rank}"
     rows = {
         **facts,
-        "spatial tokens": f"{config.num_spatial_tokens} for an image, {config.variant}, kernels {_listed(config.kernel_sizes)}",
+        "spatial tokens": f"{config.num_spatial_tokens} for an image, {config.variant}",
+        "kernels": f"{_listed(config.kernel_sizes)} ({kind})",
         "patch grid": _by(config.grid_size),
         "parameters of the projector": f"{config.num_parameters:,}",
         "written by": WRITER,

@@ -55,7 +55,8 @@ the reserved token is never generated · save and load · detach · deep copy ·
 
 - **`mode="image"`**: spatial tokens can ride among the model's image tokens, too.
 - **`unit="tile"`**: images are cut into tiles, and each can have spatial tokens of its own.
-- **any size**: images have patch grids of their own; `attach` needs `resize="pool"` or `"interpolate"`.
+- **any size**: images have patch grids of their own: factorized kernels read them as they are, dense ones need `resize="pool"` or
+  `"interpolate"`.
 """
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface.around import Around
 from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording, is_ids, length_of
-from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, thumbnails
+from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, packed, thumbnails
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
@@ -55,7 +55,8 @@ class Attachment:
         token: The reserved token; the image token in mode "image".
         mode: "own": the places are of a token of ours; "image": of the model's own image token.
         unit: Spatial tokens for each "image" (of tiles: for its thumbnail) or for each "tile".
-        resize: How maps of another size are brought to the projector's grid; None: they are refused.
+        resize: How maps of another size are brought to the projector's grid; None: they are refused, or read as they are by a
+            projector of any grid.
         is_new: Whether the projector's weights are random.
     """
 
@@ -65,7 +66,9 @@ class Attachment:
     ) -> None:  # fmt: skip
         self.parts, self.token, self.mode, self.unit, self.resize = parts, token, mode, unit, resize
         self.num_spatial_tokens = projector.num_spatial_tokens
-        self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None)
+        self.any_grid = projector.any_grid
+        own_grid = resize is not None or not self.any_grid
+        self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None) if own_grid else None
         self.vision_hidden_size: int | None = getattr(projector.extractor, "vision_hidden_size", None)
         self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
         self.undo: list[Callable[[], Any]] = []  # in order; called from the last to the first
@@ -324,14 +327,15 @@ class Attachment:
 
     def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
-        patches = torch.stack([fitted(each, self.grid_size, self.resize).flatten(0, 1) for each in maps])
-        if self.vision_hidden_size not in (None, patches.shape[-1]):
+        if self.vision_hidden_size not in (None, maps[0].shape[-1]):
             raise SpatialTokensError(
-                f"the patch features have {patches.shape[-1]} channels, the projector's config says "
+                f"the patch features have {maps[0].shape[-1]} channels, the projector's config says "
                 f"{self.vision_hidden_size}; attach with vision_hidden_size of the former"
             )
         weight = next(self.projector.parameters())
-        return self.projector(patches.to(device=device_of(self.projector, weight), dtype=weight.dtype))  # type: ignore[no-any-return]
+        patches, grids = packed([fitted(each, self.grid_size, self.resize) for each in maps])
+        told = () if self.grid_size is not None or not self.any_grid else (grids,)
+        return self.projector(patches.to(device=device_of(self.projector, weight), dtype=weight.dtype), *told)  # type: ignore[no-any-return]
 
     def _mask(self, call: Call, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
         """Where the placeholders are in a sequence `(B, L)`."""
