@@ -76,7 +76,7 @@ def tests(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Builds sdist and wheel as a stranger would, and runs the tests of what such a file can break in the unpacked sdist."""
     session.install("build", "twine")
-    folder = Path(session.create_tmp())
+    folder = Path(session.create_tmp()).resolve()
     shutil.rmtree(folder / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(folder / "dist"))
     session.run("twine", "check", "--strict", *map(str, (folder / "dist").iterdir()))
@@ -85,7 +85,7 @@ def package(session: nox.Session) -> None:
     shutil.unpack_archive(sdist, folder / "unpacked")
     unpacked = folder / "unpacked" / sdist.name.removesuffix(".tar.gz")
     with session.chdir(unpacked):
-        env = {"PYTHONPATH": str(unpacked.resolve() / "src")}
+        env = {"PYTHONPATH": str(unpacked / "src")}
         here(session, "pytest", "--collect-only", "-qq", env=env)
         here(session, "pytest", "-q", "tests/test_package.py", "tests/test_docs.py", env=env)
 
@@ -96,7 +96,7 @@ def extras(session: nox.Session, extra: str) -> None:
     """Each extra runs what it is for, alone in an environment of its own, which shares torch with the one that nox is in."""
     share(session, "torch", *(["torchvision"] if extra in ("timm", "timm,viz", "hf", "train") else []))
     session.install("." if extra == "core" else f".[{extra}]", "pytest", "hypothesis")
-    folder, root = Path(session.create_tmp()), Path.cwd()
+    folder, root = Path(session.create_tmp()).resolve(), Path.cwd()
     for command in EXTRAS[extra]:
         with session.chdir(root if command[0] == "pytest" else folder):
             session.run(*(word.replace("{root}", str(root)) for word in command))
