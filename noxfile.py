@@ -39,6 +39,7 @@ EXTRAS: dict[str, list[list[str]]] = {
         ["python", "{root}/examples/attach_llava.py", "llava", "picture.png", "What?"],
         ["python", "{root}/examples/pipeline.py", "llava", "picture.png", "What?"],
     ],
+    "torchao": [["pytest", "tests/compression/test_int8.py"]],
     "bench": [["pytest", "tests/bench", "-k", "not llm and not projectors"]],
     "train": [
         ["pytest", "tests/test_examples.py"],

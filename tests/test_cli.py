@@ -252,7 +252,7 @@ def test_convert_never_overwrites_files_of_others(capsys, tmp_path, projector, n
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("{}")
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert f"files that a conversion does not write, {name.split('/')[0]}; move" in run(capsys, *arguments, code=2)
+    assert f"files that the command does not write, {name.split('/')[0]}; move" in run(capsys, *arguments, code=2)
     assert precious.read_text() == "{}"
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 

@@ -18,7 +18,7 @@ FLOORS = [  # ground first; a room is a top-level name of the package
     {"errors", "checks", "grid", "versions"},
     {"config", "presets", "pictures", "ops", "storage"},
     {"modules"},
-    {"adapters", "visualize", "bench"},
+    {"adapters", "visualize", "bench", "compression"},
     {"checkpoint", "training"},
     {"demo", "demo_model", "cli"},
     {"__main__"},
@@ -40,7 +40,8 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "triton": {"ops"},
     "numpy": {"visualize", "bench", "demo"},
     "PIL": {"pictures", "visualize"},
-    "matplotlib": {"visualize", "bench"},
+    "torchao": {"storage", "compression"},
+    "matplotlib": {"visualize", "bench", "compression"},
     "rich": {"bench"},
 }
 SUBCLASSES = {"spatial_tokens.training.trainer"}  # of an optional library's classes: nothing else imports these with itself
@@ -131,6 +132,7 @@ def test_public_names():
                 "SpatialFeatureExtractor",
             },
         ),
+        ("spatial_tokens.compression", {"CompressionReport", "CurvePoint", "TokenReport", "compress", "quantize_int8"}),
         ("spatial_tokens.modules.ablations", {"SlidingWindowExtractor", "TransformerExtractor"}),
     ],
 )

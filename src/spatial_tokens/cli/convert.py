@@ -37,7 +37,7 @@ def run(arguments: Namespace) -> None:
         return
     if arguments.vision is not None:
         raise SpatialTokensError("--vision goes with --base, which makes a whole model of a released folder")
-    if _is_own_format(source):
+    if is_own_format(source):
         if target.suffix not in WEIGHT_SUFFIXES:
             raise SpatialTokensError(
                 f"{source} becomes one file of the released names; OUT must end in {' or '.join(WEIGHT_SUFFIXES)}"
@@ -49,7 +49,7 @@ def run(arguments: Namespace) -> None:
             raise SpatialTokensError(
                 f"{source} becomes a directory of {CONFIG_NAME} and {WEIGHTS_NAME}; OUT must not be a file's name"
             )
-        _require_own_files(target)
+        require_own_files(target)
         projector = from_llava_sp(source, config=config)
         projector.save_pretrained(target)
     _print_converted(arguments, projector.config)
@@ -77,23 +77,24 @@ def _print_converted(arguments: Namespace, config: SPProjectorConfig) -> None:
     print(f"wrote {target}: {described}")
 
 
-def _require_own_files(target: Path) -> None:
-    """Raises SpatialTokensError if a directory holds files that a conversion does not write, or the config of something else."""
+def require_own_files(target: Path, *names: str) -> None:
+    """Raises SpatialTokensError if a directory holds files that a command does not write, or the config of something else."""
     if not target.is_dir():
         return
     others = sorted(
-        path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME) and not is_staging(path.name)
+        path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME, *names) and not is_staging(path.name)
     )
     if (target / CONFIG_NAME).exists() and not _is_own_config(target / CONFIG_NAME):
         others.append(CONFIG_NAME)
     if others:
         raise SpatialTokensError(
-            f"{target} is not overwritten: it holds files that a conversion does not write, {', '.join(others[:20])}; "
+            f"{target} is not overwritten: it holds files that the command does not write, {', '.join(others[:20])}; "
             "move them away, or choose another OUT"
         )
 
 
-def _is_own_format(path: Path) -> bool:
+def is_own_format(path: Path) -> bool:
+    """Whether it is a directory that `save_pretrained` wrote."""
     return os.path.isfile(path / WEIGHTS_NAME) and _is_own_config(path / CONFIG_NAME)
 
 

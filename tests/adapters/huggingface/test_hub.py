@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from spatial_tokens.adapters.transformers import TransformersPatchEncoder
 from spatial_tokens.checkpoint import llava_from_parts
 from spatial_tokens.cli import main
 from tests.fake_hub import fake_hub, no_connection
@@ -109,6 +110,7 @@ def test_without_a_connection_one_line_says_so_at_once(monkeypatch, tmp_path, ca
         f"cannot load the vision tower us/clip (vision= or --vision gives another): us/clip {place}",
         lambda: llava_from_parts(tmp_path, "us/clip"),
     )
+    refused(f"transformers cannot load 'us/clip': us/clip {place}", lambda: TransformersPatchEncoder("us/clip"))
     assert main(["demo", "--model", "us/base"]) == 2
     assert re.fullmatch(
         rf"spatial-tokens demo: error: cannot load the model 'us/base': us/base {place}.*\n", capsys.readouterr().err
