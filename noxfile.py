@@ -40,6 +40,7 @@ EXTRAS: dict[str, list[list[str]]] = {
         ["python", "{root}/examples/pipeline.py", "llava", "picture.png", "What?"],
     ],
     "torchao": [["pytest", "tests/compression/test_int8.py"]],
+    "onnx": [["pytest", "tests/test_export.py", "-k", "onnx"]],
     "bench": [["pytest", "tests/bench", "-k", "not llm and not projectors"]],
     "train": [
         ["pytest", "tests/test_examples.py"],

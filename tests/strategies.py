@@ -31,10 +31,9 @@ def fields(draw):
     detail = draw(st.none() | within(grid))
     head = draw(st.sampled_from(["mlp", "linear"]))
     channels = draw(sides)
-    shapes = [*kernels, *([detail] if detail else [])]
     factors = {
         "rank": draw(st.integers(1, channels)),
-        "frequencies": draw(st.integers(1, min(3, *map(min, shapes)))),
+        "frequencies": draw(st.integers(1, min(3, *map(min, kernels)))),
         "spatial_basis": draw(st.sampled_from(["cosine", "learned"])),
     }
     return {

@@ -89,8 +89,7 @@ def has_valid_factors(f, windows):
     numbers = given if type(given) in (list, tuple) else [given] * len(windows)
     if not is_count(rank) or rank > f["vision_hidden_size"] or len(numbers) != len(windows) or not all(map(is_count, numbers)):
         return False
-    detail = [] if f["detail_kernel_size"] is None else [(max(numbers), read_size(f["detail_kernel_size"]))]
-    return all(number <= min(size) for number, size in [*zip(numbers, windows, strict=True), *detail])
+    return all(number <= min(size) for number, size in zip(numbers, windows, strict=True))
 
 
 def largest(value):

@@ -18,7 +18,7 @@ FLOORS = [  # ground first; a room is a top-level name of the package
     {"errors", "checks", "grid", "versions"},
     {"config", "presets", "pictures", "ops", "storage"},
     {"modules"},
-    {"adapters", "visualize", "bench", "compression"},
+    {"adapters", "visualize", "bench", "compression", "export"},
     {"checkpoint", "training"},
     {"demo", "demo_model", "cli"},
     {"__main__"},
@@ -41,6 +41,8 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "numpy": {"visualize", "bench", "demo"},
     "PIL": {"pictures", "visualize"},
     "torchao": {"storage", "compression"},
+    "onnx_ir": {"export"},
+    "onnxscript": {"export"},
     "matplotlib": {"visualize", "bench", "compression"},
     "rich": {"bench"},
 }

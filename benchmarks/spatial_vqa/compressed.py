@@ -10,10 +10,10 @@ from benchmarks.spatial_vqa.designs import DESIGNS, Design, factors, install
 from benchmarks.spatial_vqa.plans import Compression
 from benchmarks.spatial_vqa.training import LORA, STAGES, Material, add_lora, ask, prefix_of, train
 from spatial_tokens import SpatialTokensError
+from spatial_tokens.compression import compress
 from spatial_tokens.training import Parts
 
 PICTURES = 4000  # whose features weigh the kernels
-TUNING = 200  # steps
 BRIEFLY = replace(  # the second stage once more, at a tenth of its rates
     STAGES[1],
     projector_learning_rate=STAGES[1].projector_learning_rate / 10,
@@ -64,8 +64,6 @@ def run(
     Returns:
         Accuracies on test and hard of the compressed model, of the same after tuning, and of the dense one after as much of it.
     """
-    from spatial_tokens.compression import compress
-
     design = DESIGNS[compression.of.design]
     (dense, dense_parts), (small, parts) = (restore(design, llava, tensors) for _ in range(2))
     features = material["train"].features[:PICTURES, 1:].float()
@@ -78,7 +76,9 @@ def run(
     }  # fmt: skip
     for name, model, its_parts in (("tuned", small, parts), ("dense_tuned", dense, dense_parts)):
         order = torch.Generator().manual_seed(compression.of.seed)
-        for _ in train(model, design, its_parts, BRIEFLY, TUNING, material["train"], compression.of.schedule.scenes, order):
+        for _ in train(
+            model, design, its_parts, BRIEFLY, compression.tuning, material["train"], compression.of.schedule.scenes, order
+        ):
             progress()
         found[name] = _asked(model, design, material)
     return found

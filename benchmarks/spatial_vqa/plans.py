@@ -48,12 +48,14 @@ class Compression:
         frequencies: Cosines of each side of a kernel's window.
         rank: Channels that kernels see.
         spatial_basis: What the maps on the window are.
+        tuning: Steps, of the brief tuning.
     """
 
     of: Job
     frequencies: int
     rank: int
     spatial_basis: SpatialBasis = "cosine"
+    tuning: int = 200
 
     @property
     def name(self) -> str:
@@ -129,9 +131,9 @@ OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(
 
 
 def _compressions(seeds: range) -> tuple[Compression, ...]:
-    """Dense kernels at a 29th and a 57th of their size."""
+    """Dense kernels at a 30th, a 29th and a 57th of their size."""
     runs = _jobs((designs.CROPPING,), seeds, LONGER, rolled=True)
-    return tuple(Compression(job, 3, rank) for job in runs for rank in (32, 16))
+    return tuple(Compression(job, *factors) for job in runs for factors in ((4, 18), (3, 32), (3, 16)))
 
 
 PLANS = {

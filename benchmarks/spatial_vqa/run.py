@@ -216,8 +216,8 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
 
 def briefly(run: dict[str, Any]) -> dict[str, Any]:
     """A run without attention, other pictures' tokens, and validation but at the end."""
-    left_out = ("attention", "strangers", "steps")
-    return {**{name: value for name, value in run.items() if name not in left_out}, "curve": run["curve"][-1:]}
+    kept = {name: value for name, value in run.items() if name not in ("attention", "strangers", "steps")}
+    return {**kept, "seconds": round(run["seconds"]), "curve": [{"validation": run["curve"][-1]["validation"]}]}
 
 
 if __name__ == "__main__":

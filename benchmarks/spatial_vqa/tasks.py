@@ -138,7 +138,7 @@ def carry_out_compression(job: Compression, plan: Plan, work: Path) -> None:
     steps = itertools.count(1)
     found = compressed.run(
         job, partial(make_llava, work), load_material(work, job.of.rolled), read_tensors(model_file(work, job.of)),
-        progress=lambda: _report(job.name, next(steps), 2 * compressed.TUNING),
+        progress=lambda: _report(job.name, next(steps), 2 * job.tuning),
     )  # fmt: skip
     _write(job, work, {**asdict(job), **found})
 

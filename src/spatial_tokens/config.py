@@ -70,8 +70,8 @@ class SPProjectorConfig:
         patch_head: "mlp": LLaVA's two layers with GELU between; None for a projector of spatial tokens alone, beside a model
             that projects its patches itself.
         rank: Channels `R` that factorized kernels see (`FactorizedFeatureExtractor`); None for dense kernels, the paper's.
-        frequencies: Cosines of each side of a factorized kernel's window: one number, or one for each of `kernel_sizes`, of which
-            the detail kernel then has the largest. 3 when left out, None for dense kernels.
+        frequencies: Cosines of each side of a factorized kernel's window: one number, or one for each of `kernel_sizes`; the detail
+            kernel has the largest of them, or as many as its shorter side has patches. 3 when left out, None for dense kernels.
         spatial_basis: "cosine", or "learned" for factorized kernels whose maps on the window are parameters.
 
     Raises:
@@ -136,10 +136,8 @@ class SPProjectorConfig:
         check_fits(self.grid_size, as_size(self.detail_stride, "detail_stride"), "detail_stride")
 
     def _check_factors(self) -> None:
-        width = self.vision_hidden_size
-        self._set("frequencies", check_factors(width, self.kernel_sizes, self.rank, self.frequencies, self.spatial_basis))
-        if self.rank is not None and self.detail_kernel_size is not None:
-            check_factors(width, [self.detail_kernel_size], self.rank, self.detail_frequencies)
+        given = self.kernel_sizes, self.rank, self.frequencies, self.spatial_basis
+        self._set("frequencies", check_factors(self.vision_hidden_size, *given))
 
     def _check_heads(self) -> None:
         check_choice("spatial_head", self.spatial_head, get_args(SpatialHead))
@@ -177,8 +175,10 @@ class SPProjectorConfig:
 
     @property
     def detail_frequencies(self) -> int | None:
-        """Cosines of each side of the factorized detail kernel's window: the most that one of `kernel_sizes` has."""
-        return None if self.frequencies is None else max(as_frequencies(self.frequencies, 1))
+        """Cosines of each side of the factorized detail kernel's window; None if it is dense, or there is none."""
+        if self.frequencies is None or self.detail_kernel_size is None:
+            return None
+        return min(max(as_frequencies(self.frequencies, 1)), *as_size(self.detail_kernel_size, "detail_kernel_size"))
 
     @property
     def num_parameters(self) -> int:

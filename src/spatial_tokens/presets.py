@@ -11,6 +11,8 @@ _DETAIL = {"detail_kernel_size": 16}
 _NO_DETAIL = {"detail_kernel_size": None}
 _FACTORIZED = {"rank": 128, "frequencies": 3}
 
+DEFAULT = "factorized-cropping"  # of attach() and of the demo: docs/dense-or-factorized.md says why
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The released models. Their spatial head is GELU + Linear; only cropping's has a bias.
     "llava-sp-cropping": {**_LLAVA, **_SIX, **_DETAIL, "variant": "cropping", "spatial_head": "linear"},

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from spatial_tokens import SPProjector, SPProjectorConfig
+from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.timm import TimmPatchEncoder
+from spatial_tokens.adapters.transformers import TransformersPatchEncoder
 from spatial_tokens.checkpoint import to_llava_sp
 from spatial_tokens.cli import main
 from spatial_tokens.compression import compress
@@ -124,6 +125,16 @@ def test_pictures_and_a_vision_model_of_transformers(capsys, tmp_path, projector
     assert values["pictures"] == 5
 
 
+def test_vision_models_that_do_not_fit(clip, tmp_path):
+    encoder = TransformersPatchEncoder(str(clip))
+    assert (encoder.grid_size, encoder.hidden_size, encoder.image_size) == ((6, 6), 16, (24, 24))
+    with pytest.raises(SpatialTokensError, match=r"reads images of \(24, 24\) pixels, got \(28, 28\)"):
+        encoder(torch.zeros(1, 3, 28, 28))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SpatialTokensError, match="transformers cannot load"):
+        TransformersPatchEncoder(str(tmp_path))
+
+
 def test_pictures_and_a_timm_model(capsys, tmp_path, photos, monkeypatch):
     pytest.importorskip("timm")
     config = SPProjectorConfig(
@@ -136,8 +147,9 @@ def test_pictures_and_a_timm_model(capsys, tmp_path, photos, monkeypatch):
         return TimmPatchEncoder(name, layer, image_size=48)
 
     monkeypatch.setattr("spatial_tokens.cli.compress.TimmPatchEncoder", untrained)
-    run(capsys, tmp_path / "dense", tmp_path / "small", "--images", photos, "--encoder", "vit_tiny_patch16_224", "--layer", "-1")
-    assert SPProjector.from_pretrained(tmp_path / "small").config.rank == 128
+    arguments = ["--images", photos, "--encoder", "vit_tiny_patch16_224", "--layer", "-1", "--rank", 4]
+    run(capsys, tmp_path / "dense", tmp_path / "small", *arguments)
+    assert SPProjector.from_pretrained(tmp_path / "small").config.rank == 4
 
 
 def test_pictures_are_encoded_once(photos):

@@ -239,6 +239,12 @@ def test_training_goes_on_after_compression():
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_defaults():
+    small, report = compress(dense(), correlated(20))
+    assert (small.config.rank, small.config.frequencies) == (C, (2, 3, 3))
+    assert report.spatial_basis == small.config.spatial_basis == "cosine"
+
+
 def test_frequencies_are_fitted_to_small_windows():
     projector = dense(kernel_sizes=((2, 4), (4, 6)), detail_kernel_size=2, detail_stride=None)
     small, report = compress(projector, correlated(20), rank=2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spatial_tokens.compression.factors import Factors
-from spatial_tokens.compression.refit import RIDGES, Products, judge, solver
+from spatial_tokens.compression.refit import RIDGES, Products, fit_core, solver
 from tests.tolerances import FLOAT64, assert_close
 
 MAPS, RANK, OUTPUTS = 3, 4, 5
@@ -71,7 +71,7 @@ def test_the_ridge_is_the_best_on_held_out_pictures(noise):
     inputs = randn(60, MAPS * RANK)
     tokens = inputs @ truth.T + noise * randn(60, OUTPUTS)
     parts = [(inputs[:40], tokens[:40]), (inputs[40:], tokens[40:])]
-    found = judge(prior, *(products_of(*part) for part in parts))
+    found = fit_core(prior, *(products_of(*part) for part in parts))
     by_hand = {}
     for ridge in RIDGES:
         core = stacked(prior, *parts[0], ridge)
@@ -80,5 +80,6 @@ def test_the_ridge_is_the_best_on_held_out_pictures(noise):
         ).sum().item()
     before = (parts[1][0] @ prior.core.flatten(1).T - parts[1][1]).square().sum(1).mean() / tokens.var(0, unbiased=False).sum()
     assert by_hand[found.ridge] == pytest.approx(min(by_hand.values()), rel=1e-6, abs=1e-9)
+    assert_close(found.core, stacked(prior, inputs, tokens, found.ridge), 100 * FLOAT64)
     assert found.unexplained == pytest.approx(by_hand[found.ridge], rel=1e-6, abs=1e-9)
     assert found.before == pytest.approx(before.item())

@@ -350,10 +350,6 @@ def test_factors_that_do_not_fit(fields, message):
     [
         ({"frequencies": 3}, "frequencies 3 is for factorized kernels, but rank is None (dense kernels); give a rank too"),
         ({"spatial_basis": "learned"}, "spatial_basis 'learned' is for factorized kernels, but rank is None"),
-        (
-            {"rank": 2, "frequencies": 2, "detail_kernel_size": 1},
-            "2 frequencies a side are more than a kernel of 1 x 1 patches has",
-        ),
     ],
 )
 def test_configs_whose_fields_do_not_go_together(fields, message):
@@ -368,6 +364,18 @@ def test_configs_whose_fields_do_not_go_together(fields, message):
                 **fields,
             }
         )
+
+
+@pytest.mark.parametrize(("frequencies", "detail", "expected"), [(2, 4, 2), (3, 2, 2), ((2, 4), (3, 5), 3), ((2, 3), None, None)])
+def test_the_detail_kernel_has_as_many_frequencies_as_fit(frequencies, detail, expected):
+    config = SPProjectorConfig(
+        vision_hidden_size=4, text_hidden_size=5, grid_size=8, kernel_sizes=(4, 8), detail_kernel_size=detail, rank=2,
+        frequencies=frequencies,
+    )  # fmt: skip
+    assert config.detail_frequencies == expected
+    projector = SPProjector.from_config(config)
+    assert projector.config == config
+    assert expected == (None if detail is None else projector.integrator.frequencies)
 
 
 def test_dense_kernels_belong_to_their_grid():

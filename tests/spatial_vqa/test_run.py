@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
 
-from benchmarks.spatial_vqa import compressed, dense_or_factorized, run, tables, tasks
+from benchmarks.spatial_vqa import dense_or_factorized, run, tables, tasks
 from benchmarks.spatial_vqa.designs import (
     BINS,
     CROPPING,
@@ -178,11 +178,9 @@ def test_without_a_terminal_progress_is_lines(work, tmp_path, monkeypatch, capsy
 
 
 def test_a_plan_goes_on_in_anothers_folder_and_compresses_what_it_kept(work, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("spatial_tokens.compression")
-    monkeypatch.setattr(compressed, "TUNING", 1)
     folder = shutil.copytree(work[0], tmp_path / "quick")
     job = Job(CROPPING.name, 0, SHORT, rolled=True, kernel_rate=KernelRate(0.1))
-    plan = replace(tiny(job, Compression(job, 3, 4)), name="factorized", folder="quick")
+    plan = replace(tiny(job, Compression(job, 3, 4, tuning=1)), name="factorized", folder="quick")
     monkeypatch.setitem(PLANS, "factorized", plan)
     monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT)))  # the command's other plans do not matter
     command = ["--factorized", "--work", str(tmp_path), "--workers", "1"]

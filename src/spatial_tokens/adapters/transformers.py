@@ -41,6 +41,7 @@ class TransformersPatchEncoder(nn.Module):
         if image is None or patch is None:
             raise SpatialTokensError(f"{name} has no image_size and patch_size; use a vision model as CLIP's, SigLIP's or DINOv2's")
         (height, width), (down, right) = as_size(image, "image_size"), as_size(patch, "patch_size")
+        self.image_size: Size = (height, width)
         self.grid_size: Size = (height // down, width // right)
         self.hidden_size: int = config.hidden_size
         layers = config.num_hidden_layers
@@ -58,15 +59,13 @@ class TransformersPatchEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` to patch features `(B, N, C)`."""
+        if tuple(pixels.shape[2:]) != self.image_size:
+            raise SpatialTokensError(
+                f"{self.name} reads images of {self.image_size} pixels, got {tuple(pixels.shape[2:])}; correct its image processor"
+            )
         states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
         patches = self.grid_size[0] * self.grid_size[1]
-        before = states.shape[1] - patches  # class and register tokens come first
-        if before < 0:
-            raise SpatialTokensError(
-                f"{self.name} gave {states.shape[1]} tokens where {patches} patches were expected; its image processor makes "
-                f"{tuple(pixels.shape[2:])} pixels"
-            )
-        return cast("torch.Tensor", states[:, before:].contiguous())
+        return cast("torch.Tensor", states[:, states.shape[1] - patches :].contiguous())  # class and register tokens come first
 
 
 def _load(name: str) -> tuple[Any, Any]:
@@ -77,7 +76,7 @@ def _load(name: str) -> tuple[Any, Any]:
     try:
         auto_processor: Any = AutoImageProcessor
         place = str(in_reach(name))
-        processor, model = auto_processor.from_pretrained(place), AutoModel.from_pretrained(place)
+        processor, model = auto_processor.from_pretrained(place), AutoModel.from_pretrained(place, dtype=torch.float32)
     except Exception as error:  # transformers and its hub raise what they like
         raise SpatialTokensError(f"transformers cannot load {name!r}: {reason(error)}") from error
     return processor, getattr(model, "vision_model", model).eval()

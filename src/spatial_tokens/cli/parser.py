@@ -128,7 +128,10 @@ def _add_compress(subparsers: Any) -> None:
     size.add_argument("--parameters", type=_positive, metavar="N", help="choose the best kernels of at most so many parameters")
     size.add_argument("--error", type=float, metavar="SHARE", help="choose the smallest that miss at most this share of variance")
     compress.add_argument(
-        "--frequencies", type=_positive, metavar="N", help="maps of each side of a window (default: 3), or the most that are tried"
+        "--frequencies",
+        type=_positive,
+        metavar="N",
+        help="maps of each side of a window (default: 3), or the most that are tried (5)",
     )
     compress.add_argument("--basis", choices=get_args(SpatialBasis), help="what maps are (default: cosine)")
     compress.add_argument("--device", metavar="DEVICE", help="where to compute (default: cpu)")

@@ -18,8 +18,9 @@ from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.grid import SpatialBasis, check_factors, check_positive
 from spatial_tokens.modules import SPProjector
 
-RANK = 128  # unless told
-LARGEST_RANK = 256  # that is tried where the rank is chosen
+RANK, FREQUENCIES = 128, 3  # unless told
+MOST_FREQUENCIES = 5  # that are tried where the rank is chosen, unless told
+LARGEST_RANK, LARGEST_INPUT = 256, 2304  # that are tried where the rank is chosen; the latter is channels times maps
 CURVE = 4  # ranks on the curve of a rank that is given, each half of the one before
 
 
@@ -48,7 +49,7 @@ def compress(
             file that holds one, which is read a part at a time; or batches of them that can be read again and again.
         rank: Channels that the kernels shall see; 128 unless it is chosen by `parameters` or `error`.
         frequencies: Maps of each side of a window, for all kernels or one number for each; 3 unless told, fewer on windows of fewer
-            patches. Where the rank is chosen, the most that are tried.
+            patches. Where the rank is chosen, the most that are tried; 5 unless told.
         spatial_basis: "cosine", or "learned" for free maps, found for each kernel.
         parameters: The most parameters that the kernels may have; of what has no more, what misses least is taken.
         error: The share of the tokens' variance that may be missed, in the mean over tokens; of what misses no more, what has the
@@ -74,7 +75,8 @@ def compress(
         >>> small.config.rank, report.dense_parameters, report.parameters
         (8, 49152, 3968)
     """
-    target = Target.of(projector, frequencies, spatial_basis)
+    chosen_by_us = parameters is not None or error is not None
+    target = Target.of(projector, frequencies, spatial_basis, MOST_FREQUENCIES if chosen_by_us else FREQUENCIES)
     candidates = _candidates(target, rank, parameters, error)
     groups = target.dense_kernels(max(each.frequencies for each in candidates))
     kernel = groups[0][0]
@@ -84,20 +86,19 @@ def compress(
     gather(fits, sample)
 
     every = [fit for group in fits for fit in group]
-    judged = [[fit.judge(candidate) for fit in every] for candidate in candidates]
     curve = [
         CurvePoint(
             candidate.rank,
             candidate.frequencies,
             target.parameters(candidate),
-            fmean(each.unexplained for each in judgments),
-            fmean(fit.plain_unexplained(candidate) for fit in every),
+            fmean(fit.found[candidate].unexplained for fit in every),
+            fmean(fit.plain_unexplained[candidate] for fit in every),
         )
-        for candidate, judgments in zip(candidates, judged, strict=True)
+        for candidate in candidates
     ]
     number = _choice(curve, error, parameters)
-    chosen, ridges = candidates[number], iter([each.ridge for each in judged[number]])
-    found = [[(fit.factors_of(chosen), fit.core(chosen, next(ridges))) for fit in group] for group in fits]
+    chosen = candidates[number]
+    found = [[(fit.factors_of(chosen), fit.found[chosen].core) for fit in group] for group in fits]
     report = CompressionReport(
         rank=chosen.rank,
         frequencies=target.frequencies_of(chosen),
@@ -108,8 +109,8 @@ def compress(
         parameters=curve[number].parameters,
         unexplained=curve[number].unexplained,
         tokens=tuple(
-            TokenReport(fit.kernel.name, each.unexplained, each.before, fit.plain_unexplained(chosen), each.ridge)
-            for fit, each in zip(every, judged[number], strict=True)
+            TokenReport(fit.kernel.name, each.unexplained, each.before, fit.plain_unexplained[chosen], each.ridge)
+            for fit, each in ((fit, fit.found[chosen]) for fit in every)
         ),
         curve=tuple(sorted(curve, key=lambda point: point.parameters)),
     )
@@ -128,16 +129,16 @@ def _candidates(target: Target, rank: Any, parameters: Any, error: Any) -> list[
         rank = min(RANK, channels) if rank is None else rank
         check_factors(channels, (), rank, ())
         return [Candidate(each, most) for each in _halves(rank)]
-    largest = min(channels, LARGEST_RANK)
+    largest = {number: min(channels, LARGEST_RANK, max(1, LARGEST_INPUT // number**2)) for number in range(1, most + 1)}
     if error is not None:
-        return [Candidate(each, number) for number in range(1, most + 1) for each in _halves(largest, 99)]
+        return [Candidate(each, number) for number in largest for each in _halves(largest[number], 99)]
     check_positive(parameters=parameters)
     found = []
-    for number in range(1, most + 1):
+    for number in largest:
         one = target.parameters(Candidate(1, number))
         each_more = target.parameters(Candidate(2, number)) - one if channels > 1 else one
         if parameters >= one:
-            found += [Candidate(each, number) for each in _halves(min(largest, 1 + (parameters - one) // each_more))]
+            found += [Candidate(each, number) for each in _halves(min(largest[number], 1 + (parameters - one) // each_more))]
     if not found:
         fewest = target.parameters(Candidate(1, 1))
         raise SpatialTokensError(f"{parameters:,} parameters are too few: kernels of rank 1 and one map have {fewest:,}")

@@ -10,7 +10,7 @@ import torch
 
 from spatial_tokens.compression.factors import Factors
 from spatial_tokens.compression.kernels import DenseKernel
-from spatial_tokens.compression.refit import Fit, Products, judge, share, solver
+from spatial_tokens.compression.refit import Fit, Products, fit_core, share
 from spatial_tokens.compression.samples import Sample
 from spatial_tokens.grid import SpatialBasis
 from spatial_tokens.ops.window_basis import weights
@@ -34,7 +34,11 @@ class KernelFit:
         factors: Its factors, of the most frequencies and channels.
         plain: Those of a plain HOSVD.
         spatial_basis: Which its maps are.
-        candidates: What will be asked for.
+        candidates: What is tried.
+
+    Attributes:
+        found: The fit of each candidate.
+        plain_unexplained: The share of held-out variance that a plain HOSVD of each misses.
     """
 
     kernel: DenseKernel
@@ -42,9 +46,8 @@ class KernelFit:
     plain: Factors
     spatial_basis: SpatialBasis
     candidates: Sequence[Candidate]
-    fitted: Products = field(init=False)
-    held_out: Products = field(init=False)
-    plain_errors: torch.Tensor = field(init=False)
+    found: dict[Candidate, Fit] = field(init=False, default_factory=dict)
+    plain_unexplained: dict[Candidate, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._read, self._read_plain = self._weights(self.factors), self._weights(self.plain)
@@ -59,47 +62,39 @@ class KernelFit:
     def begin(self) -> None:
         """Starts the sums."""
         size, outputs, device = len(self._inputs), len(self.kernel.weight), self.kernel.weight.device
-        self.fitted, self.held_out = (Products.zeros(size, outputs, device) for _ in range(2))
-        self.plain_errors = torch.zeros(len(self.candidates), dtype=torch.float64, device=device)
+        self._fitted, self._held_out = (Products.zeros(size, outputs, device) for _ in range(2))
+        self._plain_errors = torch.zeros(len(self.candidates), dtype=torch.float64, device=device)
 
     def add(self, patches: torch.Tensor, projected: torch.Tensor, plain: torch.Tensor, held_out: torch.Tensor) -> None:
         """More pictures: features `(b, N, C)`, projected by both `(b, N, R)`, and which of them are held out."""
         tokens = self.kernel.tokens(patches).double()
         inputs = self._inputs_from(self._read, projected)[..., self._inputs]
-        for products, which in ((self.fitted, ~held_out), (self.held_out, held_out)):
+        for products, which in ((self._fitted, ~held_out), (self._held_out, held_out)):
             products.add(inputs[which].flatten(0, 1), tokens[which].flatten(0, 1))
         inputs, tokens = self._inputs_from(self._read_plain, plain[held_out]), tokens[held_out]
         for i, (candidate, factors) in enumerate(zip(self.candidates, self._plain, strict=True)):
             given = inputs[..., self._inputs_of(candidate)] @ factors.core.flatten(1).T
-            self.plain_errors[i] += (given - tokens).square().sum()
+            self._plain_errors[i] += (given - tokens).square().sum()
 
-    def judge(self, candidate: Candidate) -> Fit:
-        """The ridge that is best for a candidate, and what it then misses of held-out pictures."""
-        kept = self._kept(candidate)
-        return judge(self.factors_of(candidate), self.fitted.part(kept), self.held_out.part(kept))
-
-    def core(self, candidate: Candidate, ridge: float) -> torch.Tensor:
-        """The core `(S, M * R)` of a candidate, fitted to all pictures."""
-        kept = self._kept(candidate)
-        return solver(self.factors_of(candidate), self.fitted.part(kept) + self.held_out.part(kept))(ridge)
+    def end(self) -> None:
+        """Fits and judges every candidate, and lets go of the sums."""
+        variance, samples = (self._fitted + self._held_out).variance, max(1, self._held_out.samples)
+        for candidate, error in zip(self.candidates, self._plain_errors.tolist(), strict=True):
+            kept = torch.searchsorted(self._inputs, self._inputs_of(candidate))
+            prior, parts = self.factors_of(candidate), (self._fitted.part(kept), self._held_out.part(kept))
+            found = fit_core(prior, *parts)
+            self.found[candidate] = found._replace(core=found.core.to(self.kernel.dtype))
+            self.plain_unexplained[candidate] = share(error / samples, variance)
+        del self._fitted, self._held_out, self._plain_errors
 
     def factors_of(self, candidate: Candidate) -> Factors:
         """The factors of a candidate."""
         return self._of(self.factors, candidate)
 
-    def plain_unexplained(self, candidate: Candidate) -> float:
-        """The share of held-out variance that a plain HOSVD misses."""
-        error = self.plain_errors[self.candidates.index(candidate)].item() / max(1, self.held_out.samples)
-        return share(error, (self.fitted + self.held_out).variance)
-
     def _maps_of(self, candidate: Candidate) -> torch.Tensor:
         most = self.kernel.basis.frequencies
         number, all_of = min(candidate.frequencies, most), torch.arange(most**2, device=self.kernel.weight.device)
         return all_of[: number**2] if self.spatial_basis == "learned" else all_of.view(most, most)[:number, :number].flatten()
-
-    def _kept(self, candidate: Candidate) -> torch.Tensor:
-        """Where a candidate's inputs are among those of all."""
-        return torch.searchsorted(self._inputs, self._inputs_of(candidate))
 
     def _inputs_of(self, candidate: Candidate) -> torch.Tensor:
         rank = len(self.factors.projection)
@@ -120,7 +115,7 @@ class KernelFit:
 
 
 def gather(fits: Sequence[Sequence[KernelFit]], sample: Sample) -> None:
-    """Sums over a sample's pictures for kernels, in groups that share their channels; in as many passes as the sums need."""
+    """Fits kernels, in groups that share their channels, to a sample's pictures; in as many passes as the sums need."""
     passes = list(_passes(fits))
     for number, chosen in enumerate(passes, start=1):
         for fit in (fit for group in chosen for fit in group):
@@ -132,6 +127,8 @@ def gather(fits: Sequence[Sequence[KernelFit]], sample: Sample) -> None:
                 projected, plain = (patches @ both.T).chunk(2, dim=-1)
                 for fit in group:
                     fit.add(patches, projected, plain, held_out)
+        for fit in (fit for group in chosen for fit in group):
+            fit.end()
 
 
 def _passes(fits: Sequence[Sequence[KernelFit]]) -> Iterator[list[list[KernelFit]]]:

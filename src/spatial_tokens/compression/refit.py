@@ -73,26 +73,29 @@ class Products:
 
 
 class Fit(NamedTuple):
-    """How well cores do on held-out pictures, that were fitted to the others.
+    """A core, and how well such cores do on held-out pictures.
 
     Args:
-        ridge: The one that does best.
+        core: `(S, M * R)`, fitted to all pictures.
+        ridge: The one that does best on the held-out ones, in a fit to the others.
         unexplained: The share of the tokens' variance that is missed with it.
         before: The share that is missed without a fit.
     """
 
+    core: torch.Tensor
     ridge: float
     unexplained: float
     before: float
 
 
-def judge(prior: Factors, fitted: Products, held_out: Products) -> Fit:
-    """The ridge that is best on held-out pictures."""
+def fit_core(prior: Factors, fitted: Products, held_out: Products) -> Fit:
+    """The core with the ridge that is best on held-out pictures."""
     cores = solver(prior, fitted)
     errors = {ridge: held_out.error(cores(ridge)) for ridge in RIDGES}
     ridge = min(errors, key=errors.__getitem__)
-    variance = (fitted + held_out).variance
-    return Fit(ridge, share(errors[ridge], variance), share(held_out.error(prior.core.flatten(1)), variance))
+    everything = fitted + held_out
+    core, variance = solver(prior, everything)(ridge), everything.variance
+    return Fit(core, ridge, share(errors[ridge], variance), share(held_out.error(prior.core.flatten(1)), variance))
 
 
 def solver(prior: Factors, products: Products) -> Callable[[float], torch.Tensor]:

@@ -20,8 +20,6 @@ from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.modules.inputs import is_plain
 from spatial_tokens.storage.sharded import is_partitioned
 
-FREQUENCIES = 3  # unless told
-
 
 @dataclass(frozen=True)
 class Target:
@@ -42,8 +40,8 @@ class Target:
     spatial_basis: SpatialBasis
 
     @classmethod
-    def of(cls, projector: Any, frequencies: Any, spatial_basis: Any) -> Target:
-        """The target, checked.
+    def of(cls, projector: Any, frequencies: Any, spatial_basis: Any, most: int) -> Target:
+        """The target, checked; without frequencies each window has `most`, or as many as it has patches a side.
 
         Raises:
             SpatialTokensError: If the projector is none with dense, plain kernels of finite values, or frequencies do not fit it.
@@ -53,8 +51,9 @@ class Target:
         channels = extractor.vision_hidden_size
         windows = [*extractor.kernel_sizes, *([] if integrator is None else [integrator.kernel_size])]
         if frequencies is None:
-            narrow = FREQUENCIES if integrator is None else min(FREQUENCIES, *as_size(integrator.kernel_size, "kernel size"))
-            frequencies = tuple(min(narrow, *as_size(size, "kernel size")) for size in extractor.kernel_sizes)
+            if integrator is not None:  # whose kernel has as many as the extractor's kernel with the most
+                most = min(most, *as_size(integrator.kernel_size, "kernel size"))
+            frequencies = tuple(min(most, *as_size(size, "kernel size")) for size in extractor.kernel_sizes)
         checked = check_factors(channels, extractor.kernel_sizes, 1, frequencies, spatial_basis)
         numbers = as_frequencies(checked or (), len(extractor.kernel_sizes))
         check_factors(channels, windows[len(numbers) :], 1, (max(numbers),) * (len(windows) - len(numbers)))
@@ -168,6 +167,8 @@ def _check_values(layers: Sequence[nn.Linear]) -> None:
     for layer in layers:
         if layer.weight.is_meta:
             raise SpatialTokensError("a kernel is on the meta device, without values; load or initialize it first")
+        if layer.weight.device.type == "mps":
+            raise SpatialTokensError("sums over pictures need float64, which MPS does not have; move the projector to the CPU")
         if not all(bool(part.isfinite().all()) for part in torch.split(layer.weight, SLICE)):
             raise SpatialTokensError("a kernel holds NaN or infinity; find out where they come from before you compress it")
     placed = sorted({f"{layer.weight.dtype} on {layer.weight.device}" for layer in layers})

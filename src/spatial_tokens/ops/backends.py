@@ -37,7 +37,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def resolve(backend: str, features: torch.Tensor) -> str:
     """The backend that runs for these features: the one that is named, else the environment's, else the fastest measured.
 
-    Under torch.func's transforms and forward-mode differentiation it is `naive`.
+    Under torch.func's transforms and forward-mode differentiation it is `naive`; under torch.export too, so that programs hold
+    torch's own operators alone, and run where this library is not installed.
 
     Raises:
         SpatialTokensError: If there is no such backend, or the named one cannot run here.
@@ -49,6 +50,8 @@ def resolve(backend: str, features: torch.Tensor) -> str:
         # CPU: `gemm` takes 0.56 to 1.2 of `naive`'s time, least in float32, and a fraction of its memory (benchmarks/results/).
         # GPU: nothing is measured yet, so nothing is preferred to plain torch; `triton` runs where it is asked for.
         named = "gemm"
+    if torch.compiler.is_exporting():
+        return "naive"
     if named == "triton":
         _require_triton(features, source)
     return "naive" if _transformed() else named

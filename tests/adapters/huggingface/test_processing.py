@@ -277,7 +277,7 @@ def test_what_is_no_processor(processor):
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-GRID_OF_4 = {"kernel_sizes": [2, 4], "detail_kernel_size": 2, **FIELDS}
+GRID_OF_4 = {"projector": "llava-sp-cropping", "kernel_sizes": [2, 4], "detail_kernel_size": 2, **FIELDS}
 
 
 def letters(named, others=()):

@@ -347,11 +347,11 @@ def damaged(folder, kind):
         elif kind == "width":
             values["projector"]["text_hidden_size"] = 32
         elif kind == "tensor":
-            del tensors["extractor.kernels.0.weight"]
+            del tensors["extractor.kernels.cores.0.weight"]
         elif kind == "another tensor":
-            tensors["extractor.kernels.9.weight"] = torch.zeros(1)
+            tensors["extractor.kernels.cores.9.weight"] = torch.zeros(1)
         elif kind == "shape":
-            tensors["extractor.kernels.0.weight"] = tensors["extractor.kernels.0.weight"][:1].contiguous()
+            tensors["extractor.kernels.cores.0.weight"] = tensors["extractor.kernels.cores.0.weight"][:1].contiguous()
         elif kind == "token":
             values["token"] = "a"
         elif kind == "id":
@@ -382,9 +382,9 @@ def damaged(folder, kind):
         ("model", "is an adapter of a qwen2_vl model, not of a llava"),
         ("projector", "kernel"),
         ("width", "do not fit|does not fit"),
-        ("tensor", "missing: extractor.kernels.0.weight"),
-        ("another tensor", "extractor.kernels.9.weight"),
-        ("shape", "extractor.kernels.0.weight"),
+        ("tensor", "missing: extractor.kernels.cores.0.weight"),
+        ("another tensor", "extractor.kernels.cores.9.weight"),
+        ("shape", "extractor.kernels.cores.0.weight"),
         ("token", "'a' has a use of its own in the tokenizer"),
         ("id", "token_id in .* must be a int, got 'a'"),
         ("modules", "has weights of modules that the model does not have: .*connector"),
@@ -597,3 +597,23 @@ def test_the_class_of_the_model_comes_back():
         returned = hints["return"] if function is detach else get_args(hints["return"])[0]
         assert isinstance(hints["model"], TypeVar)
         assert returned is hints["model"]
+
+
+def test_an_adapter_of_int8_kernels(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    base, plain = llava()
+    model, processor = attach(base, plain, **FIELDS)
+    torchao.quantize_(model.spatial_tokens, torchao.Int8WeightOnlyConfig())
+    inputs = processor(images=pictures(1), text="a <image> b", return_tensors="pt")
+    logits = model(**inputs).logits
+    save_adapter(model, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["extractor.kernels.0.weight"].dtype == torch.int8
+    detach(model)
+    model, _ = load_adapter(base, tmp_path, plain)
+    assert torch.equal(model(**inputs).logits, logits)
+    detach(model)
+    model, _ = attach(base, plain, **FIELDS)
+    torchao.quantize_(model.spatial_tokens, torchao.Float8WeightOnlyConfig())
+    with pytest.raises(SpatialTokensError, match=r"this projector cannot be saved: .* is quantized \(a Float8Tensor\)"):
+        save_adapter(model, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["extractor.kernels.0.weight"].dtype == torch.int8

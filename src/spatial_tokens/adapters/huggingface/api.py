@@ -24,6 +24,7 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.presets import DEFAULT
 
 ATTRIBUTE = "_spatial_attachment"
 
@@ -33,7 +34,7 @@ Model = TypeVar("Model")  # the caller's own class, which comes back
 def attach(
     model: Model,
     processor: Any = None,
-    projector: SPProjector | SPProjectorConfig | str = "llava-sp-cropping",
+    projector: SPProjector | SPProjectorConfig | str = DEFAULT,
     *,
     mode: str = "auto",
     unit: Unit = "image",
@@ -53,9 +54,9 @@ def attach(
             torch.compile or DistributedDataParallel wraps.
         processor: Its processor; the one returned inserts the placeholders. Without one, use `insert_placeholders` on ready
             `input_ids`.
-        projector: A preset's name, whose widths and grid are those of the model, or a whole config: a new projector, in the dtype
-            of the model's own. Or a ready SPProjector without a patch head, which keeps its weights and dtype. Either is on the
-            device of the model's own projector.
+        projector: A preset's name, whose widths are those of the model, and whose grid too where kernels are dense; or a whole
+            config: a new projector, in the dtype of the model's own. Or a ready SPProjector without a patch head, which keeps its
+            weights and dtype. Either is on the device of the model's own projector.
         mode: "own" ("auto" too): a reserved token of its own marks the places. "image": the model's image token does.
         unit: "image": K spatial tokens for an image, from the whole of it (of images cut into tiles: from the thumbnail, the
             paper's InternVL setting). "tile": K for each tile.
@@ -74,7 +75,7 @@ def attach(
             found), has them already, or the projector, the token or an option does not fit it.
 
     Example:
-        model, processor = attach(model, processor, "llava-sp-cropping")
+        model, processor = attach(model, processor)
         inputs = processor(images=image, text="<image> What is this?", return_tensors="pt")
         model.generate(**inputs)
     """
@@ -302,7 +303,9 @@ def _grid_fields(parts: ModelParts, preset: SPProjectorConfig, resize: Resize | 
         )
     shape: dict[str, Any] = {"grid_size": grid, "patch_head": None}
     if as_size(grid, "grid_size") != preset.grid_size and "kernel_sizes" not in fields:
-        shape["kernel_sizes"] = _sizes(grid, preset.num_spatial_tokens)
+        shape["kernel_sizes"] = sizes = _sizes(grid, preset.num_spatial_tokens)
+        if isinstance(preset.frequencies, int):
+            shape["frequencies"] = tuple(min(preset.frequencies, *as_size(size, "kernel size")) for size in sizes)
     return shape
 
 

@@ -1,0 +1,169 @@
+"""Programs for other runtimes give what the projector gives, and need no library of ours where they run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
+from spatial_tokens.export import compile_package, export_onnx, export_program, export_pt2
+from spatial_tokens.modules import MLPHead
+from spatial_tokens.presets import PRESETS
+from tests.modules.test_factorized import refused
+from tests.tolerances import assert_close, rounding
+
+SMALL = {"vision_hidden_size": 16, "text_hidden_size": 12, "spatial_hidden_size": 8}
+
+
+def make(preset="llava-sp-cropping", **fields):
+    torch.manual_seed(0)
+    projector = SPProjector.from_config(SPProjectorConfig.from_preset(preset, **{**SMALL, **fields}))
+    return projector, projector.extractor.grid_size
+
+
+def patches_of(projector, grid, batch=3, seed=1):
+    dtype = next(projector.parameters()).dtype
+    return torch.randn(batch, grid[0] * grid[1], 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def outputs(projector, patches, *grid):
+    with torch.no_grad():
+        found = projector(patches, *grid, return_attention=projector.integrator is not None)
+    return found if isinstance(found, tuple) else (found,)
+
+
+KINDS = ("llava-sp-cropping", "llava-sp-pooling-dfi", "factorized-pooling")
+
+
+@pytest.mark.parametrize(("preset", "strict"), [*((name, False) for name in PRESETS), *((name, True) for name in KINDS)])
+def test_programs_of_torchs_own_operators(preset, strict):
+    projector, grid = make(preset)
+    program = export_program(projector, strict=strict)
+    operators = {node.target.namespace for node in program.graph.nodes if hasattr(node.target, "namespace")}
+    assert operators == {"aten"}
+    for batch in (1, 4):
+        patches = patches_of(projector, grid, batch)
+        for given, expected in zip(program.module()(patches), outputs(projector, patches), strict=True):
+            assert_close(given, expected)
+
+
+def run_alone(folder, text):
+    """In a process that cannot import this library."""
+    given = ["-c", f"import sys; sys.modules['spatial_tokens'] = None\nimport torch\n{text}"]
+    subprocess.run([sys.executable, *given], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": ""}, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("write", "load", "rank"),
+    [
+        (export_pt2, "torch.export.load('p.pt2').module()", None),
+        (compile_package, "torch._inductor.aoti_load_package('p.pt2')", None),
+        (compile_package, "torch._inductor.aoti_load_package('p.pt2')", 4),
+    ],
+    ids=["torch.export", "AOTInductor", "AOTInductor, factorized"],
+)
+def test_in_a_process_without_this_library(tmp_path, write, load, rank):
+    projector, grid = make(rank=rank)
+    cases = [(patches, outputs(projector, patches)) for patches in (patches_of(projector, grid, batch) for batch in (1, 8))]
+    write(projector, tmp_path / "p.pt2")
+    torch.save(cases, tmp_path / "cases.pt")
+    run_alone(
+        tmp_path,
+        f"run = {load}\n"
+        "for patches, expected in torch.load('cases.pt'):\n"
+        "    for given, wanted in zip(run(patches), expected, strict=True):\n"
+        "        assert (given - wanted).abs().max() <= 1e-5 * wanted.abs().max()",
+    )
+    assert sorted(os.listdir(tmp_path)) == ["cases.pt", "p.pt2"]
+
+
+def onnx_outputs(path, patches):
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["patches"]
+    assert [each.name for each in session.get_outputs()] == ["tokens", "attention"][: len(session.get_outputs())]
+    return [torch.from_numpy(each) for each in session.run(None, {"patches": patches.numpy()})]
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [*((name, torch.float32) for name in PRESETS), *((name, torch.float16) for name in KINDS)]
+)
+def test_onnx(tmp_path, preset, dtype):
+    pytest.importorskip("onnxscript")
+    projector, grid = make(preset)
+    projector.to(dtype)
+    export_onnx(projector, tmp_path / "p.onnx")
+    for batch in (1, 5):
+        patches = patches_of(projector, grid, batch)
+        expected = outputs(projector.double(), patches.double())
+        projector.to(dtype)
+        for given, wanted in zip(onnx_outputs(tmp_path / "p.onnx", patches), expected, strict=True):
+            assert given.dtype == dtype
+            assert_close(given, wanted, 1e-5 if dtype == torch.float32 else rounding(dtype, 10))
+    assert os.listdir(tmp_path) == ["p.onnx"]
+
+
+def test_onnx_weights_beside_the_model(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("spatial_tokens.export.LARGEST_MESSAGE", 1000)
+    for seed in (0, 1):  # the second takes the place of the first
+        projector, grid = make()
+        torch.nn.init.normal_(projector.patch_head.fc1.weight, generator=torch.Generator().manual_seed(seed))
+        export_onnx(projector, tmp_path / "p.onnx")
+        assert sorted(os.listdir(tmp_path)) == ["p.onnx", "p.onnx.data"]
+        patches = patches_of(projector, grid)
+        for given, expected in zip(onnx_outputs(tmp_path / "p.onnx", patches), outputs(projector, patches), strict=True):
+            assert_close(given, expected)
+
+
+def test_factorized_kernels_for_another_grid(tmp_path):
+    projector, _ = make("factorized-cropping")
+    program = export_program(projector, grid_size=(10, 16)).module()
+    patches = patches_of(projector, (10, 16))
+    for given, expected in zip(program(patches), outputs(projector, patches, (10, 16)), strict=True):
+        assert_close(given, expected)
+    with refused("dense kernels belong to the grid that they were built for, got grid_sizes=(10, 16)"):
+        export_pt2(make()[0], tmp_path / "p.pt2", grid_size=(10, 16))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_projector_stays_as_it_is():
+    projector, _ = make()
+    projector.extractor.eval()
+    before = [module.training for module in projector.modules()]
+    export_program(projector)
+    assert [module.training for module in projector.modules()] == before
+    assert any(before)
+    assert not all(before)
+
+
+class Sums(torch.nn.Module):
+    num_spatial_tokens = 1
+
+    def forward(self, patches):
+        return patches.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("projector", "message"),
+    [
+        (lambda: torch.nn.Linear(2, 2), "projector must be an SPProjector, got a Linear"),
+        (lambda: SPProjector.from_config(make()[0].config, device="meta"), "the projector is on the meta device, without values"),
+        (lambda: SPProjector(Sums(), None, MLPHead(4, 4), None), "a Sums names no grid_size and vision_hidden_size; give it both"),
+    ],
+)
+def test_what_cannot_be_exported(tmp_path, projector, message):
+    for write in (export_pt2, compile_package):
+        with refused(message):
+            write(projector(), tmp_path / "p.pt2")
+    assert os.listdir(tmp_path) == []
+
+
+def test_names_of_packages(tmp_path):
+    with refused("a package's name ends in .pt2, got"):
+        compile_package(make()[0], tmp_path / "p.so")
+    with pytest.raises(SpatialTokensError, match="cannot write"):
+        export_pt2(make()[0], Path("/proc/p.pt2"))
