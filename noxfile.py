@@ -1,18 +1,54 @@
 """The one gate. `nox` runs lint, types and tests in the environment that nox is in, so that torch is installed once."""
 
 import os
+import re
+import shutil
 import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "package"]
 
 LOWEST = [
-    "torch==2.6.0", "torchvision==0.21.0", "einops==0.8.0", "safetensors==0.4.3", "timm==1.0.22", "transformers==5.0.0",
+    "torch==2.6.0", "torchvision==0.21.0", "einops==0.6.1", "safetensors==0.4.3", "timm==1.0.22", "transformers==5.0.0",
     "accelerate==1.3.0", "peft==0.15.0",
 ]  # fmt: skip
 
+# What each extra is for, run where nothing else is installed; "core" is the library without any.
+SAVE_TINY_LLAVA = """
+from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.visualize import sample_picture
+for part in tiny_llava():
+    part.save_pretrained("llava")
+sample_picture().save("picture.png")
+"""
+EXTRAS: dict[str, list[list[str]]] = {
+    "core": [
+        ["pytest", "tests/modules/test_projector.py", "tests/storage", "tests/checkpoint/test_llava_sp.py"],
+        ["spatial-tokens", "info", "llava-sp-cropping"],
+    ],
+    "timm": [["pytest", "tests/adapters/test_timm.py"]],
+    "viz": [["pytest", "tests/test_visualize.py"]],
+    "timm,viz": [["spatial-tokens", "demo"]],
+    "hf": [
+        ["pytest", "tests/test_examples.py", "tests/test_demo_model.py"],
+        ["python", "-c", SAVE_TINY_LLAVA],
+        ["python", "{root}/examples/attach_llava.py", "llava", "picture.png", "What?"],
+        ["python", "{root}/examples/pipeline.py", "llava", "picture.png", "What?"],
+    ],
+    "torchao": [["pytest", "tests/compression/test_int8.py"]],
+    "onnx": [["pytest", "tests/test_export.py", "-k", "onnx"]],
+    "bench": [["pytest", "tests/bench", "-k", "not llm and not projectors"]],
+    "train": [
+        ["pytest", "tests/test_examples.py"],
+        ["python", "{root}/examples/tiny_data.py", "tiny-data"],
+        ["python", "{root}/examples/train.py", "{root}/examples/configs/tiny/alignment.yaml"],
+        ["python", "{root}/examples/train.py", "{root}/examples/configs/tiny/instruction_tuning.yaml"],
+    ],
+}
 
 # A process for each core, as what is tested is small; more than four would need much memory.
 IN_PARALLEL = ("-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal")
@@ -36,6 +72,58 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     here(session, "pytest", *IN_PARALLEL, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Builds sdist and wheel as a stranger would, and runs the tests of what such a file can break in the unpacked sdist."""
+    session.install("build", "twine")
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(folder / "dist"))
+    session.run("twine", "check", "--strict", *map(str, (folder / "dist").iterdir()))
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    shutil.rmtree(folder / "unpacked", ignore_errors=True)
+    shutil.unpack_archive(sdist, folder / "unpacked")
+    unpacked = folder / "unpacked" / sdist.name.removesuffix(".tar.gz")
+    with session.chdir(unpacked):
+        env = {"PYTHONPATH": str(unpacked / "src")}
+        here(session, "pytest", "--collect-only", "-qq", env=env)
+        here(session, "pytest", "-q", "tests/test_package.py", "tests/test_docs.py", env=env)
+
+
+@nox.session
+@nox.parametrize("extra", list(EXTRAS), ids=list(EXTRAS))
+def extras(session: nox.Session, extra: str) -> None:
+    """Each extra runs what it is for, alone in an environment of its own, which shares torch with the one that nox is in."""
+    share(session, "torch", *(["torchvision"] if extra in ("timm", "timm,viz", "hf", "train") else []))
+    session.install("." if extra == "core" else f".[{extra}]", "pytest", "hypothesis")
+    folder, root = Path(session.create_tmp()).resolve(), Path.cwd()
+    for command in EXTRAS[extra]:
+        with session.chdir(root if command[0] == "pytest" else folder):
+            session.run(*(word.replace("{root}", str(root)) for word in command))
+
+
+def share(session: nox.Session, *libraries: str) -> None:
+    """Lets a session's environment import these libraries, and what they require, from the environment that nox is in."""
+    names, found = list(libraries), {}
+    while names:
+        name = names.pop()
+        try:
+            found[name] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # of another platform
+            continue
+        required = [each for each in found[name].requires or [] if "extra ==" not in each]
+        names += {re.split(r"[^\w.-]", each)[0] for each in required} - found.keys()
+    folder = Path(session.create_tmp()).resolve() / "shared"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for distribution in found.values():
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
+    site = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    (Path(str(site).strip()) / "shared.pth").write_text(f"{folder}\n")
 
 
 @nox.session

@@ -29,7 +29,8 @@ from spatial_tokens.adapters.huggingface import attach, load_adapter
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
 from spatial_tokens.checkpoint import llava_from_parts
 from spatial_tokens.errors import reason, shown
-from spatial_tokens.storage.files import make_directory, read_text
+from spatial_tokens.storage.files import make_directory
+from spatial_tokens.storage.text import read_text
 from spatial_tokens.training import STAGES, LoRA
 from spatial_tokens.training.checkpoints import last_complete
 from spatial_tokens.training.dataset import Collator, ConversationDataset

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spatial_tokens import SPProjector, SPProjectorConfig, __version__
+from spatial_tokens.bench import names, options, suites
 from spatial_tokens.checkpoint import to_llava_sp
 from spatial_tokens.cli import main
 from spatial_tokens.presets import PRESETS
@@ -268,7 +269,7 @@ def test_convert_mistakes(capsys, tmp_path, projector):
         ((tmp_path / "empty", tmp_path / "out"), "no weights in"),
         ((tmp_path / "missing.bin", tmp_path / "out"), "does not exist"),
         ((own, tmp_path / "missing" / "out.bin"), "cannot write"),
-        ((own, tmp_path / "out.bin", "--prefix", "x."), "invalid choice: 'x.'"),
+        ((own, tmp_path / "out.bin", "--prefix", "x."), "--prefix must be 'base_model.model.model.', 'model.' or '', got 'x.'"),
         ((LONG, tmp_path / "out"), "does not exist"),
         ((released, tmp_path / LONG), "File name too long"),
         ((own, tmp_path / f"{LONG}.bin"), "File name too long"),
@@ -298,12 +299,37 @@ def test_mistakes_in_the_words(capsys, arguments):
     assert "--help" in run(capsys, *arguments, code=2)
 
 
-def test_tables_without_rich_name_the_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    for name in ("rich.box", "rich.console", "rich.markup", "rich.table"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert "pip install 'spatial-tokens[viz]'" in run(capsys, "info", "llava-sp-cropping", code=2)
-    assert json.loads(run(capsys, "info", "llava-sp-cropping", "--json"))
+def test_info_prints_a_table_that_is_aligned_and_whole(capsys):
+    """Whatever the terminal's width, and with no library for it."""
+    lines = run(capsys, "info", "llava-sp-cropping", "--dtype", "float32").splitlines()
+    config = SPProjectorConfig.from_preset("llava-sp-cropping")
+    rows = lines[2 : 2 + 2 + len(config.costs()) + 1]
+    assert lines[0] == "llava-sp-cropping, in float32, multiply-adds of one image"
+    assert rows[0].split() == ["part", "parameters", "MiB", "multiply-adds"]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    for row, cost in zip(rows[2:], config.costs(bytes_per_parameter=4), strict=False):
+        assert row.startswith(f"{cost.part}  ")
+        assert row.split()[-4:-2] == [f"{cost.parameters:,}", f"{cost.bytes / 2**20:,.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["--version"], 0), ([], 2), (["nonsense"], 2), (["demo", "--help"], 0), (["bench", "--suite", "no"], 2),
+     (["info"], 0), (["info", "llava-sp-cropping"], 0), (["info", "nonsense"], 2), (["info", "missing.json"], 2)],
+)  # fmt: skip
+def test_what_needs_no_torch_does_not_import_it(arguments, code):
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'rich', 'numpy', 'transformers', 'PIL']))\n"
+        f"from spatial_tokens.cli import main; raise SystemExit(main({arguments}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_names_of_suites_and_dtypes_are_those_that_there_are():
+    assert tuple(suites.SUITES) == names.SUITES
+    assert [str(dtype) for dtype in options.DTYPES.values()] == [f"torch.{name}" for name in names.DTYPES]
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"]])
@@ -357,7 +383,7 @@ def test_ctrl_c_that_a_library_passes_over_is_no_traceback(monkeypatch):
         raise ImportError("cannot load module more than once per process")
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("spatial_tokens.cli.commands.run_info", fail)
+    monkeypatch.setattr("spatial_tokens.cli.info.run", fail)
     assert main(["info"]) == 130
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -369,7 +395,7 @@ def test_ctrl_c_while_torch_is_imported(tmp_path, program):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
-        [sys.executable, *program, "info"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, *program, "demo"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spatial_tokens import SpatialTokensError, SPProjectorConfig
+from spatial_tokens import SpatialTokensError, SPProjectorConfig, __version__
 from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.presets import PRESETS
 from tests.strategies import configs
@@ -354,3 +354,34 @@ def test_unknown_presets(name, proposal):
 @pytest.mark.parametrize("grid_size", [(513, 512), (2**18, 2), 2**31 - 1])
 def test_grids_larger_than_any_encoder_gives(grid_size):
     refused("patches; at most 262,144 are possible", grid_size=grid_size, variant="pooling", kernel_sizes=(1,))
+
+
+def test_the_file_says_which_version_wrote_it():
+    config = SPProjectorConfig(**GOOD)
+    assert json.loads(config.to_json()) == {"library": f"spatial-tokens {__version__}", **json.loads(json.dumps(config.to_dict()))}
+    assert SPProjectorConfig.from_json(json.dumps(GOOD)) == config, "files of 0.1 say nothing"
+    for version in ("99.0.0", "99", "0.0.1", "99.1.dev2+local"):
+        assert SPProjectorConfig.from_json(json.dumps({"library": f"spatial-tokens {version}", **GOOD})) == config
+
+
+@pytest.mark.parametrize("version", ["99", "99.0.1", f"{__version__}.1", "99.1.dev2+local"])
+@pytest.mark.parametrize("changes", [{"rotation": 3}, {"variant": "spiral"}, {"spatial_hidden_size": None}])
+def test_a_file_of_a_newer_version_is_named_as_such(version, changes):
+    with pytest.raises(SpatialTokensError, match="|".join([*changes, *map(str, changes.values())])) as caught:
+        SPProjectorConfig.from_json(json.dumps({"library": f"spatial-tokens {version}", **GOOD, **changes}))
+    start = f"written by spatial-tokens {version}, newer than this spatial-tokens {__version__}; upgrade the library: "
+    assert str(caught.value).startswith(start)
+
+
+@pytest.mark.parametrize("library", [f"spatial-tokens {__version__}", "spatial-tokens 0.0.9"])
+def test_a_mistake_in_a_file_of_this_version_is_not_the_versions(library):
+    with pytest.raises(SpatialTokensError, match=r"^unknown field 'rotation'"):
+        SPProjectorConfig.from_json(json.dumps({"library": library, **GOOD, "rotation": 3}))
+
+
+@pytest.mark.parametrize(
+    "library", [3, None, [], {}, "", "transformers 5.0", "spatial-tokens", "spatial-tokens ٣", "spatial-tokens " + "9" * 99]
+)
+def test_what_no_version_writes_is_no_version(library):
+    with pytest.raises(SpatialTokensError, match=r"^unknown field 'library'"):
+        SPProjectorConfig.from_json(json.dumps({"library": library, **GOOD}))

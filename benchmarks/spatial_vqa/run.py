@@ -31,7 +31,8 @@ import torch
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.bench.machine import describe
 from spatial_tokens.errors import reason
-from spatial_tokens.storage.files import make_directory, read_text, write_text
+from spatial_tokens.storage.files import make_directory, write_text
+from spatial_tokens.storage.text import read_text
 
 try:
     from rich.console import Console

@@ -27,6 +27,7 @@ from spatial_tokens.grid import (
     strided_grid_size,
 )
 from spatial_tokens.presets import PRESETS
+from spatial_tokens.versions import ENTRY, WRITER, naming_newer_files, release
 
 # Fields that configs of dense kernels do not write, so that earlier versions read them.
 FACTORS = {"rank": None, "frequencies": None, "spatial_basis": "cosine"}
@@ -289,7 +290,8 @@ class SPProjectorConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-            SpatialTokensError: If the text is not a JSON object, repeats a field, or its fields do not make a valid config.
+            SpatialTokensError: If the text is not a JSON object, repeats a field, or its fields do not make a valid config. Names a
+                newer version of the library, if one wrote it.
         """
         try:
             values = json.loads(text, object_pairs_hook=_without_repeats)
@@ -297,15 +299,17 @@ class SPProjectorConfig:
             raise
         except (TypeError, ValueError, RecursionError) as error:
             raise SpatialTokensError(f"the config is not valid JSON: {reason(error)}") from error
-        return cls.from_dict(values)
+        with naming_newer_files(values):
+            has_writer = isinstance(values, dict) and release(values.get(ENTRY)) != ()
+            return cls.from_dict({name: value for name, value in values.items() if name != ENTRY} if has_writer else values)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain Python values; those of factorized kernels where they are not the default."""
         return {name: value for name, value in asdict(self).items() if FACTORS.get(name, ...) != value}
 
     def to_json(self) -> str:
-        """What `to_dict` gives as JSON text; pairs become lists."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        """The library's version and what `to_dict` gives, as JSON text; pairs become lists."""
+        return json.dumps({ENTRY: WRITER, **self.to_dict()}, indent=2) + "\n"
 
 
 def _did_you_mean(name: object, known: Any) -> str:

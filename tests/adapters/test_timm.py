@@ -1,5 +1,6 @@
 """The timm adapter against hooks on timm's own model."""
 
+import re
 import sys
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from PIL import Image
 
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
+from spatial_tokens.cli import main
 from spatial_tokens.errors import MissingExtraError
+from tests.fake_hub import no_connection
 from tests.tolerances import relative_error, rounding
 
 timm = pytest.importorskip("timm")
@@ -191,3 +194,12 @@ def test_a_model_that_cannot_give_its_layers(monkeypatch):
     monkeypatch.delattr("timm.models.VisionTransformer.forward_intermediates")
     with pytest.raises(SpatialTokensError, match="'vit_small_patch14_dinov2' has no forward_intermediates"):
         TimmPatchEncoder("vit_small_patch14_dinov2")
+
+
+def test_weights_that_cannot_be_had_are_said_so_at_once(monkeypatch, tmp_path, capsys):
+    no_connection(monkeypatch, tmp_path)
+    reason = "/.* is neither a folder here nor in Hugging Face's cache, and from the Hugging Face Hub it cannot be had: "
+    with pytest.raises(SpatialTokensError, match=f"timm cannot make 'vit_small_patch14_dinov2': timm{reason}"):
+        TimmPatchEncoder("vit_small_patch14_dinov2", pretrained=True)
+    assert main(["demo", "--pretrained", "--output", str(tmp_path)]) == 2
+    assert re.fullmatch(f"spatial-tokens demo: error: timm cannot make '.*': timm{reason}.*\n", capsys.readouterr().err)

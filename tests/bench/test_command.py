@@ -24,7 +24,7 @@ from tests.bench.tiny import COLLECT, TINY, shrink
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     shrink(monkeypatch)
-    monkeypatch.setattr("spatial_tokens.cli.commands.Options", partial(Options, config=TINY))
+    monkeypatch.setattr("spatial_tokens.cli.bench.Options", partial(Options, config=TINY))
 
 
 def run(capsys, *arguments, code=0):

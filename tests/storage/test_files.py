@@ -22,10 +22,10 @@ from spatial_tokens.storage.files import (
     make_directory,
     read_safetensors,
     read_tensors,
-    read_text,
     write_tensors,
     write_text,
 )
+from spatial_tokens.storage.text import read_text
 from spatial_tokens.training.checkpoints import check_complete, last_complete, mark_complete
 from tests.storage.test_pretrained import build
 

@@ -16,7 +16,6 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from spatial_tokens import SpatialTokensError, SPProjector
-from spatial_tokens.adapters.huggingface import saving
 from spatial_tokens.modules.ablations import TransformerExtractor
 from spatial_tokens.training.tensor_parallel import parallelize_projector, tensor_parallel_plan
 from tests.modules.checks import assert_all_close
@@ -119,13 +118,6 @@ def test_state_dicts_of_a_tensor_parallel_projector(ran):
         alone, together = each["norms"]
         assert together == pytest.approx(alone, rel=FLOAT32)
         assert each["same"] == [True, True, True]
-
-
-def test_a_process_that_writes_nothing_uploads_nothing(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "HfApi", lambda **_: None)
-    monkeypatch.setattr(saving, "save_adapter", lambda model, folder: None)
-    assert saving.push_to_hub(None, "user/name") == ""
 
 
 # examples/engines, as the page says to launch them

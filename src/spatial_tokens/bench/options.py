@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from spatial_tokens.bench import names
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.grid import as_size
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 
 
 @dataclass(frozen=True)

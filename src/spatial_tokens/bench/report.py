@@ -11,7 +11,8 @@ from typing import Any
 
 from spatial_tokens.bench.contest import Row
 from spatial_tokens.errors import SpatialTokensError, shown
-from spatial_tokens.storage.files import read_text, write_text
+from spatial_tokens.storage.files import write_text
+from spatial_tokens.storage.text import read_text
 
 FORMAT = 1
 

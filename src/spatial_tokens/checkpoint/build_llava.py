@@ -12,6 +12,7 @@ import torch
 
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.modules import MLPHead
+from spatial_tokens.storage.hub import in_reach
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -56,6 +57,7 @@ def llava_from_parts(base: str | PathLike[str], vision: str | PathLike[str]) -> 
         model, processor = llava_from_parts("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336")
         model, processor = attach(model, processor, "llava-sp-cropping")
     """
+    base, vision = found_base(base), found_vision(vision)
     with quiet_transformers() as transformers:
         llama = language_model(transformers, base, text_config(transformers, base))
         vision_config(transformers, vision)
@@ -87,6 +89,22 @@ def assembled(
         vision_feature_select_strategy="default", chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
     )  # fmt: skip
     return model.eval(), processor
+
+
+def found_base(base: str | PathLike[str]) -> str | PathLike[str]:
+    """A language model, or what the cache holds of it without a connection.
+
+    Raises:
+        SpatialTokensError: If it is neither here nor in reach.
+    """
+    with saying(f"cannot load the language model {base}"):
+        return in_reach(base)
+
+
+def found_vision(vision: str | PathLike[str]) -> str | PathLike[str]:
+    """The same of a vision tower."""
+    with saying(_no_tower(vision)):
+        return in_reach(vision)
 
 
 def text_config(transformers: Any, base: str | PathLike[str]) -> Any:

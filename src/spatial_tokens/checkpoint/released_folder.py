@@ -23,6 +23,8 @@ from spatial_tokens.adapters.huggingface.hooks import NAME
 from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
 from spatial_tokens.checkpoint.build_llava import (
     assembled,
+    found_base,
+    found_vision,
     language_model,
     quiet_transformers,
     saying,
@@ -37,9 +39,10 @@ from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules import MLPHead, SPProjector
 from spatial_tokens.storage.directories import new_directory
-from spatial_tokens.storage.files import read_tensors, read_text
+from spatial_tokens.storage.files import read_tensors
 from spatial_tokens.storage.pretrained import require_exactly
 from spatial_tokens.storage.staging import is_staging
+from spatial_tokens.storage.text import read_text
 
 CONFIG_NAME = "config.json"
 LORA_CONFIG = "adapter_config.json"
@@ -141,8 +144,8 @@ def _assembled(
     transformers: Any, folder: Path, base: str | PathLike[str], vision: str | PathLike[str] | None, config: SPProjectorConfig | None
 ) -> tuple[Any, Any, SPProjector]:
     """The LLaVA and its processor, and the projector without its patch head, which is in the model."""
-    base, settings = as_path(base), _settings(folder)
-    vision = settings["mm_vision_tower"] if vision is None else vision
+    base, settings = found_base(as_path(base)), _settings(folder)
+    vision = found_vision(settings["mm_vision_tower"] if vision is None else vision)
     lora = _lora(folder)
     source = folder if lora is None else folder / TRAINED
     whole = lora is None and os.path.realpath(base) == os.path.realpath(folder)

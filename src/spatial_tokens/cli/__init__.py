@@ -1,40 +1,41 @@
 """The `spatial-tokens` command: its streams, its errors and its exit code.
 
-What the command does is imported, with torch, where Ctrl-C already ends it without a traceback.
+What a command does is imported, most often with torch, once its words are known to be right, and where Ctrl-C already ends it
+without a traceback.
 """
 
 import os
 import signal
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pkgutil import resolve_name
 from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from spatial_tokens.cli.parser import make_parser
 from spatial_tokens.errors import SpatialTokensError, on_one_line, reason
 
 PROGRAM = "spatial-tokens"
 INTERRUPTED = 130
+
+Handler = Callable[[int, FrameType | None], Any]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 0, 2 after one line on standard error if what was asked for cannot be done, 130 after Ctrl-C."""
     if sys.stdout is None:  # as Python has it where file descriptor 1 is closed
         return _fail(f"{PROGRAM}: error: standard output is closed; redirect it to a file, or to /dev/null")
-    with _on_interrupt(lambda *_: os._exit(INTERRUPTED)):  # torch may abort where KeyboardInterrupt meets it in its C++ code
-        from spatial_tokens.cli.parser import make_parser
-
     interrupts: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> NoReturn:
         interrupts.append(number)  # as a library that is being imported may pass over the exception, and fail later
         raise KeyboardInterrupt
 
-    with _on_interrupt(interrupt), _escapes(sys.stdout):
+    with _escapes(sys.stdout):
         try:
-            failure = _run(make_parser(), argv)
+            failure = _run(argv, interrupt)
         except BaseException as error:
             if interrupts or isinstance(error, KeyboardInterrupt):
                 return INTERRUPTED
@@ -44,14 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if failure is None else _fail(failure)
 
 
-def _run(parser: ArgumentParser, argv: list[str] | None) -> str | None:
+def _run(argv: list[str] | None, interrupt: Handler) -> str | None:
     """Runs the command; returns what to say if it fails."""
     name = PROGRAM
     try:
         try:
-            arguments = parser.parse_args(argv)
-            name = f"{PROGRAM} {arguments.command}"
-            arguments.run(arguments)
+            # torch may abort where KeyboardInterrupt meets it in its C++ code
+            with _on_interrupt(lambda *_: os._exit(INTERRUPTED)):
+                arguments = make_parser().parse_args(argv)
+                name = f"{PROGRAM} {arguments.command}"
+                command = resolve_name(f"{__name__}.{arguments.run}")
+            with _on_interrupt(interrupt):
+                command(arguments)
         finally:
             sys.stdout.flush()
     except SpatialTokensError as error:
@@ -65,7 +70,7 @@ def _run(parser: ArgumentParser, argv: list[str] | None) -> str | None:
 
 
 @contextmanager
-def _on_interrupt(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def _on_interrupt(handler: Handler) -> Iterator[None]:
     """Has Ctrl-C call a handler, unless it is ignored or another's already; only the main thread can say."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
     if ours:

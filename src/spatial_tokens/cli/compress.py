@@ -15,7 +15,8 @@ from spatial_tokens.adapters.timm import TimmPatchEncoder
 from spatial_tokens.adapters.transformers import TransformersPatchEncoder
 from spatial_tokens.checkpoint import from_llava_sp
 from spatial_tokens.checks import as_path
-from spatial_tokens.cli.commands import is_own_format, print_json, require_own_files
+from spatial_tokens.cli.convert import is_own_format, require_own_files
+from spatial_tokens.cli.output import print_json
 from spatial_tokens.compression import CompressionReport, compress, quantize_int8
 from spatial_tokens.compression.encoded import EncodedPictures, pictures_in
 from spatial_tokens.compression.plot import plot
@@ -32,7 +33,7 @@ OF_FACTORS = ("rank", "parameters", "error", "frequencies", "basis")
 SECONDS = 10  # from one line to the next where no terminal is
 
 
-def run_compress(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """`spatial-tokens compress`: a smaller projector, its report and its plot."""
     source, target = as_path(arguments.input, "IN"), as_path(arguments.output, "OUT")
     _check(arguments, target)

@@ -1,4 +1,4 @@
-"""The words of the command line: commands, options, help."""
+"""The words of the command line: commands, options, help. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import sys
 from typing import Any, NoReturn, get_args
 
 from spatial_tokens import __version__
-from spatial_tokens.bench.options import DTYPES
-from spatial_tokens.bench.suites import SUITES
-from spatial_tokens.checkpoint.llava_sp import PREFIXES
-from spatial_tokens.cli import commands
-from spatial_tokens.cli.compress import run_compress
+from spatial_tokens.bench.names import DTYPES, SUITES
+from spatial_tokens.cli.info import BYTES
 from spatial_tokens.errors import on_one_line, shown
 from spatial_tokens.grid import SpatialBasis, is_positive_int
 
@@ -31,13 +28,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of `spatial-tokens`; each command leaves its function in `run`."""
+    """The parser of `spatial-tokens`; each command leaves the name of its function, `module:function`, in `run`."""
     parser = _Parser(prog="spatial-tokens", description="Visual spatial tokens for vision-language models (LLaVA-SP).")
     parser.add_argument("--version", action="version", version=f"spatial-tokens {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     demo = _command(
-        subparsers, "demo", commands.run_demo, "run encoder and projector on a picture", "demo photo.jpg --preset llava-sp-pooling"
+        subparsers, "demo", "demo:run", "run encoder and projector on a picture", "demo photo.jpg --preset llava-sp-pooling"
     )
     demo.add_argument("image", nargs="?", metavar="IMAGE", help="a picture; the demo draws its own without one")
     demo.add_argument(
@@ -51,20 +48,18 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", default="What is in this picture?", help="what to ask it (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
 
-    info = _command(
-        subparsers, "info", commands.run_info, "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32"
-    )
+    info = _command(subparsers, "info", "info:run", "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32")
     info.add_argument(
         "config", nargs="?", metavar="PRESET|config.json", help="a preset, or a config's path; lists the presets without"
     )
     info.add_argument(
-        "--dtype", choices=commands.BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
+        "--dtype", choices=BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
     )
 
     bench = _command(
         subparsers,
         "bench",
-        commands.run_bench,
+        "bench:run_bench",
         "measure the operators, projectors and models on this machine",
         "bench --suite kernels --batch 1 --json kernels.json\n  spatial-tokens bench compare before.json after.json",
         json=False,
@@ -79,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare = _command(
         actions,
         "compare",
-        commands.run_compare,
+        "bench:run_compare",
         "show the times of two reports as ratios",
         "bench compare a.json b.json",
         json=False,
@@ -90,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert = _command(
         subparsers,
         "convert",
-        commands.run_convert,
+        "convert:run",
         "convert released LLaVA-SP checkpoints to this library's format or a Hugging Face model, or back",
         "convert mm_projector.bin projector\n  spatial-tokens convert projector released.safetensors --prefix model.\n"
         "  spatial-tokens convert llava-sp-lora llava-sp-hf --base vicuna-7b-v1.5",
@@ -102,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--vision", metavar="DIR", help="with --base: the vision tower (default: what the folder's config names)")
     convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
-    convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
+    convert.add_argument("--prefix", default="", metavar="PREFIX", help="on the way back: the names' prefix")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
     _add_compress(subparsers)
     return parser
@@ -112,7 +107,7 @@ def _add_compress(subparsers: Any) -> None:
     compress = _command(
         subparsers,
         "compress",
-        run_compress,
+        "compress:run",
         "make a dense projector small: factorized kernels that give nearly its tokens, or kernels in 8 bits",
         "compress projector small --images photos --encoder vit_large_patch14_clip_quickgelu_336.openai\n"
         "  spatial-tokens compress projector small --features features.safetensors --error 0.05",
@@ -143,7 +138,7 @@ def _add_compress(subparsers: Any) -> None:
     compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
 
 
-def _command(subparsers: Any, name: str, run: Any, purpose: str, example: str, *, json: bool = True) -> argparse.ArgumentParser:
+def _command(subparsers: Any, name: str, run: str, purpose: str, example: str, *, json: bool = True) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=purpose,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from types import NoneType
 from typing import Any, Literal, overload
@@ -20,8 +22,17 @@ from spatial_tokens.modules.heads import LinearHead, MLPHead
 from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.inputs import GridSizes, as_grid_list, require_own_grid
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
-from spatial_tokens.storage import pretrained, sharded
+from spatial_tokens.storage import hub, pretrained, sharded
 from spatial_tokens.storage.int8 import require_plain
+from spatial_tokens.storage.model_card import PAPER, model_card
+
+_LOADING = """
+import torch
+from spatial_tokens import SPProjector
+
+projector = SPProjector.from_pretrained("{repo_id}")
+tokens = projector(torch.randn(1, {patches}, {width}))  # the patch features of an image
+"""
 
 
 class SPProjector(nn.Module):
@@ -261,22 +272,55 @@ class SPProjector(nn.Module):
         if tensors:
             pretrained.save(folder, self.config, tensors)
 
+    def push_to_hub(self, repo_id: str, *, datasets: Sequence[str] = (), **options: Any) -> str:
+        """Uploads what `save_pretrained` writes, with a model card, to the Hugging Face Hub; see `storage.hub.push`.
+
+        Args:
+            repo_id: The repository, "user/name", which is made if it is not there.
+            datasets: What it was trained on, by names on the Hub, for the card.
+            **options: `private`, `token`, `revision`, `commit_message`.
+
+        Returns:
+            The repository's address; "" in a process of a sharded projector that does not write.
+
+        Raises:
+            SpatialTokensError: If the files cannot be written or sent.
+        """
+        config = self.config
+        card = partial(
+            model_card,
+            repo_id,
+            config,
+            summary=f"A projector that makes visual spatial tokens of patch features, in the design of [LLaVA-SP]({PAPER}).",
+            code=_LOADING.format(repo_id=repo_id, patches=config.num_patches, width=config.vision_hidden_size),
+            facts={"channels": f"{config.vision_hidden_size} of patches, {config.text_hidden_size} of tokens"},
+            datasets=datasets,
+        )
+        return hub.push(self.save_pretrained, repo_id, card, **options)
+
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | PathLike[str],
+        source: str | PathLike[str],
         *,
+        revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> SPProjector:
-        """The projector that `save_pretrained` wrote: on the CPU and in its own dtype, unless told otherwise.
+        """The projector that `save_pretrained` or `push_to_hub` wrote: on the CPU and in its own dtype, unless told otherwise.
+
+        Args:
+            source: A directory, or "user/name" on the Hugging Face Hub.
+            revision: A branch, tag or commit of the repository.
+            device: Where it is to be.
+            dtype: Of its parameters.
 
         Raises:
-            SpatialTokensError: If a file is missing or damaged, the tensors are not exactly the config's, or the device or dtype
-                is not one that parameters can have.
+            SpatialTokensError: If a file is missing or damaged, the tensors are not exactly the config's, the device or dtype is
+                not one that parameters can have, or the repository cannot be had.
         """
-        folder = as_path(directory, "directory")
         checked_factory(device, dtype)
+        folder = hub.folder_of(source, (pretrained.CONFIG_NAME, pretrained.WEIGHTS_NAME), revision)
         config, tensors = pretrained.load(folder)
         projector = cls.from_config(config, device="meta")
         pretrained.assign(projector, tensors, str(folder), dtype)

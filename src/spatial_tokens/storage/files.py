@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import SpatialTokensError, reason
-from spatial_tokens.storage.contents import LFS_POINTER, described
+from spatial_tokens.storage.contents import described
 from spatial_tokens.storage.int8 import flattened, require_plain, restored
 from spatial_tokens.storage.staging import staging, sync
+from spatial_tokens.storage.text import read_text
 
 Tensors = dict[str, torch.Tensor]
 
@@ -97,23 +98,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file, atomically, in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Reads a text file.
-
-    Raises:
-        SpatialTokensError: If it is missing, unreadable or not UTF-8.
-    """
-    try:
-        text = as_path(path).read_text(encoding="utf-8")
-    except SpatialTokensError:
-        raise
-    except (OSError, ValueError) as error:
-        raise SpatialTokensError(f"cannot read {path}: {reason(error)}") from error
-    if text.startswith(LFS_POINTER):
-        raise SpatialTokensError(f"cannot read {path}: it is {described(Path(path))}")
-    return text
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

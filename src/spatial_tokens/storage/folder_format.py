@@ -9,7 +9,8 @@ import torch
 
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.storage.files import Tensors, atomic_write, make_directory, read_safetensors, read_text, write_tensors
+from spatial_tokens.storage.files import Tensors, atomic_write, make_directory, read_safetensors, write_tensors
+from spatial_tokens.storage.text import read_text
 
 Config = TypeVar("Config")
 

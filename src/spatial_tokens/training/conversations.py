@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from spatial_tokens.adapters.huggingface.processing import placeholder_of
 from spatial_tokens.errors import SpatialTokensError, reason, shown
-from spatial_tokens.storage.files import read_text
+from spatial_tokens.storage.text import read_text
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

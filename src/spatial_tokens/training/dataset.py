@@ -16,7 +16,7 @@ from spatial_tokens.adapters.huggingface.placeholders import ALIGNED
 from spatial_tokens.adapters.huggingface.processing import placeholder_of, reserved_id_of
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.pictures import read_picture
-from spatial_tokens.storage.files import read_text
+from spatial_tokens.storage.text import read_text
 from spatial_tokens.training.conversations import (
     BadSampleError,
     Rendered,

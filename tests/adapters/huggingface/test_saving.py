@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import os
+import re
+from typing import TypeVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from spatial_tokens import SpatialTokensError, SPProjectorConfig
-from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, push_to_hub, replace_projector, save_adapter, saving
+from spatial_tokens import SpatialTokensError, SPProjectorConfig, __version__
+from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, replace_projector, save_adapter, saving
 from spatial_tokens.adapters.huggingface.api import attachment_of
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
 
@@ -501,31 +503,6 @@ def test_twice():
         attach(base, plain, **FIELDS)
 
 
-def test_push_to_hub(saved, monkeypatch):
-    base, plain, _, _, folder = saved
-    model, _ = load_adapter(base, folder, plain)
-    calls = []
-
-    class Api:
-        def __init__(self, token=None):
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id, **options):
-            calls.append(("create", repo_id, options))
-            return f"https://hub/{repo_id}"
-
-        def upload_folder(self, *, repo_id, folder_path, **options):
-            calls.append(("upload", repo_id, sorted(os.listdir(folder_path)), options))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert push_to_hub(model, "me/mine", token="t", private=True, commit_message="first") == "https://hub/me/mine"
-    assert calls == [
-        ("token", "t"),
-        ("create", "me/mine", {"private": True, "exist_ok": True}),
-        ("upload", "me/mine", [CONFIG, WEIGHTS], {"commit_message": "first"}),
-    ]
-
-
 # Offloaded weights
 
 
@@ -594,6 +571,32 @@ def test_replace_projector_where_there_is_none_like_it():
     base, _ = qwen()
     with pytest.raises(SpatialTokensError, match="has no multi_modal_projector of Linear, GELU, Linear"):
         replace_projector(base, **FIELDS)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mode": "both"}, {"resize": "fold"}, {"projector": {"rotation": 3}}, {"peft_type": "SPATIAL_TOKENS_2"}]
+)
+def test_an_adapter_of_a_newer_version_is_named_as_such(saved, changes):
+    base, *_, folder = saved
+    values = json.loads((folder / CONFIG).read_text())
+    assert values["library"] == f"spatial-tokens {__version__}"
+    values["projector"] |= changes.get("projector", {})
+    (folder / CONFIG).write_text(
+        json.dumps({**values, **changes, "projector": values["projector"], "library": "spatial-tokens 99.0"})
+    )
+    message = f"written by spatial-tokens 99.0, newer than this spatial-tokens {__version__}; upgrade the library: "
+    with pytest.raises(SpatialTokensError, match=re.escape(message)):
+        load_adapter(base, folder)
+    assert not hasattr(base, "spatial_tokens")
+
+
+def test_the_class_of_the_model_comes_back():
+    """To a type checker: what goes in as a model is what comes out."""
+    for function in (attach, detach, load_adapter):
+        hints = get_type_hints(function)
+        returned = hints["return"] if function is detach else get_args(hints["return"])[0]
+        assert isinstance(hints["model"], TypeVar)
+        assert returned is hints["model"]
 
 
 def test_an_adapter_of_int8_kernels(tmp_path):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,9 +27,11 @@ from spatial_tokens.modules import SPProjector
 
 ATTRIBUTE = "_spatial_attachment"
 
+Model = TypeVar("Model")  # the caller's own class, which comes back
+
 
 def attach(
-    model: Any,
+    model: Model,
     processor: Any = None,
     projector: SPProjector | SPProjectorConfig | str = "llava-sp-cropping",
     *,
@@ -39,7 +41,7 @@ def attach(
     token: str = TOKEN,
     token_id: int | None = None,
     **fields: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Model, Any]:
     """Adds spatial tokens to a vision-language model: in forward, loss and `generate`, in training and on disk.
 
     The model is changed in place: it gains a submodule `spatial_tokens` (an SPProjector without a patch head) and hooks. Its
@@ -123,7 +125,7 @@ def attach(
     return model, copied
 
 
-def detach(model: Any, processor: Any = None) -> Any:
+def detach(model: Model, processor: Any = None) -> Model:
     """Restores a model that `attach` changed, exactly: weights, methods, no hook left.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
+from spatial_tokens.storage.hub import in_reach
 
 
 def from_hub(name: str) -> tuple[Any, Any]:
@@ -15,8 +16,10 @@ def from_hub(name: str) -> tuple[Any, Any]:
     """
     transformers = _transformers()
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        return model, transformers.AutoProcessor.from_pretrained(name)
+        place = str(in_reach(name))
+        model = transformers.AutoModelForImageTextToText.from_pretrained(place, dtype="auto")
+        model.name_or_path = model.config._name_or_path = name  # not the cache's folder
+        return model, transformers.AutoProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot load the model {name!r}: {reason(error)}") from error
 

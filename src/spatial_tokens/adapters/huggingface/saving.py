@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from spatial_tokens import __version__
-from spatial_tokens.adapters.huggingface.api import attach, attachment_of, detach, unwrapped
+from spatial_tokens.adapters.huggingface.api import Model, attach, attachment_of, detach, unwrapped
 from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
 from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
+from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.storage import hub
 from spatial_tokens.storage.folder_format import FolderFormat
+from spatial_tokens.storage.model_card import PAPER, model_card
 from spatial_tokens.storage.pretrained import assign, require_exactly
 from spatial_tokens.storage.sharded import gathered, is_sharded, shape_of, tensors_of, whole_copy, write
+from spatial_tokens.versions import ENTRY, WRITER, naming_newer_files
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -31,6 +33,14 @@ KIND = "SPATIAL_TOKENS: load with spatial_tokens.adapters.huggingface.load_adapt
 KINDS = (KIND, "SPATIAL_TOKENS")  # the latter in files of 0.1
 ROW = "reserved_token."  # of files that 0.1 wrote: a row of the embeddings, which needs none any more
 MODULE = "module."  # and the name of a parameter of a module of the base that was trained too
+_LOADING = """
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from spatial_tokens.adapters.huggingface import load_adapter
+
+base = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto")
+processor = AutoProcessor.from_pretrained("{base}")
+model, processor = load_adapter(base, "{repo_id}", processor)
+"""
 
 
 def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
@@ -50,7 +60,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         return
     values = {
         "peft_type": KIND,
-        "library": f"spatial-tokens {__version__}",
+        ENTRY: WRITER,
         "base_model_name_or_path": getattr(inner.config, "_name_or_path", None) or None,
         "base_model_type": inner.config.model_type,
         "mode": attachment.mode,
@@ -83,21 +93,25 @@ def is_sharded_model(model: Any) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
-def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = None) -> tuple[Any, Any]:
-    """Attaches what `save_adapter` wrote to a base model.
+def load_adapter(
+    model: Model, source: str | PathLike[str], processor: Any = None, *, revision: str | None = None
+) -> tuple[Model, Any]:
+    """Attaches what `save_adapter` or `push_to_hub` wrote to a base model.
 
     Args:
         model: The base model, without spatial tokens.
-        directory: Where the two files are.
+        source: The folder of the two files, or "user/name" on the Hugging Face Hub.
         processor: Its processor; the one returned inserts the placeholders.
+        revision: A branch, tag or commit of the repository.
 
     Returns:
         The model and a copy of the processor, as `attach` gives them.
 
     Raises:
-        SpatialTokensError: If a file is missing or damaged, or does not fit the model; the model is then as it was.
+        SpatialTokensError: If a file is missing or damaged, or does not fit the model, or the repository cannot be had; the model
+            is then as it was.
     """
-    folder = as_path(directory)
+    folder = hub.folder_of(source, (CONFIG_NAME, WEIGHTS_NAME), revision)
     values, tensors = FORMAT.load(folder, lambda text: _checked(text, folder))
     config = SPProjectorConfig.from_dict(values["projector"])
     inner = unwrapped(model)
@@ -150,32 +164,42 @@ def _write_all(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
         write(each, values[name])
 
 
-def push_to_hub(model: Any, repo_id: str, **options: Any) -> str:
-    """Uploads what `save_adapter` writes to a model repository on the Hugging Face Hub, which is made if it is not there.
+def push_to_hub(model: Any, repo_id: str, *, datasets: Sequence[str] = (), **options: Any) -> str:
+    """Uploads what `save_adapter` writes, with a model card, to the Hugging Face Hub; see `storage.hub.push`.
 
     Args:
         model: The model.
-        repo_id: The repository, "user/name".
-        **options: `private`, `token`, `revision`, `commit_message`, as huggingface_hub takes them.
+        repo_id: The repository, "user/name", which is made if it is not there.
+        datasets: What it was trained on, by names on the Hub, for the card.
+        **options: `private`, `token`, `revision`, `commit_message`.
 
     Returns:
         The repository's address; "" in a process of a sharded model that does not write.
 
     Raises:
-        SpatialTokensError: If the adapter cannot be written; huggingface_hub's own errors if it cannot be sent.
+        SpatialTokensError: If the adapter cannot be written or sent.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise MissingExtraError("huggingface_hub", "hf") from error
-    api = HfApi(token=options.pop("token", None))
-    with TemporaryDirectory() as folder:
-        save_adapter(model, folder)
-        if not any(Path(folder).iterdir()):
-            return ""
-        address = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-    return str(address)
+    return hub.push(partial(save_adapter, model), repo_id, partial(_card, model, repo_id, datasets), **options)
+
+
+def _card(model: Any, repo_id: str, datasets: Sequence[str]) -> str:
+    inner, attachment = unwrapped(model), attachment_of(model)
+    name = getattr(inner.config, "_name_or_path", None)
+    base = name if hub.is_repository(name) else None
+    facts = {"base model": f"[{base}](https://huggingface.co/{base})" if base else f"a `{inner.config.model_type}` model"}
+    if attachment.modules_to_save:
+        facts["parts of the base that were trained too"] = ", ".join(f"`{path}`" for path in attachment.modules_to_save)
+    return model_card(
+        repo_id,
+        getattr(inner, NAME).config,
+        summary=f"Visual spatial tokens, in the design of [LLaVA-SP]({PAPER}), for {facts['base model']}.",
+        code=_LOADING.format(repo_id=repo_id, base=base or "PATH OR NAME OF THE BASE MODEL"),
+        facts=facts,
+        datasets=datasets,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        pipeline_tag="image-text-to-text",
+    )
 
 
 def _checked(text: str, folder: Path) -> dict[str, Any]:
@@ -184,6 +208,11 @@ def _checked(text: str, folder: Path) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SpatialTokensError(f"{folder / CONFIG_NAME} is not valid JSON: {reason(error)}") from error
+    with naming_newer_files(values):
+        return _with_every_value(values, folder)
+
+
+def _with_every_value(values: Any, folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or values.get("peft_type") not in KINDS:
         raise SpatialTokensError(f"{folder / CONFIG_NAME} is not of spatial tokens: its peft_type is not {KINDS[-1]!r}")
     allowed: dict[str, tuple[Any, ...]] = {"mode": get_args(Mode), "unit": get_args(Unit), "resize": (None, *get_args(Resize))}
@@ -196,4 +225,5 @@ def _checked(text: str, folder: Path) -> dict[str, Any]:
     for name, kind in {"token": str, "token_id": int, "projector": dict, "base_model_type": str}.items():
         if not isinstance(values.get(name), kind):
             raise SpatialTokensError(f"{name} in {folder / CONFIG_NAME} must be a {kind.__name__}, got {shown(values.get(name))}")
+    SPProjectorConfig.from_dict(values["projector"])
     return values
