@@ -247,7 +247,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def print_json(value: Any) -> None:
     """A result for other programs."""
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
