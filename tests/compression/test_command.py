@@ -233,9 +233,9 @@ def test_a_picture_of_which_the_encoder_makes_nan_is_named(photos):
     def encoder(pixels):
         return torch.where(pixels == read_picture(paths[3]).height, torch.nan, pixels).flatten(2).mT
 
-    with EncodedPictures(paths, encoder, lambda picture: torch.full((3, 2, 2), float(picture.height))) as encoded:
-        with pytest.raises(SpatialTokensError, match=f"NaN or infinity for the picture .*{paths[3].name}"):
-            list(encoded)
+    encoded = EncodedPictures(paths, encoder, lambda picture: torch.full((3, 2, 2), float(picture.height)))
+    with encoded, pytest.raises(SpatialTokensError, match=f"NaN or infinity for the picture .*{paths[3].name}"):
+        list(encoded)
 
 
 def test_eight_bits(capsys, tmp_path, projector):
