@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
+from spatial_tokens.cli import main
 from spatial_tokens.export import compile_package, export_onnx, export_program, export_pt2
 from spatial_tokens.modules import MLPHead
 from spatial_tokens.presets import PRESETS
@@ -167,3 +168,22 @@ def test_names_of_packages(tmp_path):
         compile_package(make()[0], tmp_path / "p.so")
     with pytest.raises(SpatialTokensError, match="cannot write"):
         export_pt2(make()[0], Path("/proc/p.pt2"))
+
+
+def test_in_a_terminal(tmp_path, capsys):
+    projector, grid = make("factorized-cropping")
+    projector.save_pretrained(tmp_path / "in")
+    given = ["export", str(tmp_path / "in"), str(tmp_path / "out.pt2"), "--grid", "10", "16"]
+    assert main(given) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'out.pt2'}, 0.")
+    patches = patches_of(projector, (10, 16))
+    (tokens, _), (expected, _) = torch.export.load(tmp_path / "out.pt2").module()(patches), outputs(projector, patches, (10, 16))
+    assert_close(tokens, expected)
+    for arguments, message in [
+        (given, "out.pt2 is already there; choose another OUT or give --overwrite"),
+        ([*given[:2], "out.bin"], "OUT must end in .onnx or .pt2, got out.bin"),
+        ([*given[:2], "out.onnx", "--compile"], "OUT must end in .pt2 with --compile, got out.onnx"),
+        (["export", str(tmp_path), "out.onnx"], "is no directory of this library's format; make one: spatial-tokens convert"),
+    ]:
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

@@ -194,6 +194,50 @@ def test_without_matplotlib_there_is_no_plot(capsys, tmp_path, projector, featur
     assert printed.out.endswith("the projector, compression.json\n")
 
 
+def test_a_plot_that_fails_does_not_cost_the_weights(capsys, tmp_path, projector, features, monkeypatch):
+    def fails(report):
+        raise ValueError("no such scale")
+
+    monkeypatch.setattr("spatial_tokens.cli.compress.plot", fails)
+    printed = run(capsys, tmp_path / "dense", tmp_path / "small", "--features", tmp_path / "features.safetensors", "--rank", 2)
+    assert "no compression.png: no such scale\n" in printed.err
+    assert SPProjector.from_pretrained(tmp_path / "small").config.rank == 2
+
+
+def test_the_grid_is_that_of_the_image_processors_pixels(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    for name, kind, more in (("plain", "Dinov2", {}), ("registers", "Dinov2WithRegisters", {"num_register_tokens": 4})):
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**shape, **more)).eval()
+        model.save_pretrained(tmp_path / name)
+        processor = transformers.BitImageProcessor(size={"shortest_edge": 50}, crop_size={"height": 28, "width": 42})
+        processor.save_pretrained(tmp_path / name)
+        encoder = TransformersPatchEncoder(str(tmp_path / name))
+        pixels = torch.randn(2, 3, 28, 42)
+        assert (encoder.image_size, encoder.grid_size) == ((28, 42), (2, 3))
+        with torch.no_grad():
+            states = model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+            assert_close(encoder(pixels), states[:, -6:])
+    encoder.model.config.num_register_tokens = 2
+    with pytest.raises(SpatialTokensError, match=r"has shape \(2, 11, 16\): no grid of \(2, 3\) patches"):
+        encoder(pixels)
+    transformers.BitImageProcessor(size={"shortest_edge": 28}, do_center_crop=False).save_pretrained(tmp_path / "plain")
+    prepare = TransformersPatchEncoder(str(tmp_path / "plain")).transform()
+    with pytest.raises(SpatialTokensError, match="of another; make it resize or crop to one size"):
+        prepare(Image.new("RGB", (40, 40)))
+
+
+def test_a_picture_of_which_the_encoder_makes_nan_is_named(photos):
+    paths = pictures_in(photos, 100)
+
+    def encoder(pixels):
+        return torch.where(pixels == read_picture(paths[3]).height, torch.nan, pixels).flatten(2).mT
+
+    encoded = EncodedPictures(paths, encoder, lambda picture: torch.full((3, 2, 2), float(picture.height)))
+    with encoded, pytest.raises(SpatialTokensError, match=f"NaN or infinity for the picture .*{paths[3].name}"):
+        list(encoded)
+
+
 def test_eight_bits(capsys, tmp_path, projector):
     pytest.importorskip("torchao")
     printed = run(capsys, tmp_path / "dense", tmp_path / "small", "--int8")

@@ -254,14 +254,30 @@ def test_frequencies_are_fitted_to_small_windows():
     assert small.config.frequencies == report.frequencies == (2, 3, 1)
 
 
-def test_kernels_of_zeros_and_constant_features_are_no_nan():
+def test_kernels_of_zeros_are_no_nan():
     projector = dense()
     nn.init.zeros_(projector.extractor.kernels[0].weight)
     small, report = compress(projector, correlated(20), rank=2)
     assert small.extractor(correlated(2)).isfinite().all()
     assert report.tokens[0].unexplained == 0
-    small, _ = compress(dense(), torch.ones(20, 48, C, dtype=torch.float64), rank=2)
-    assert_close(small(torch.ones(1, 48, C, dtype=torch.float64)).isfinite().all(), torch.tensor(True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pictures_that_are_all_the_same_are_refused(dtype):
+    for picture in (torch.zeros(1, 48, C), torch.ones(1, 48, C), torch.randn(1, 48, C)):
+        with pytest.raises(SpatialTokensError, match="all pictures have the same token of kernel 2x4"):
+            compress(dense(dtype), picture.repeat(20, 1, 1), rank=2)
+
+
+def test_features_of_any_size():
+    projector, features = dense(torch.float32), correlated(30, dtype=torch.float32)
+    expected, report = compress(projector, features, rank=4)
+    for exponent in (66, -66):  # squares of float32 beyond its range
+        small, other = compress(projector, features * 2.0**exponent, rank=4)
+        assert other.unexplained == pytest.approx(report.unexplained, rel=1e-6)
+        assert_close(small(features), expected(features))
+    with pytest.raises(SpatialTokensError, match="look for values that are much too large"):
+        compress(projector, [features, features * 1e36], rank=4)
 
 
 def test_the_report_is_json_a_table_and_a_plot(tmp_path):
@@ -273,6 +289,9 @@ def test_the_report_is_json_a_table_and_a_plot(tmp_path):
     lines = str(report).splitlines()
     assert [line.split("  ")[0] for line in lines[3:]] == ["kernel 2x4", "kernel 4x6", "kernel 6x8", "detail map"]
     save(plot(report), tmp_path / "plot.png")
+    save(plot(replace(report, unexplained=0.0, curve=(replace(report.curve[0], unexplained=0.0),))), tmp_path / "exact.png")
+    with pytest.raises(ValueError, match="JSON"):
+        replace(report, unexplained=float("inf")).to_json()
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -300,8 +319,11 @@ class Once:
         (torch.zeros(10, 48, C, dtype=torch.int64), "features must be floating point, got torch.int64"),
         (correlated(4), "features are of 4 pictures; give 5 at least, better some hundreds"),
         ([], "features are of 0 pictures"),
-        (torch.full((10, 48, C), torch.nan), "the features of pictures 0 to 9 hold NaN or infinity"),
-        ([correlated(8), torch.full((2, 48, C), torch.inf)], "the features of pictures 8 to 9 hold NaN or infinity"),
+        (torch.full((10, 48, C), torch.nan), "the features of picture 0, counted from 0, hold NaN or infinity"),
+        (
+            [correlated(8), torch.cat([correlated(1), torch.full((2, 48, C), torch.inf)])],
+            "the features of picture 9, counted from 0, hold NaN or infinity",
+        ),
         (Once(), "features were of 10 pictures when they were read first, and are of 20 now"),
         ("missing.safetensors", "missing.safetensors does not exist; give a safetensors file of features"),
     ],
@@ -348,10 +370,10 @@ def test_options_that_do_not_fit(options, message):
 def test_projectors_that_cannot_be_compressed():
     features = correlated(10)
     small, _ = compress(dense(), features, rank=2)
-    with pytest.raises(SpatialTokensError, match=r"dense kernels are needed.* this projector has a factorized detail kernel"):
+    with pytest.raises(SpatialTokensError, match="the projector is factorized already, with rank 2"):
         compress(small, features)
     without = SPProjector(small.extractor, None, MLPHead(S, 4, dtype=torch.float64), None)
-    with pytest.raises(SpatialTokensError, match=r"dense kernels are needed.* this projector has a FactorizedFeatureExtractor"):
+    with pytest.raises(SpatialTokensError, match="the projector is factorized already, with rank 2"):
         compress(without, features)
     with pytest.raises(SpatialTokensError, match="projector must be an SPProjector, got a Linear"):
         compress(nn.Linear(2, 2), features)

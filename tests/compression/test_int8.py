@@ -89,7 +89,7 @@ def test_what_plain_kernels_are_needed_for(torchao):
     with pytest.raises(SpatialTokensError, match=r"the released names cannot hold .* is quantized \(a Int8Tensor\), plain weights"):
         to_llava_sp(small)
     for work in (quantize_int8, lambda projector: compress(projector, torch.randn(10, 64, 8))):
-        with pytest.raises(SpatialTokensError, match="a kernel is wrapped, quantized or sharded"):
+        with pytest.raises(SpatialTokensError, match="a kernel is quantized; use the projector before quantization"):
             work(small)
     with pytest.raises(SpatialTokensError, match="torchao quantizes no float64; cast the projector first"):
         quantize_int8(SPProjector.from_config(CONFIG, dtype=torch.float64))

@@ -29,7 +29,13 @@ class TransformersPatchEncoder(nn.Module):
 
     Raises:
         MissingExtraError: If transformers is not installed.
-        SpatialTokensError: If transformers cannot load it, it has no images of one size, or no such layer.
+        SpatialTokensError: If transformers cannot load it, it has no such layer, or its image processor and
+            hidden states are not of one grid of patches.
+
+    Attributes:
+        image_size: `(height, width)` of the pixels that its image processor gives.
+        grid_size: Patches `(H, W)` of such pixels.
+        hidden_size: `C`.
     """
 
     def __init__(self, name: str, layer: int = -2) -> None:
@@ -37,23 +43,39 @@ class TransformersPatchEncoder(nn.Module):
         self.name, self.layer = name, layer
         self._processor, self.model = _load(name)
         config = self.model.config
-        image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-        if image is None or patch is None:
-            raise SpatialTokensError(f"{name} has no image_size and patch_size; use a vision model as CLIP's, SigLIP's or DINOv2's")
-        (height, width), (down, right) = as_size(image, "image_size"), as_size(patch, "patch_size")
-        self.image_size: Size = (height, width)
-        self.grid_size: Size = (height // down, width // right)
+        patch = getattr(config, "patch_size", None)
+        if patch is None:
+            raise SpatialTokensError(f"{name} has no patch_size; use a vision model as CLIP's, SigLIP's or DINOv2's")
         self.hidden_size: int = config.hidden_size
         layers = config.num_hidden_layers
         if isinstance(layer, bool) or not isinstance(layer, int) or not -layers <= layer <= layers or layer == 0:
             raise SpatialTokensError(f"layer must be one of {name}: 1 to {layers}, or -{layers} to -1 from the end; got {layer}")
+        pixels = self._pixels(_blank())
+        (height, width), (down, right) = pixels.shape[1:], as_size(patch, "patch_size")
+        self.image_size: Size = (height, width)
+        self.grid_size: Size = (height // down, width // right)
+        try:
+            with torch.inference_mode():
+                self(pixels[None])
+        except SpatialTokensError:
+            raise
+        except Exception as error:  # each model says in its own way what it cannot read
+            raise SpatialTokensError(
+                f"{name} cannot read the {height} x {width} pixels of its own image processor: {reason(error)}; "
+                "correct the processor"
+            ) from error
 
     def transform(self) -> Any:
         """The model's own image processor: a PIL picture to pixels `(3, height, width)`."""
-        processor = self._processor
 
         def prepare(picture: Image) -> torch.Tensor:
-            return cast("torch.Tensor", processor(images=picture, return_tensors="pt")["pixel_values"][0])
+            pixels = self._pixels(picture)
+            if tuple(pixels.shape[1:]) != self.image_size:
+                raise SpatialTokensError(
+                    f"the image processor of {self.name} gives {self.image_size} pixels of one picture and "
+                    f"{tuple(pixels.shape[1:])} of another; make it resize or crop to one size"
+                )
+            return pixels
 
         return prepare
 
@@ -64,8 +86,32 @@ class TransformersPatchEncoder(nn.Module):
                 f"{self.name} reads images of {self.image_size} pixels, got {tuple(pixels.shape[2:])}; correct its image processor"
             )
         states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
-        patches = self.grid_size[0] * self.grid_size[1]
-        return cast("torch.Tensor", states[:, states.shape[1] - patches :].contiguous())  # class and register tokens come first
+        others = states.shape[1] - self.grid_size[0] * self.grid_size[1]  # class and register tokens, which come first
+        registers = getattr(self.model.config, "num_register_tokens", 0)
+        if states.ndim != 3 or others not in (0, 1, 1 + registers):
+            raise SpatialTokensError(
+                f"hidden state {self.layer} of {self.name} has shape {tuple(states.shape)}: no grid of {self.grid_size} patches, "
+                "alone or with a class token and registers; use a vision model as CLIP's, SigLIP's or DINOv2's"
+            )
+        return cast("torch.Tensor", states[:, others:].contiguous())
+
+    def _pixels(self, picture: Image) -> torch.Tensor:
+        pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        if pixels.ndim != 3:
+            raise SpatialTokensError(
+                f"the image processor of {self.name} gives {tuple(pixels.shape)} of a picture, not pixels (3, height, width); "
+                "use a vision model as CLIP's, SigLIP's or DINOv2's"
+            )
+        return cast("torch.Tensor", pixels)
+
+
+def _blank() -> Image:
+    """A picture that is wider than high, to see what an image processor makes of one."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "viz") from error
+    return Image.new("RGB", (64, 48))
 
 
 def _load(name: str) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from spatial_tokens.cli.output import print_json
 from spatial_tokens.compression import CompressionReport, compress, quantize_int8
 from spatial_tokens.compression.encoded import EncodedPictures, pictures_in
 from spatial_tokens.compression.plot import plot
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError
+from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.directories import new_directory
 from spatial_tokens.storage.files import write_text
@@ -119,8 +119,8 @@ def _encoder(name: str, layer: int) -> TimmPatchEncoder | TransformersPatchEncod
 def _plot(report: CompressionReport, path: Path) -> bool:
     try:
         save(plot(report), path)
-    except MissingExtraError as error:
-        print(f"no {path.name}: {error}", file=sys.stderr)
+    except Exception as error:  # matplotlib raises what it likes, and the weights are worth more than their plot
+        print(f"no {path.name}: {reason(error)}", file=sys.stderr)
         return False
     return True
 

@@ -22,7 +22,7 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 def print_json(value: Any) -> None:
     """A value as JSON, on lines of its own."""
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -100,6 +100,18 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--prefix", default="", metavar="PREFIX", help="on the way back: the names' prefix")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
     _add_compress(subparsers)
+    export = _command(
+        subparsers,
+        "export",
+        "export:run",
+        "write a projector as an ONNX model, or as a program or a compiled package of torch's",
+        "export projector projector.onnx\n  spatial-tokens export projector projector.pt2 --compile",
+    )
+    export.add_argument("input", metavar="IN", help="a directory of this library's format")
+    export.add_argument("output", metavar="OUT", help="a .onnx file; or a .pt2 file, which torch.export.load reads")
+    export.add_argument("--compile", action="store_true", help="an AOTInductor package, for this kind of machine; a .pt2 file too")
+    export.add_argument("--grid", type=_positive, nargs=2, metavar=("H", "W"), help="of factorized kernels: the patch grid to read")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     return parser
 
 

@@ -61,7 +61,8 @@ def compress(
 
     Raises:
         SpatialTokensError: If the projector is not dense, is wrapped or quantized, or has no finite values; if features do not fit
-            it, or hold NaN or infinity; if a rank or number of frequencies is too large; if more than one of `rank`, `parameters`
+            it, hold NaN or infinity, or are the same for all pictures;
+            if a rank or number of frequencies is too large; if more than one of `rank`, `parameters`
             and `error` is given; or if nothing keeps to these.
 
     Example:
@@ -82,8 +83,13 @@ def compress(
     kernel = groups[0][0]
     sample = Sample(features, target.grid_size, target.channels, kernel.weight.device, kernel.dtype, progress)
     moments = SecondMoments.of(sample)
-    fits = [_fits(group, candidates, spatial_basis, moments) for group in groups]
-    gather(fits, sample)
+    try:
+        fits = [_fits(group, candidates, spatial_basis, moments) for group in groups]
+        gather(fits, sample)
+    except torch.linalg.LinAlgError as error:
+        raise SpatialTokensError(
+            "the kernels or features have no decomposition in their range of numbers; look for values that are much too large"
+        ) from error
 
     every = [fit for group in fits for fit in group]
     curve = [

@@ -70,6 +70,11 @@ class EncodedPictures(AbstractContextManager["EncodedPictures"]):
             with torch.inference_mode():
                 pixels = [self._transform(read_picture(path)) for path in self._paths[start : start + BATCH]]
                 features = self._encoder(torch.stack(pixels).to(self._device)).cpu()
+            for path, each in zip(self._paths[start:], features, strict=False):
+                if not bool(each.isfinite().all()):
+                    raise SpatialTokensError(
+                        f"the encoder gives NaN or infinity for the picture {path}; look at its weights and dtype"
+                    )
             kept = self._room(features) if kept is None else kept
             kept[done : done + len(features)] = features
             done += len(features)

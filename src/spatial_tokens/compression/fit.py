@@ -12,10 +12,12 @@ from spatial_tokens.compression.factors import Factors
 from spatial_tokens.compression.kernels import DenseKernel
 from spatial_tokens.compression.refit import Fit, Products, fit_core, share
 from spatial_tokens.compression.samples import Sample
+from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import SpatialBasis
 from spatial_tokens.ops.window_basis import weights
 
 PRODUCT_BYTES = 2**30  # of sums over pictures that are kept at once; kernels that need more are fitted in several passes
+ROUNDING = 1e-10  # of squares of float32 sums: a variance that is no larger a share of them is none
 
 
 class Candidate(NamedTuple):
@@ -78,7 +80,12 @@ class KernelFit:
 
     def end(self) -> None:
         """Fits and judges every candidate, and lets go of the sums."""
-        variance, samples = (self._fitted + self._held_out).variance, max(1, self._held_out.samples)
+        everything, samples = self._fitted + self._held_out, max(1, self._held_out.samples)
+        variance = everything.variance
+        if variance <= ROUNDING * everything.total.item() / everything.samples and bool(self.kernel.weight.any()):
+            raise SpatialTokensError(
+                f"all pictures have the same token of {self.kernel.name}; give features of pictures that differ"
+            )
         for candidate, error in zip(self.candidates, self._plain_errors.tolist(), strict=True):
             kept = torch.searchsorted(self._inputs, self._inputs_of(candidate))
             prior, parts = self.factors_of(candidate), (self._fitted.part(kept), self._held_out.part(kept))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from spatial_tokens.compression.report import CompressionReport
 from spatial_tokens.errors import MissingExtraError
 
+LEAST = 1e-12  # that is plotted, on an axis of logarithms
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,12 +30,13 @@ def plot(report: CompressionReport) -> Figure:
         if point.unexplained < least:
             best.append(point)
             least = point.unexplained
-    axes.plot([p.parameters for p in best], [p.unexplained for p in best], "o-", label="whitened and refitted")
-    axes.plot([p.parameters for p in best], [p.plain_hosvd for p in best], "s--", label="plain HOSVD")
+    axes.plot([p.parameters for p in best], [_shown(p.unexplained) for p in best], "o-", label="whitened and refitted")
+    axes.plot([p.parameters for p in best], [_shown(p.plain_hosvd) for p in best], "s--", label="plain HOSVD")
     for point in best:
         text = f"rank {point.rank}, {point.frequencies} x {point.frequencies}"
-        axes.annotate(text, (point.parameters, point.unexplained), xytext=(4, 6), textcoords="offset points", fontsize=7)
-    axes.plot(report.parameters, report.unexplained, "o", markersize=12, fillstyle="none", color="black", label="chosen")
+        axes.annotate(text, (point.parameters, _shown(point.unexplained)), xytext=(4, 6), textcoords="offset points", fontsize=7)
+    chosen = _shown(report.unexplained)
+    axes.plot(report.parameters, chosen, "o", markersize=12, fillstyle="none", color="black", label="chosen")
     axes.set(
         xscale="log", yscale="log", xlabel=f"parameters of the kernels (dense: {report.dense_parameters:,})",
         ylabel=f"share of variance missed, {report.held_out} held-out pictures",
@@ -41,3 +44,7 @@ def plot(report: CompressionReport) -> Figure:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     return figure
+
+
+def _shown(share: float) -> float:
+    return max(share, LEAST)

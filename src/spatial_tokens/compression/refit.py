@@ -113,7 +113,7 @@ def solver(prior: Factors, products: Products) -> Callable[[float], torch.Tensor
 
 
 def share(error: float, variance: float) -> float:
-    """An error as a share of a variance; 0 of tokens that are always the same, and hit."""
+    """An error as a share of a variance; 0 of the tokens of a kernel of zeros, which has none."""
     return error / variance if variance > 0 else 0.0 if error == 0 else float("inf")
 
 

@@ -73,7 +73,7 @@ class CompressionReport:
 
     def to_json(self) -> str:
         """What `to_dict` gives, as JSON text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def __str__(self) -> str:
         """A table of the tokens."""

@@ -1,5 +1,6 @@
 """The sample of features that a compression reads, several times, in batches that fit into little memory."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from spatial_tokens.ops.dense import check_dense
 
 BATCH_BYTES = 2**26
 HELD_OUT = 5  # each fifth picture
+LARGEST_EXPONENT = 120  # of a power of two by which float32 can be divided
 
 Progress = Callable[[str, int], None]
 Features = torch.Tensor | str | PathLike[str] | Iterable[torch.Tensor]
@@ -32,6 +34,9 @@ class Sample:
         dtype: In what dtype.
         progress: Told what pictures are read for, and how many have been.
 
+    Attributes:
+        scale: A power of two that brings features near 1, so that their squares are finite; features are divided by it.
+
     Raises:
         SpatialTokensError: If features are none of these, do not fit, or hold NaN or infinity.
     """
@@ -44,6 +49,7 @@ class Sample:
         self.device, self.dtype = device, dtype
         self._most = max(1, BATCH_BYTES // (4 * grid_size[0] * grid_size[1] * hidden_size))
         self.pictures = 0
+        self.scale = 1.0
         self._progress = progress
 
     @property
@@ -52,17 +58,21 @@ class Sample:
         return self.pictures // HELD_OUT
 
     def read(self, stage: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches `(b, N, C)`, and which of their pictures are held out, `(b,)`."""
-        read = 0
+        """Batches `(b, N, C)`, divided by `scale`, and which of their pictures are held out, `(b,)`."""
+        read, first = 0, self.pictures == 0
         for batch in self._batches:
             self._check(batch, read)
             for part in torch.split(batch, self._most):
                 values = part.detach().to(self.device, self.dtype)
-                if not bool(values.isfinite().all()):
-                    raise SpatialTokensError(f"the features of pictures {read} to {read + len(part) - 1} hold NaN or infinity")
+                finite = values.isfinite().flatten(1).all(1)
+                if not bool(finite.all()):
+                    picture = read + int(finite.logical_not().nonzero()[0])
+                    raise SpatialTokensError(f"the features of picture {picture}, counted from 0, hold NaN or infinity")
+                if first and bool(values.any()):
+                    self.scale, first = _scale(values), False
                 numbers = torch.arange(read, read + len(part), device=values.device)
                 read += len(part)
-                yield values, numbers % HELD_OUT == HELD_OUT - 1
+                yield values / self.scale, numbers % HELD_OUT == HELD_OUT - 1
                 self._progress(stage, read)
         if read < HELD_OUT:
             raise SpatialTokensError(f"features are of {read} pictures; give {HELD_OUT} at least, better some hundreds")
@@ -80,6 +90,11 @@ class Sample:
         if not batch.is_floating_point():
             raise SpatialTokensError(f"features must be floating point, got {batch.dtype}; encode the pictures first")
         check_num_patches(batch.shape[1], self.grid_size)
+
+
+def _scale(values: torch.Tensor) -> float:
+    """A power of two, as large as the largest value."""
+    return 2.0 ** min(max(math.frexp(values.abs().max().item())[1], -LARGEST_EXPONENT), LARGEST_EXPONENT)
 
 
 def _batches(features: Any) -> Iterable[Any]:

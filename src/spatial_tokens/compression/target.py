@@ -18,6 +18,7 @@ from spatial_tokens.grid import Size, SpatialBasis, as_frequencies, as_size, che
 from spatial_tokens.modules import DetailFeatureIntegrator, FactorizedFeatureExtractor, SpatialFeatureExtractor, SPProjector
 from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.modules.inputs import is_plain
+from spatial_tokens.storage.int8 import is_quantized
 from spatial_tokens.storage.sharded import is_partitioned
 
 
@@ -154,10 +155,14 @@ def dense_layers(projector: Any) -> list[nn.Linear]:
         raise SpatialTokensError(f"projector must be an SPProjector, got a {type(projector).__name__}")
     extractor, integrator = projector.extractor, projector.integrator
     factorized = integrator is not None and integrator.rank is not None
+    if isinstance(extractor, FactorizedFeatureExtractor) and (integrator is None or factorized):
+        raise SpatialTokensError(f"the projector is factorized already, with rank {extractor.rank}; give the dense one that it was")
     if not isinstance(extractor, SpatialFeatureExtractor) or factorized:
         found = "a factorized detail kernel" if factorized else f"a {type(extractor).__name__}"
         raise SpatialTokensError(f"dense kernels are needed, as those of a SpatialFeatureExtractor are; this projector has {found}")
     layers = [*extractor.kernels, *([] if integrator is None else [integrator.detail_kernel])]
+    if any(is_quantized(getattr(layer, "weight", None)) for layer in layers):
+        raise SpatialTokensError("a kernel is quantized; use the projector before quantization")
     if not all(type(layer) is nn.Linear and is_plain(layer) and not is_partitioned(layer.weight) for layer in layers):
         raise SpatialTokensError("a kernel is wrapped, quantized or sharded; merge or unload it first")
     return cast("list[nn.Linear]", layers)
@@ -184,4 +189,6 @@ def _load(kernels: FactorizedKernels, found: Sequence[tuple[Factors, torch.Tenso
         for i, (factors, _) in enumerate(found):
             values[f"maps.{i}"] = torch.unflatten(factors.maps, 1, kernels.bases[i].map_size)
     placed = {name: each.to(like.device, like.dtype, copy=True).contiguous() for name, each in values.items()}
+    if not all(bool(each.isfinite().all()) for each in placed.values()):
+        raise SpatialTokensError(f"the factorized kernels have values beyond {like.dtype}; compress the projector as float32")
     kernels.load_state_dict(placed, assign=True)
