@@ -171,7 +171,7 @@ def test_names_of_packages(tmp_path):
 
 
 def test_in_a_terminal(tmp_path, capsys):
-    projector, grid = make("factorized-cropping")
+    projector, _ = make("factorized-cropping")
     projector.save_pretrained(tmp_path / "in")
     given = ["export", str(tmp_path / "in"), str(tmp_path / "out.pt2"), "--grid", "10", "16"]
     assert main(given) == 0

@@ -86,10 +86,10 @@ def compress(
     try:
         fits = [_fits(group, candidates, spatial_basis, moments) for group in groups]
         gather(fits, sample)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]
         raise SpatialTokensError(
             "the kernels or features have no decomposition in their range of numbers; look for values that are much too large"
-        ) from error
+        ) from failure
 
     every = [fit for group in fits for fit in group]
     curve = [
