@@ -161,7 +161,7 @@ def dense_layers(projector: Any) -> list[nn.Linear]:
         found = "a factorized detail kernel" if factorized else f"a {type(extractor).__name__}"
         raise SpatialTokensError(f"dense kernels are needed, as those of a SpatialFeatureExtractor are; this projector has {found}")
     layers = [*extractor.kernels, *([] if integrator is None else [integrator.detail_kernel])]
-    if any(is_quantized(getattr(layer, "weight", None)) for layer in layers):
+    if any(is_quantized(weight) for layer in layers for weight in layer.parameters(recurse=False)):
         raise SpatialTokensError("a kernel is quantized; use the projector before quantization")
     if not all(type(layer) is nn.Linear and is_plain(layer) and not is_partitioned(layer.weight) for layer in layers):
         raise SpatialTokensError("a kernel is wrapped, quantized or sharded; merge or unload it first")
