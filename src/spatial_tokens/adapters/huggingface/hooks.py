@@ -30,7 +30,7 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface.around import Around
 from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording, is_ids, length_of
-from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, thumbnails
+from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, thumbnails, tiles_of
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
@@ -232,7 +232,7 @@ class Attachment:
             raise SpatialTokensError(f"the {path} that attach() found was not called: it was replaced; detach and attach again")
         maps = maps_of(self.parts.family.layout, recording.inputs, arguments, self.parts.vision_config)
         if self.parts.family.tiles == "anyres" and self.unit == "image":
-            maps = thumbnails(maps, arguments, self.parts.model.config)
+            maps = thumbnails(maps, tiles_of(arguments, self.parts.model.config))
         if self.mode == "image":
             if current.call is not None:
                 current.call.filled = True
@@ -258,7 +258,7 @@ class Attachment:
         current = self.threads.current
         if current.recording is None and not (self.parts.family.own_generate and current.call is not None):
             return
-        inputs = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]
+        inputs = patches_in(args, kwargs)
         if current.recording is not None:
             current.recording.inputs.append(inputs)
         elif current.call is not None:
@@ -324,14 +324,9 @@ class Attachment:
 
     def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
-        patches = torch.stack([fitted(each, self.grid_size, self.resize).flatten(0, 1) for each in maps])
-        if self.vision_hidden_size not in (None, patches.shape[-1]):
-            raise SpatialTokensError(
-                f"the patch features have {patches.shape[-1]} channels, the projector's config says "
-                f"{self.vision_hidden_size}; attach with vision_hidden_size of the former"
-            )
-        weight = next(self.projector.parameters())
-        return self.projector(patches.to(device=device_of(self.projector, weight), dtype=weight.dtype))  # type: ignore[no-any-return]
+        return spatial_tokens_of(
+            self.projector, maps, grid_size=self.grid_size, vision_hidden_size=self.vision_hidden_size, resize=self.resize
+        )
 
     def _mask(self, call: Call, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
         """Where the placeholders are in a sequence `(B, L)`."""
@@ -389,3 +384,41 @@ class Attachment:
         blank = embeddings.new_zeros(*(self.grid_size or self.parts.grid_size or (1, 1)), channels)
         own = self.parts.zero(embeddings) if self.modules_to_save else 0  # first, as with images: engines reduce as they come
         return own + self.tokens([blank])[:, :0].sum().to(embeddings)
+
+
+def patches_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The patch features, among what a model's projector is called with."""
+    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]  # type: ignore[no-any-return]
+
+
+def spatial_tokens_of(
+    projector: nn.Module,
+    maps: Sequence[torch.Tensor],
+    *,
+    grid_size: Size | None,
+    vision_hidden_size: int | None,
+    resize: Resize | None,
+) -> torch.Tensor:
+    """Maps of patches to spatial tokens, as a model's adapter has it: brought to the projector's grid, in its dtype, on its device.
+
+    Args:
+        projector: An SPProjector without a patch head, which may be wrapped.
+        maps: `(H, W, C)` each.
+        grid_size: The grid that the projector takes; None if it takes any.
+        vision_hidden_size: The channels that it takes; None if it does not say.
+        resize: How maps of another grid are brought to it; None refuses them.
+
+    Returns:
+        `(maps, K, D)`.
+
+    Raises:
+        SpatialTokensError: If a map is of another grid and may not be resized, or has other channels.
+    """
+    patches = torch.stack([fitted(each, grid_size, resize).flatten(0, 1) for each in maps])
+    if vision_hidden_size not in (None, patches.shape[-1]):
+        raise SpatialTokensError(
+            f"the patch features have {patches.shape[-1]} channels, the projector's config says {vision_hidden_size}; attach with "
+            "vision_hidden_size of the former"
+        )
+    weight = next(projector.parameters())
+    return projector(patches.to(device=device_of(projector, weight), dtype=weight.dtype))  # type: ignore[no-any-return]

@@ -98,7 +98,7 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         SpatialTokensError: If a file is missing or damaged, or does not fit the model; the model is then as it was.
     """
     folder = as_path(directory)
-    values, tensors = FORMAT.load(folder, lambda text: _checked(text, folder))
+    values, tensors = FORMAT.load(folder, partial(_checked, folder=folder))
     config = SPProjectorConfig.from_dict(values["projector"])
     inner = unwrapped(model)
     if inner.config.model_type != values["base_model_type"]:
@@ -121,6 +121,16 @@ def load_adapter(model: Any, directory: str | PathLike[str], processor: Any = No
         detach(model)
         raise
     return model, processor
+
+
+def read_config(directory: str | PathLike[str]) -> dict[str, Any]:
+    """The values of an adapter's `adapter_config.json`, each of its kind; those of the weights, if that is of another save.
+
+    Raises:
+        SpatialTokensError: If a file is missing or damaged.
+    """
+    folder = as_path(directory)
+    return FORMAT.load(folder, partial(_checked, folder=folder), lambda name: False)[0]
 
 
 def _load_modules(inner: Any, paths: list[str], values: dict[str, torch.Tensor], source: str) -> None:
