@@ -83,6 +83,7 @@ def room(module):
 def test_public_names():
     assert sorted(spatial_tokens.__all__) == [
         "DetailFeatureIntegrator",
+        "FactorizedFeatureExtractor",
         "SPProjector",
         "SPProjectorConfig",
         "SpatialFeatureExtractor",
@@ -119,7 +120,17 @@ def test_public_names():
         ("spatial_tokens.ops.window_linear", {"window_linear"}),
         ("spatial_tokens.ops.pyramid", {"pyramid"}),
         ("spatial_tokens.ops.integrate", {"attend", "integrate"}),
-        ("spatial_tokens.modules", {"DetailFeatureIntegrator", "SPProjector", "SpatialFeatureExtractor", "LinearHead", "MLPHead"}),
+        (
+            "spatial_tokens.modules",
+            {
+                "DetailFeatureIntegrator",
+                "FactorizedFeatureExtractor",
+                "LinearHead",
+                "MLPHead",
+                "SPProjector",
+                "SpatialFeatureExtractor",
+            },
+        ),
         ("spatial_tokens.modules.ablations", {"SlidingWindowExtractor", "TransformerExtractor"}),
     ],
 )

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spatial_tokens.config import SPProjectorConfig
     from spatial_tokens.errors import SpatialTokensError
-    from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
+    from spatial_tokens.modules import DetailFeatureIntegrator, FactorizedFeatureExtractor, SpatialFeatureExtractor, SPProjector
 
 __all__ = [
     "DetailFeatureIntegrator",
+    "FactorizedFeatureExtractor",
     "SPProjector",
     "SPProjectorConfig",
     "SpatialFeatureExtractor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from math import prod
@@ -13,15 +14,21 @@ from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.grid import (
     KernelSize,
     Size,
+    SpatialBasis,
     Variant,
+    as_frequencies,
     as_kernel_size,
     as_size,
+    check_factors,
     check_fits,
     check_kernel_sizes,
     check_positive,
     strided_grid_size,
 )
 from spatial_tokens.presets import PRESETS
+
+# Fields that configs of dense kernels do not write, so that earlier versions read them.
+FACTORS = {"rank": None, "frequencies": None, "spatial_basis": "cosine"}
 
 SpatialHead = Literal["mlp", "linear"]
 PatchHead = Literal["mlp"]
@@ -60,6 +67,10 @@ class SPProjectorConfig:
         spatial_head_bias: Whether a "linear" spatial head has a bias (the released pooling model has none).
         patch_head: "mlp": LLaVA's two layers with GELU between; None for a projector of spatial tokens alone, beside a model
             that projects its patches itself.
+        rank: Channels `R` that factorized kernels see (`FactorizedFeatureExtractor`); None for dense kernels, the paper's.
+        frequencies: Cosines of each side of a factorized kernel's window: one number, or one for each of `kernel_sizes`, of which
+            the detail kernel then has the largest. 3 when left out, None for dense kernels.
+        spatial_basis: "cosine", or "learned" for factorized kernels whose maps on the window are parameters.
 
     Raises:
         SpatialTokensError: If a field is of the wrong type or out of range, or two fields do not go together.
@@ -83,6 +94,9 @@ class SPProjectorConfig:
     spatial_head: SpatialHead = "mlp"
     spatial_head_bias: bool = True
     patch_head: PatchHead | None = "mlp"
+    rank: int | None = None
+    frequencies: int | tuple[int, ...] | None = None
+    spatial_basis: SpatialBasis = "cosine"
 
     def __post_init__(self) -> None:
         check_positive(
@@ -97,6 +111,7 @@ class SPProjectorConfig:
             )
         self._set("kernel_sizes", check_kernel_sizes(self.grid_size, self.kernel_sizes, self.variant))
         self._check_detail()
+        self._check_factors()
         self._check_heads()
         if self.num_parameters > MOST_PARAMETERS:
             raise SpatialTokensError(f"this config has {self.num_parameters:,} parameters, more than any machine holds; reduce it")
@@ -117,6 +132,12 @@ class SPProjectorConfig:
         self._set("detail_stride", as_kernel_size(stride, "detail_stride"))
         check_fits(self.grid_size, as_size(self.detail_kernel_size, "detail_kernel_size"), "detail_kernel_size")
         check_fits(self.grid_size, as_size(self.detail_stride, "detail_stride"), "detail_stride")
+
+    def _check_factors(self) -> None:
+        width = self.vision_hidden_size
+        self._set("frequencies", check_factors(width, self.kernel_sizes, self.rank, self.frequencies, self.spatial_basis))
+        if self.rank is not None and self.detail_kernel_size is not None:
+            check_factors(width, [self.detail_kernel_size], self.rank, self.detail_frequencies)
 
     def _check_heads(self) -> None:
         check_choice("spatial_head", self.spatial_head, get_args(SpatialHead))
@@ -148,6 +169,16 @@ class SPProjectorConfig:
         return strided_grid_size(self.grid_size, self.detail_kernel_size, self.detail_stride)
 
     @property
+    def any_grid(self) -> bool:
+        """Whether the projector reads patches of every grid, as factorized kernels do."""
+        return self.rank is not None
+
+    @property
+    def detail_frequencies(self) -> int | None:
+        """Cosines of each side of the factorized detail kernel's window: the most that one of `kernel_sizes` has."""
+        return None if self.frequencies is None else max(as_frequencies(self.frequencies, 1))
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole projector."""
         return sum(cost.parameters for cost in self.costs())
@@ -172,18 +203,35 @@ class SPProjectorConfig:
         return tuple(PartCost(part, size, size * bytes_per_parameter, work) for part, (size, work) in counts.items())
 
     def _extractor_counts(self) -> dict[str, tuple[int, int]]:
-        patches = sum(prod(as_size(k, "kernel size")) for k in self.kernel_sizes)
-        kernels = patches * self.vision_hidden_size * self.spatial_hidden_size
-        return {"extractor": (kernels, kernels)}
+        sizes = [as_size(size, "kernel size") for size in self.kernel_sizes]
+        if self.frequencies is None:
+            kernels = sum(map(prod, sizes)) * self.vision_hidden_size * self.spatial_hidden_size
+            return {"extractor": (kernels, kernels)}
+        numbers = as_frequencies(self.frequencies, len(sizes))
+        return {"extractor": self._factorized_counts(numbers, sizes, [1] * len(sizes))}
+
+    def _factorized_counts(self, frequencies: Sequence[int], sizes: Sequence[Size], positions: Sequence[int]) -> tuple[int, int]:
+        """Parameters and multiply-adds of `FactorizedKernels`: maps, projection and cores, in the cheaper order."""
+        c, r, s, n = self.vision_hidden_size, self.rank or 0, self.spatial_hidden_size, self.num_patches
+        cores = sum(f * f * r * s for f in frequencies)
+        learned = sum(f * f * prod(size) for f, size in zip(frequencies, sizes, strict=True)) * (self.spatial_basis == "learned")
+        maps = sum(f * f * count for f, count in zip(frequencies, positions, strict=True))
+        reading = min(maps * n * c + maps * c * r, n * c * r + maps * n * r)
+        products = sum(f * f * r * s * count for f, count in zip(frequencies, positions, strict=True))
+        return c * r + cores + learned, reading + products
 
     def _integrator_counts(self) -> dict[str, tuple[int, int]]:
         if self.detail_kernel_size is None:
             return {}
         s, k, p = self.spatial_hidden_size, self.num_spatial_tokens, prod(self.detail_grid_size)
-        kernel = prod(as_size(self.detail_kernel_size, "detail_kernel_size")) * self.vision_hidden_size * s
+        size = as_size(self.detail_kernel_size, "detail_kernel_size")
+        kernel = prod(size) * self.vision_hidden_size * s
+        detail_map = kernel, p * kernel
+        if self.detail_frequencies is not None:
+            detail_map = self._factorized_counts([self.detail_frequencies], [size], [p])
         norms_and_linears = 3 * (2 * s) + 3 * (s * s + s)
         products = (k + 2 * p) * s * s + 2 * k * p * s
-        return {"integrator detail map": (kernel, p * kernel), "integrator attention": (norms_and_linears, products)}
+        return {"integrator detail map": detail_map, "integrator attention": (norms_and_linears, products)}
 
     def _head_counts(self) -> dict[str, tuple[int, int]]:
         c, d, n = self.vision_hidden_size, self.text_hidden_size, self.num_patches
@@ -240,11 +288,11 @@ class SPProjectorConfig:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain Python values."""
-        return asdict(self)
+        """All fields, as plain Python values; those of factorized kernels where they are not the default."""
+        return {name: value for name, value in asdict(self).items() if FACTORS.get(name, ...) != value}
 
     def to_json(self) -> str:
-        """All fields as JSON text; pairs become lists."""
+        """What `to_dict` gives as JSON text; pairs become lists."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 

@@ -14,6 +14,7 @@ from spatial_tokens.errors import SpatialTokensError, shown
 Size = tuple[int, int]
 KernelSize = int | tuple[int, int]
 Variant = Literal["cropping", "pooling"]
+SpatialBasis = Literal["cosine", "learned"]
 
 LARGEST = 2**31 - 1
 
@@ -207,3 +208,56 @@ def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], varia
         if before == after or before[0] > after[0] or before[1] > after[1]:
             raise SpatialTokensError(f"kernel_sizes must increase, got {sizes}; sort them and drop repeated ones")
     return sizes
+
+
+def check_factors(
+    vision_hidden_size: int,
+    kernel_sizes: Sequence[KernelSize],
+    rank: Any,
+    frequencies: Any = None,
+    spatial_basis: Any = "cosine",
+) -> int | tuple[int, ...] | None:
+    """The frequencies of factorized kernels in canonical form: an integer where all have the same number, else one for each.
+
+    Without a rank kernels are dense, and have no frequencies; with one they have 3 each unless told.
+
+    Raises:
+        SpatialTokensError: If the rank is larger than the channels, frequencies are not one for each kernel or more than it has
+            patches a side, or dense kernels are given frequencies or a basis.
+
+    >>> check_factors(32, (4, 8), 16), check_factors(32, (2, 8), 16, (2, 3)), check_factors(32, (2, 8), None)
+    (3, (2, 3), None)
+    """
+    check_choice("spatial_basis", spatial_basis, get_args(SpatialBasis))
+    if rank is None:
+        if frequencies is not None or spatial_basis != "cosine":
+            given = f"frequencies {shown(frequencies)}" if frequencies is not None else f"spatial_basis {spatial_basis!r}"
+            raise SpatialTokensError(f"{given} is for factorized kernels, but rank is None (dense kernels); give a rank too")
+        return None
+    check_positive(rank=rank)
+    if rank > vision_hidden_size:
+        raise SpatialTokensError(f"rank {rank} is larger than vision_hidden_size {vision_hidden_size}; use at most that")
+    frequencies = 3 if frequencies is None else frequencies
+    numbers = tuple(frequencies) if isinstance(frequencies, (tuple, list)) else (frequencies,) * len(kernel_sizes)
+    if len(numbers) != len(kernel_sizes) or not all(map(is_positive_int, numbers)):
+        raise SpatialTokensError(
+            f"frequencies must be a positive integer, or one for each of {len(kernel_sizes)} kernels, got {shown(frequencies)}"
+        )
+    for size, number in zip(kernel_sizes, numbers, strict=True):
+        height, width = as_size(size, "kernel size")
+        if number > min(height, width):
+            fitting = tuple(min(most, *as_size(each, "kernel size")) for most, each in zip(numbers, kernel_sizes, strict=True))
+            raise SpatialTokensError(
+                f"{number} frequencies a side are more than a kernel of {height} x {width} patches has; use "
+                f"frequencies={fitting if len(set(fitting)) > 1 else fitting[0]}"
+            )
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+def as_frequencies(frequencies: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """One number for each kernel.
+
+    >>> as_frequencies(3, 2), as_frequencies((2, 3), 2)
+    ((3, 3), (2, 3))
+    """
+    return (frequencies,) * count if isinstance(frequencies, int) else tuple(frequencies)

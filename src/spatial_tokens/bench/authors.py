@@ -51,7 +51,7 @@ class ConvDetail(nn.Module):
         super().__init__()
         self.grid_size, self.stride, self.memory_format = integrator.grid_size, integrator.stride, memory_format
         size = as_size(integrator.kernel_size, "kernel size")
-        self.kernel = as_convolution(integrator.detail_kernel.weight, size, memory_format)
+        self.kernel = as_convolution(cast(nn.Linear, integrator.detail_kernel).weight, size, memory_format)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`(B, N, C)` to `(B, P, S)`."""

@@ -1,13 +1,17 @@
 """What every module asks of its input, and the error that says what is wrong with it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import Size
+from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.grid import Size, as_size
 from spatial_tokens.ops.autocast import autocasts
 from spatial_tokens.ops.dense import check_dense
+
+GridSizes = Size | Sequence[Size]
 
 
 def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kernel: nn.Module) -> torch.Tensor:
@@ -25,6 +29,72 @@ def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kerne
     check_features(patches, hidden_size, kernel, "patch features", "(B, N, C)", ndim=3)
     check_num_patches(patches.shape[1], grid_size)
     return torch.unflatten(patches, 1, grid_size)
+
+
+def as_images(
+    patches: torch.Tensor, grid_sizes: GridSizes | None, grid_size: Size, hidden_size: int, layer: nn.Module
+) -> tuple[torch.Tensor, Size | list[Size]]:
+    """Patch features of any grid, checked: a batch and its grid, or images one after another and the grid of each.
+
+    Args:
+        patches: `(B, N, C)`, or `(sum of N, C)`.
+        grid_sizes: `(H, W)` of all images, or a list with that of each; None for `grid_size`.
+        grid_size: The grid of images whose grid is not told.
+        hidden_size: The channels `C` expected.
+        layer: The layer that will read them: its dtype and device must be theirs.
+
+    Returns:
+        `(B, N, C)` and one grid, or `(sum of N, C)` and a list.
+
+    Raises:
+        SpatialTokensError: If the features are none that the layer reads, or not those of the grids.
+    """
+    check_features(patches, hidden_size, layer, "patch features", "(B, N, C) or (sum of N, C)")
+    if patches.ndim not in (2, 3):
+        raise SpatialTokensError(f"patch features must have shape (B, N, C) or (sum of N, C), got {tuple(patches.shape)}")
+    if grid_sizes is None and patches.ndim == 3:
+        check_num_patches(patches.shape[1], grid_size, ", or tell it: grid_sizes=(height, width)")
+        return patches, grid_size
+    if _is_one(grid_sizes) and patches.ndim == 3:
+        grid = as_size(grid_sizes, "grid_sizes")
+        check_num_patches(patches.shape[1], grid, ", or tell the grid that it has")
+        return patches, grid
+    grids = as_grid_list(grid_sizes)
+    lengths = [height * width for height, width in grids]
+    of_each = [patches.shape[1]] * patches.shape[0] if patches.ndim == 3 else lengths
+    if lengths != of_each or sum(lengths) != patches.shape[:-1].numel():
+        raise SpatialTokensError(
+            f"patch features {tuple(patches.shape)} are not those of {len(grids)} images with grids {shown(grids)} of "
+            f"{shown(lengths)} patches; give the grid of each image, in order"
+        )
+    return patches.reshape(-1, patches.shape[-1]), grids
+
+
+def as_grid_list(grid_sizes: GridSizes | None) -> list[Size]:
+    """The grid of each of several images.
+
+    Raises:
+        SpatialTokensError: If that is not what is given.
+    """
+    if not isinstance(grid_sizes, (tuple, list)) or _is_one(grid_sizes):
+        raise SpatialTokensError(
+            f"images one after another need the grid of each: grid_sizes=[(height, width), ...], got {shown(grid_sizes)}"
+        )
+    return [as_size(each, "each of grid_sizes") for each in grid_sizes]
+
+
+def _is_one(grid_sizes: GridSizes | None) -> bool:
+    """Whether it is one grid, an integer or a pair of them, and not a list of grids."""
+    return not isinstance(grid_sizes, (tuple, list)) or (bool(grid_sizes) and all(isinstance(side, int) for side in grid_sizes))
+
+
+def require_own_grid(grid_sizes: GridSizes | None) -> None:
+    """Raises SpatialTokensError if dense kernels, which belong to one grid, are told another."""
+    if grid_sizes is not None:
+        raise SpatialTokensError(
+            f"dense kernels belong to the grid that they were built for, got grid_sizes={shown(grid_sizes)}; leave it out, or use "
+            "factorized kernels (rank=128)"
+        )
 
 
 def check_features(
@@ -45,7 +115,7 @@ def check_features(
             check_placement(features, weight, name)
 
 
-def check_num_patches(given: int, grid_size: Size) -> None:
+def check_num_patches(given: int, grid_size: Size, advice: str = "") -> None:
     """Raises SpatialTokensError unless the grid has as many patches; extra class and register tokens are named as such."""
     height, width = grid_size
     expected = height * width
@@ -59,7 +129,7 @@ def check_num_patches(given: int, grid_size: Size) -> None:
             f"{found}: {given - expected} too many, which look like class and register tokens; "
             f"drop them: patches[:, {given - expected}:]"
         )
-    raise SpatialTokensError(f"{found}; resize the picture or build the module with its grid_size")
+    raise SpatialTokensError(f"{found}; resize the picture or build the module with its grid_size{advice}")
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -1,24 +1,37 @@
 """The Detail Feature Integrator (LLaVA-SP, section 3.3)."""
 
-from math import prod
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import nn
 
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import KernelSize, Window, as_kernel_size, as_size, check_positive, strided_grid_size
+from spatial_tokens.grid import (
+    KernelSize,
+    SpatialBasis,
+    Window,
+    as_frequencies,
+    as_kernel_size,
+    as_size,
+    check_factors,
+    check_positive,
+    strided_grid_size,
+)
+from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.modules.initialization import checked_factory, reset
-from spatial_tokens.modules.inputs import as_patch_map, check_features, is_plain
+from spatial_tokens.modules.inputs import GridSizes, as_patch_map, check_features, is_plain, require_own_grid
 from spatial_tokens.modules.window_projection import apply_kernels
 from spatial_tokens.ops.integrate import attend, integrate
+from spatial_tokens.ops.window_basis import WindowBasis
 
 
 class DetailFeatureIntegrator(nn.Module):
     """Spatial tokens look up details in a finer map of the same patches, by cross-attention of one head (equation 4).
 
     The detail map is a strided convolution over the grid, without padding and bias; as in `SpatialFeatureExtractor` its kernel
-    is held as a linear map of a window's patches. Query, key and value have a LayerNorm and a Linear of their own.
+    is held as a linear map of a window's patches. Query, key and value have a LayerNorm and a Linear of their own. With a `rank`
+    the kernel is factorized as those of `FactorizedFeatureExtractor`, with a channel projection of its own: the `P` windows are
+    then shares of the picture, so that the detail map has `P` positions on every grid.
 
     Args:
         vision_hidden_size: Channels `C` of the patch features.
@@ -26,6 +39,9 @@ class DetailFeatureIntegrator(nn.Module):
         grid_size: The patch grid: `(H, W)`, or an integer for a square.
         kernel_size: The detail kernel, in patches; table 6 compares 4, 8, 12 and 16.
         stride: Its stride, in patches. As in `Conv2d`, patches beyond the last whole window are not seen.
+        rank: Channels that a factorized kernel sees; None for a dense one.
+        frequencies: Its cosines of each side of the window; 3 if there is a rank.
+        spatial_basis: "cosine", or "learned" for maps that are parameters.
         device: Where the parameters are made.
         dtype: Their dtype.
 
@@ -35,7 +51,8 @@ class DetailFeatureIntegrator(nn.Module):
           `(B, K, P)` over the `P` positions of the detail map, row by row (figure 5).
 
     Raises:
-        SpatialTokensError: At construction if the kernel does not fit the grid; in `forward` if an input does not fit.
+        SpatialTokensError: At construction if the kernel does not fit the grid, or its factors the kernel; in `forward` if an
+            input does not fit.
 
     Example:
         >>> integrator = DetailFeatureIntegrator(32, 16, grid_size=8, kernel_size=4, stride=2)
@@ -52,6 +69,9 @@ class DetailFeatureIntegrator(nn.Module):
         grid_size: KernelSize,
         kernel_size: KernelSize = 16,
         stride: KernelSize = 2,
+        rank: int | None = None,
+        frequencies: int | None = None,
+        spatial_basis: SpatialBasis = "cosine",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,21 +86,53 @@ class DetailFeatureIntegrator(nn.Module):
         self._window = Window(0, 0, *as_size(self.kernel_size, "kernel_size"))
         self._step = as_size(self.stride, "stride")
         factory = checked_factory(device, dtype)
+        self.detail_kernel = self._kernel(rank, frequencies, spatial_basis, factory)
 
         def projector() -> nn.Sequential:
             return nn.Sequential(
                 nn.LayerNorm(spatial_hidden_size, **factory), nn.Linear(spatial_hidden_size, spatial_hidden_size, **factory)
             )
 
-        self.detail_kernel = nn.Linear(
-            prod(as_size(self.kernel_size, "kernel_size")) * vision_hidden_size,
-            spatial_hidden_size,
-            bias=False,
-            **factory,
-        )
         self.query_projector = projector()
         self.key_projector = projector()
         self.value_projector = projector()
+
+    def _kernel(self, rank: int | None, frequencies: int | None, spatial_basis: SpatialBasis, factory: dict[str, Any]) -> nn.Module:
+        channels, spatial_hidden_size = self.vision_hidden_size, self.spatial_hidden_size
+        checked = check_factors(channels, [self.kernel_size], rank, frequencies, spatial_basis)
+        if rank is None or checked is None:
+            return nn.Linear(self._window.height * self._window.width * channels, spatial_hidden_size, bias=False, **factory)
+        (number,) = as_frequencies(checked, 1)
+        basis = WindowBasis(self._window, number, step=self._step, count=self.detail_grid_size)
+        return FactorizedKernels(
+            channels,
+            spatial_hidden_size,
+            grid_size=self.grid_size,
+            bases=[basis],
+            rank=rank,
+            spatial_basis=spatial_basis,
+            **factory,
+        )
+
+    @property
+    def rank(self) -> int | None:
+        """Channels that the factorized kernel sees; None of a dense one."""
+        return self.detail_kernel.rank if isinstance(self.detail_kernel, FactorizedKernels) else None
+
+    @property
+    def frequencies(self) -> int | None:
+        """The factorized kernel's cosines of each side of the window; None of a dense one."""
+        return self.detail_kernel.bases[0].frequencies if isinstance(self.detail_kernel, FactorizedKernels) else None
+
+    @property
+    def spatial_basis(self) -> SpatialBasis:
+        """What its maps on the window are: "cosine" or "learned"."""
+        return self.detail_kernel.spatial_basis if isinstance(self.detail_kernel, FactorizedKernels) else "cosine"
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether it reads patches of every grid."""
+        return self.rank is not None
 
     @property
     def out_features(self) -> int:
@@ -88,40 +140,65 @@ class DetailFeatureIntegrator(nn.Module):
         return 2 * self.spatial_hidden_size
 
     def reset_parameters(self) -> None:
-        """Initialises the kernel as `Conv2d` does, the norms and linears as torch does."""
+        """Initialises the kernel as `Conv2d` does, or its factors to the same variance, the norms and linears as torch does."""
         for part in self.children():
             reset(part)
 
     @overload
     def forward(
-        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: Literal[False] = False
+        self,
+        spatial_tokens: torch.Tensor,
+        patches: torch.Tensor,
+        grid_sizes: GridSizes | None = None,
+        *,
+        return_attention: Literal[False] = False,
     ) -> torch.Tensor: ...
     @overload
     def forward(
-        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: Literal[True]
+        self,
+        spatial_tokens: torch.Tensor,
+        patches: torch.Tensor,
+        grid_sizes: GridSizes | None = None,
+        *,
+        return_attention: Literal[True],
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
     @overload
     def forward(
-        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: bool
+        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, grid_sizes: GridSizes | None = None, *, return_attention: bool
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
     def forward(
-        self, spatial_tokens: torch.Tensor, patches: torch.Tensor, *, return_attention: bool = False
+        self,
+        spatial_tokens: torch.Tensor,
+        patches: torch.Tensor,
+        grid_sizes: GridSizes | None = None,
+        *,
+        return_attention: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Spatial tokens `(B, K, S)` and patch features `(B, N, C)` to `(B, K, 2S)`, and the attention `(B, K, P)` if asked."""
-        detail = self.detail_map(patches)
+        """Spatial tokens `(B, K, S)` and patch features `(B, N, C)` to `(B, K, 2S)`, and the attention `(B, K, P)` if asked.
+
+        Args:
+            spatial_tokens: Those of the same images.
+            patches: Patch features; of a factorized kernel also `(sum of N, C)`, images of different grids one after another.
+            grid_sizes: For a factorized kernel: the grid `(H, W)` of all images, or a list with that of each.
+            return_attention: Whether to return it.
+        """
+        detail = self.detail_map(patches, grid_sizes)
         query = self.query_projector
         layer = query[-1] if isinstance(query, nn.Sequential) else query
         check_features(spatial_tokens, self.spatial_hidden_size, layer, "spatial tokens", "(B, K, S)", ndim=3)
-        if spatial_tokens.shape[0] != patches.shape[0]:
+        if spatial_tokens.shape[0] != detail.shape[0]:
             raise SpatialTokensError(
-                f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {patches.shape[0]}; "
+                f"spatial tokens are for a batch of {spatial_tokens.shape[0]}, patch features for one of {detail.shape[0]}; "
                 "give both of the same images"
             )
         tokens, attention = self.look_up(spatial_tokens, detail)
         return (tokens, attention) if return_attention else tokens
 
-    def detail_map(self, patches: torch.Tensor) -> torch.Tensor:
+    def detail_map(self, patches: torch.Tensor, grid_sizes: GridSizes | None = None) -> torch.Tensor:
         """Patch features `(B, N, C)` to the detail map `(B, P, S)`, its positions row by row."""
+        if isinstance(self.detail_kernel, FactorizedKernels):
+            return self.detail_kernel(patches, grid_sizes)  # type: ignore[no-any-return]
+        require_own_grid(grid_sizes)
         patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.detail_kernel)
         return apply_kernels([self.detail_kernel], patch_map, [self._window], self._step, self.detail_grid_size)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from os import PathLike
 from types import NoneType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from spatial_tokens.checks import as_path
-from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.config import FACTORS, SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.grid import is_positive_int
 from spatial_tokens.modules.extractor import SpatialFeatureExtractor
+from spatial_tokens.modules.factorized_extractor import FactorizedFeatureExtractor
 from spatial_tokens.modules.heads import LinearHead, MLPHead
 from spatial_tokens.modules.initialization import checked_factory, reset
+from spatial_tokens.modules.inputs import GridSizes, as_grid_list, require_own_grid
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
 from spatial_tokens.storage import pretrained, sharded
 
@@ -81,14 +83,15 @@ class SPProjector(nn.Module):
                 f"config must be an SPProjectorConfig, got {shown(config)}; make one: SPProjectorConfig.from_preset(...)"
             )
         c, s, d = config.vision_hidden_size, config.spatial_hidden_size, config.text_hidden_size
-        extractor = SpatialFeatureExtractor(
-            c,
-            s,
-            grid_size=config.grid_size,
-            kernel_sizes=config.kernel_sizes,
-            variant=config.variant,
-            device=device,
-            dtype=dtype,
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape: dict[str, Any] = {
+            "grid_size": config.grid_size, "kernel_sizes": config.kernel_sizes, "variant": config.variant, **factory
+        }  # fmt: skip
+        factors: dict[str, Any] = {"rank": config.rank, "spatial_basis": config.spatial_basis}
+        extractor = (
+            SpatialFeatureExtractor(c, s, **shape)
+            if config.rank is None
+            else FactorizedFeatureExtractor(c, s, frequencies=config.frequencies, **factors, **shape)
         )
         integrator, spatial_features = None, s
         if config.detail_kernel_size is not None and config.detail_stride is not None:
@@ -98,16 +101,17 @@ class SPProjector(nn.Module):
                 grid_size=config.grid_size,
                 kernel_size=config.detail_kernel_size,
                 stride=config.detail_stride,
-                device=device,
-                dtype=dtype,
+                frequencies=config.detail_frequencies,
+                **factors,
+                **factory,
             )
             spatial_features = integrator.out_features
         spatial_head = (
-            MLPHead(spatial_features, d, device=device, dtype=dtype)
+            MLPHead(spatial_features, d, **factory)
             if config.spatial_head == "mlp"
-            else LinearHead(spatial_features, d, bias=config.spatial_head_bias, device=device, dtype=dtype)
+            else LinearHead(spatial_features, d, bias=config.spatial_head_bias, **factory)
         )
-        patch_head = None if config.patch_head is None else MLPHead(c, d, device=device, dtype=dtype)
+        patch_head = None if config.patch_head is None else MLPHead(c, d, **factory)
         return cls(extractor, integrator, spatial_head, patch_head)
 
     @property
@@ -133,7 +137,7 @@ class SPProjector(nn.Module):
             SpatialTokensError: If a part is not one that a config can describe.
         """
         extractor, integrator, head, patch_head = self.extractor, self.integrator, self.spatial_head, self.patch_head
-        if not isinstance(extractor, SpatialFeatureExtractor):
+        if not isinstance(extractor, (SpatialFeatureExtractor, FactorizedFeatureExtractor)):
             raise _not_described(extractor)
         if not isinstance(head, (MLPHead, LinearHead)):
             raise _not_described(head)
@@ -141,7 +145,9 @@ class SPProjector(nn.Module):
             raise _not_described(patch_head)
         if not isinstance(integrator, (DetailFeatureIntegrator, NoneType)):
             raise _not_described(integrator)
-        return SPProjectorConfig(
+        factorized = isinstance(extractor, FactorizedFeatureExtractor)
+        factors: dict[str, Any] = {name: getattr(extractor, name) for name in FACTORS} if factorized else {}
+        config = SPProjectorConfig(
             vision_hidden_size=extractor.vision_hidden_size,
             text_hidden_size=head.out_features,
             grid_size=extractor.grid_size,
@@ -153,27 +159,52 @@ class SPProjector(nn.Module):
             spatial_head="linear" if isinstance(head, LinearHead) else "mlp",
             spatial_head_bias=getattr(head.fc, "bias", None) is not None if isinstance(head, LinearHead) else True,
             patch_head=None if patch_head is None else "mlp",
+            **factors,
         )
+        if integrator is not None and (integrator.rank, integrator.frequencies) != (config.rank, config.detail_frequencies):
+            raise _not_described(integrator)
+        return config
 
     def reset_parameters(self) -> None:
         """Initialises every part anew."""
         for part in self.children():
             reset(part)
 
+    @property
+    def any_grid(self) -> bool:
+        """Whether every part that knows a grid reads patches of others too: `forward` then takes `grid_sizes`."""
+        return all(getattr(part, "any_grid", False) for part in (self.extractor, self.integrator) if part is not None)
+
     @overload
-    def forward(self, patches: torch.Tensor, *, return_attention: Literal[False] = False) -> torch.Tensor: ...
+    def forward(
+        self, patches: torch.Tensor, grid_sizes: GridSizes | None = None, *, return_attention: Literal[False] = False
+    ) -> torch.Tensor: ...
     @overload
-    def forward(self, patches: torch.Tensor, *, return_attention: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def forward(self, patches: torch.Tensor, *, return_attention: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Patch features `(B, N, C)` to tokens `(B, K + N, D)`, and the attention `(B, K, P)` if asked."""
+    def forward(
+        self, patches: torch.Tensor, grid_sizes: GridSizes | None = None, *, return_attention: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def forward(
+        self, patches: torch.Tensor, grid_sizes: GridSizes | None = None, *, return_attention: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Patch features `(B, N, C)` to tokens `(B, K + N, D)`, and the attention `(B, K, P)` if asked.
+
+        Args:
+            patches: Patch features; of factorized kernels also `(sum of N, C)`, images of different grids one after another. The
+                tokens are then `(sum of K + N, D)`, each image's spatial tokens before its own patches'.
+            grid_sizes: For factorized kernels: the grid `(H, W)` of all images, or a list with that of each; None for the config's.
+            return_attention: Whether to return it.
+        """
         if return_attention and self.integrator is None:
             raise SpatialTokensError("there is no attention to return: this projector has no DetailFeatureIntegrator")
-        spatial_tokens, attention = self.extractor(patches), None
+        if not self.any_grid:
+            require_own_grid(grid_sizes)
+        told = () if grid_sizes is None else (grid_sizes,)
+        spatial_tokens, attention = self.extractor(patches, *told), None
         if self.integrator is not None:
-            spatial_tokens, attention = self.integrator(spatial_tokens, patches, return_attention=True)
+            spatial_tokens, attention = self.integrator(spatial_tokens, patches, *told, return_attention=True)
         tokens = self.spatial_head(spatial_tokens)
         if self.patch_head is not None:
-            tokens = torch.cat([tokens, self.patch_head(patches)], dim=1)
+            tokens = _before_patches(tokens, self.patch_head(patches), grid_sizes)
         return tokens if attention is None or not return_attention else (tokens, attention)
 
     def exact_state_dict(self) -> dict[str, torch.Tensor]:
@@ -231,6 +262,15 @@ class SPProjector(nn.Module):
 def _not_described(part: nn.Module) -> SpatialTokensError:
     kind = type(part).__name__
     return SpatialTokensError(f"no SPProjectorConfig describes a projector with a {kind}; save its state_dict() instead")
+
+
+def _before_patches(tokens: torch.Tensor, patches: torch.Tensor, grid_sizes: GridSizes | None) -> torch.Tensor:
+    """Each image's spatial tokens before its patch tokens: `(B, K + N, D)`, or `(sum of K + N, D)` of packed images."""
+    if patches.ndim == tokens.ndim:
+        return torch.cat([tokens, patches], dim=1)
+    lengths = [height * width for height, width in as_grid_list(grid_sizes)]
+    images = zip(tokens, torch.split(patches, lengths), strict=True)
+    return torch.cat([each for pair in images for each in pair]) if lengths else patches
 
 
 def _check_parts(
