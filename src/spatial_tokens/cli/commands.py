@@ -159,6 +159,19 @@ def run_convert(arguments: argparse.Namespace) -> None:
     _print_converted(arguments, projector.config)
 
 
+def run_serve_export(arguments: argparse.Namespace) -> None:
+    """`spatial-tokens serve-export`: one folder of a base and its adapter."""
+    from spatial_tokens.serving import serve_export
+
+    out = arguments.output
+    changed = serve_export(arguments.base, arguments.adapter, out, link=arguments.link)
+    if arguments.json:
+        _print_json({"base": arguments.base, "adapter": arguments.adapter, "output": out, "config": changed})
+        return
+    print(f"wrote {out}: {', '.join(changed['architectures'])}")
+    print(f"next, where vLLM and this library are installed: vllm serve {out}")
+
+
 def _convert_whole(arguments: argparse.Namespace, config: SPProjectorConfig | None) -> None:
     from spatial_tokens.checkpoint.released_folder import convert_released
 

@@ -103,6 +103,18 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
     convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
+
+    export = _command(
+        subparsers,
+        "serve-export",
+        commands.run_serve_export,
+        "write a base model and an adapter as one folder that `vllm serve` takes",
+        "serve-export llava-1.5-7b-hf my-adapter served && vllm serve served",
+    )
+    export.add_argument("base", metavar="BASE", help="the base model's folder")
+    export.add_argument("adapter", metavar="ADAPTER", help="what save_adapter wrote")
+    export.add_argument("output", metavar="OUT", help="the folder to write; an earlier export is replaced")
+    export.add_argument("--link", action="store_true", help="link to the base's files instead of copying them")
     return parser
 
 

@@ -1,0 +1,37 @@
+"""Which families the plugin serves: those whose tokens were compared with transformers', and those that vLLM computes otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spatial_tokens.errors import SpatialTokensError
+
+# Compared, on tiny models: the same tokens as `attach` and `generate` (tests/serving).
+COMPARED = ("idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
+
+BOTH_WAYS = "an image's tokens attend to one another both ways, which vLLM's Transformers backend does not do"
+LAYERS = "its vision encoder adds to several layers of the language model, which vLLM's Transformers backend does not do"
+
+# What vLLM's own Transformers backend computes otherwise than transformers, without spatial tokens too.
+REFUSED_IN_VLLM = {
+    "gemma3": BOTH_WAYS,
+    "paligemma": BOTH_WAYS,
+    "qwen3_vl": LAYERS,
+    "qwen3_vl_moe": LAYERS,
+}
+
+
+def require_served(hf_config: Any) -> None:
+    """Raises SpatialTokensError, with the reason, if vLLM computes a model of this config otherwise than transformers."""
+    why = refusal(hf_config)
+    if why is not None:
+        raise SpatialTokensError(
+            f"{hf_config.model_type} with spatial tokens is not served by vLLM: {why}; use transformers' generate()"
+        )
+
+
+def refusal(hf_config: Any) -> str | None:
+    """Why a model of this config is refused, or None."""
+    if getattr(getattr(hf_config, "vision_config", None), "deepstack_visual_indexes", None):
+        return LAYERS
+    return REFUSED_IN_VLLM.get(hf_config.model_type)
