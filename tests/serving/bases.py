@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from spatial_tokens.adapters.huggingface import attach, detach, save_adapter
+from spatial_tokens.adapters.huggingface import attach, save_adapter
+from spatial_tokens.adapters.huggingface.api import attachment_of
 
 TEXT = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -68,13 +69,15 @@ def write(name: str, folder: Path) -> None:
                 each.mul_(4)
             elif each.abs().max() < 1e-3 and "bias" not in path:
                 each.normal_(std=0.05)
+        spare = len(processor.tokenizer)  # the reserved token has a row where the vocabulary is larger: it must not win
+        model.lm_head.weight[spare : spare + 1].mul_(20)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
 
 
-def write_adapter(name: str, folder: Path, to: str, **options: Any) -> None:
-    """Writes an adapter of the base in `folder/base` into `folder/to`."""
+def write_adapter(name: str, folder: Path, to: str, train: str | None = None, **options: Any) -> None:
+    """Writes an adapter of the base in `folder/base` into `folder/to`; with a module of the base that "trained" with it."""
     base = BASES[name]
     model = getattr(transformers, base.model).from_pretrained(folder / "base")
     processor = transformers.AutoProcessor.from_pretrained(folder / "base")
@@ -85,8 +88,11 @@ def write_adapter(name: str, folder: Path, to: str, **options: Any) -> None:
         for each in model.spatial_tokens.parameters():
             if each.ndim > 1:
                 each.normal_(std=0.4)
+        if train is not None:
+            for each in model.get_submodule(train).parameters():
+                each.mul_(1.5)
+            attachment_of(model).modules_to_save.append(train)
     save_adapter(model, folder / to)
-    detach(model)
 
 
 def letters(named: dict[str, str], others: Sequence[str] = ()) -> Any:

@@ -9,10 +9,12 @@ from typing import Any
 
 from spatial_tokens.adapters.huggingface.families import Family
 from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
 from spatial_tokens.adapters.huggingface.model_parts import family_of
 from spatial_tokens.adapters.huggingface.saving import read_config
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.modules import SPProjector
 from spatial_tokens.serving.families import require_served
 
 
@@ -65,7 +67,13 @@ def read_adapter(folder: Path, hf_config: Any) -> ServedAdapter:
             f"the tokens of {folder} have {config.text_hidden_size} channels, the language model has {width}; give its own base"
         )
     require_served(hf_config)
-    return ServedAdapter(folder, values["mode"], values["unit"], values["resize"], values["token_id"], config, family_of(hf_config))
+    family, resize = family_of(hf_config), values["resize"]
+    if family.layout in OF_ANY_SIZE and resize is None and not SPProjector.from_config(config, device="meta").any_grid:
+        raise SpatialTokensError(
+            f"{kind} takes images of any size, and {folder} has no resize: an image of another patch grid would end the engine; "
+            "attach with resize='pool' or 'interpolate', or with factorized kernels"
+        )
+    return ServedAdapter(folder, values["mode"], values["unit"], resize, values["token_id"], config, family)
 
 
 def adapter_of(hf_config: Any, model: str) -> ServedAdapter:

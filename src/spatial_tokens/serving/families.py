@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from spatial_tokens.errors import SpatialTokensError
@@ -22,11 +23,18 @@ REFUSED_IN_VLLM = {
 
 
 def require_served(hf_config: Any) -> None:
-    """Raises SpatialTokensError, with the reason, if vLLM computes a model of this config otherwise than transformers."""
-    why = refusal(hf_config)
+    """Raises SpatialTokensError, with the reason, if vLLM computes a model of this config otherwise than transformers.
+
+    Warns if nobody has compared them.
+    """
+    kind, why = hf_config.model_type, refusal(hf_config)
     if why is not None:
-        raise SpatialTokensError(
-            f"{hf_config.model_type} with spatial tokens is not served by vLLM: {why}; use transformers' generate()"
+        raise SpatialTokensError(f"{kind} with spatial tokens is not served by vLLM: {why}; use transformers' generate()")
+    if kind not in COMPARED:
+        warnings.warn(
+            f"vLLM's answers of {kind} with spatial tokens have not been compared with transformers', only those of "
+            f"{', '.join(COMPARED)}; compare some yourself",
+            stacklevel=2,
         )
 
 

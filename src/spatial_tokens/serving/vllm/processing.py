@@ -79,7 +79,7 @@ class SpatialProcessor(MultiModalProcessor):  # type: ignore[misc]
         if not adapter.per_tile:
             return [(0, adapter.count)]
         if adapter.family.tiles == "anyres":
-            return [(0, adapter.count * tiles_of({"image_sizes": item["image_sizes"].data[None]}, config)[0])]
+            return [(0, adapter.count * tiles_of({"image_sizes": item["image_sizes"].data.reshape(1, 2)}, config)[0])]
         length = tile_length_of(self.info.get_hf_processor())
         if length is None:
             raise SpatialTokensError("the model's processor does not say how many tokens a tile has")
