@@ -5,6 +5,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -53,6 +54,84 @@ def sliding_window(parameters, patches, *, grid_size, kernel_size, stride=None):
         for i, (top, left) in enumerate(corners)
     ]
     return torch.stack(tokens, dim=1)
+
+
+def patch_weight(patch, length, own, start, size, frequency):
+    """A cosine's integral over the part of a patch that is in the window, by Gauss and Legendre's rule.
+
+    The window has `size` patches of the kernel's own grid of `own`; the patch is one of `length`. The cosine has the height at
+    which its integrals over the window's own patches are those of the orthonormal DCT-II.
+    """
+    low, high = max(patch * own / length, start), min((patch + 1) * own / length, start + size)
+    if low >= high:
+        return 0.0
+    half_turn = math.pi * frequency / (2 * size)
+    height = math.sqrt((2 if frequency else 1) / size) * (half_turn / math.sin(half_turn) if frequency else 1)
+    points, shares = np.polynomial.legendre.leggauss(30)
+    at = low + (high - low) * (points + 1) / 2
+    return float((np.cos(math.pi * frequency * (at - start) / size) * shares).sum() * (high - low) / 2 * height)
+
+
+def overlap(patch, length, own, low, high):
+    """How much of the bin from `low` to `high` a patch covers."""
+    return max(0.0, min((patch + 1) * own / length, high) - max(patch * own / length, low)) / (high - low)
+
+
+def dct(size, frequencies):
+    """`(F, size)`: the lowest rows of the orthonormal DCT-II."""
+    return torch.tensor(
+        [
+            [math.sqrt((2 if f else 1) / size) * math.cos(math.pi * f * (p + 0.5) / size) for p in range(size)]
+            for f in range(frequencies)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def factorized_maps(parameters, i, grid, *, grid_size, window, frequencies, bins=None):
+    """`(F * F, H, W)`: with what weight each map reads each patch of a grid."""
+    top, left, *sizes = window
+    learned = parameters.get(f"maps.{i}")
+    if learned is None and bins is None:
+        rows, columns = (
+            torch.tensor(
+                [[patch_weight(p, length, own, start, size, f) for p in range(length)] for f in range(frequencies)],
+                dtype=torch.float64,
+            )
+            for length, own, start, size in zip(grid, grid_size, (top, left), sizes, strict=True)
+        )
+        return torch.einsum("fh,gw->fghw", rows, columns).flatten(0, 1)
+    counts = bins or sizes
+    if learned is None:
+        learned = torch.einsum("fh,gw->fghw", *(dct(count, frequencies) for count in counts)).flatten(0, 1)
+    rows, columns = (
+        torch.tensor(
+            [
+                [
+                    overlap(p, length, own, start + b * size // count, start + math.ceil((b + 1) * size / count))
+                    for p in range(length)
+                ]
+                for b in range(count)
+            ],
+            dtype=torch.float64,
+        )
+        for length, own, start, size, count in zip(grid, grid_size, (top, left), sizes, counts, strict=True)
+    )
+    return torch.einsum("mij,ih,jw->mhw", learned, rows, columns)
+
+
+def factorized(parameters, images, grids, *, grid_size, windows, frequencies, bins=None):
+    """Images `(N, C)` each to `(B, K, S)`: token k, channel s: sum over r, f of core_k[s, f, r] * D[r, c] * phi_f(p) * x[p, c]."""
+    tokens = []
+    for image, grid in zip(images, grids, strict=True):
+        for i, (window, number) in enumerate(zip(windows, frequencies, strict=True)):
+            maps = factorized_maps(
+                parameters, i, grid, grid_size=grid_size, window=window, frequencies=number, bins=bins[i] if bins else None
+            )
+            read = torch.einsum("mp,pc,rc->mr", maps.flatten(1), image, parameters["channel_projection.weight"])
+            core = parameters[f"cores.{i if f'cores.{i}.weight' in parameters else 0}.weight"]
+            tokens.append(core.reshape(len(core), *read.shape).flatten(1) @ read.flatten())
+    return torch.stack(tokens).reshape(len(grids), len(windows), -1)
 
 
 def softmax(scores):

@@ -30,8 +30,15 @@ def fields(draw):
             kernels.append(kernel)
     detail = draw(st.none() | within(grid))
     head = draw(st.sampled_from(["mlp", "linear"]))
+    channels = draw(sides)
+    shapes = [*kernels, *([detail] if detail else [])]
+    factors = {
+        "rank": draw(st.integers(1, channels)),
+        "frequencies": draw(st.integers(1, min(3, *map(min, shapes)))),
+        "spatial_basis": draw(st.sampled_from(["cosine", "learned"])),
+    }
     return {
-        "vision_hidden_size": draw(sides),
+        "vision_hidden_size": channels,
         "text_hidden_size": draw(sides),
         "grid_size": grid,
         "variant": variant,
@@ -42,6 +49,7 @@ def fields(draw):
         "spatial_head": head,
         "spatial_head_bias": head == "mlp" or draw(st.booleans()),
         "patch_head": draw(st.sampled_from(["mlp", None])),
+        **(factors if draw(st.booleans()) else {}),
     }
 
 

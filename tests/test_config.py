@@ -264,6 +264,7 @@ def test_numbers_too_long_for_python_are_refused(digits):
 
 LLAVA = {"vision_hidden_size": 1024, "text_hidden_size": 4096, "grid_size": (24, 24), "spatial_hidden_size": 512}
 SIX = (4, 8, 12, 16, 20, 24)
+FACTORS = {"rank": 128, "frequencies": 3}
 EXPECTED_PRESETS = {  # REFERENCE sections 2, 4, 5 and tables 4, 6, 7: variant, kernels, detail kernel, head, its bias, the rest
     "llava-sp-cropping": ("cropping", SIX, 16, "linear", True, {}),
     "llava-sp-pooling": ("pooling", SIX, None, "linear", False, {}),
@@ -279,6 +280,24 @@ EXPECTED_PRESETS = {  # REFERENCE sections 2, 4, 5 and tables 4, 6, 7: variant, 
         "mlp",
         True,
         {"text_hidden_size": 896, "grid_size": (32, 32)},
+    ),
+    "factorized-cropping": ("cropping", SIX, 16, "mlp", True, FACTORS),
+    "factorized-pooling": ("pooling", SIX, 16, "mlp", True, FACTORS),
+    "factorized-siglip-so400m-14-384": (
+        "cropping",
+        (7, 11, 15, 19, 23, 27),
+        16,
+        "mlp",
+        True,
+        {**FACTORS, "vision_hidden_size": 1152, "grid_size": (27, 27), "rank": 144},
+    ),
+    "factorized-qwen2.5-vl-7b": (
+        "cropping",
+        SIX,
+        16,
+        "mlp",
+        True,
+        {**FACTORS, "vision_hidden_size": 1280, "text_hidden_size": 3584, "rank": 160, "patch_head": None},
     ),
 }
 

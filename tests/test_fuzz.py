@@ -75,7 +75,22 @@ def is_valid(f):
     head = type(f["spatial_head_bias"]) is bool and (f["spatial_head"], f["spatial_head_bias"]) in heads
     widths = (f[name] for name in ("vision_hidden_size", "text_hidden_size", "spatial_hidden_size"))
     patch_head = f["patch_head"] is None or (type(f["patch_head"]) is str and f["patch_head"] == "mlp")
-    return bool(centred and detail and head and patch_head and all(map(is_count, widths)))
+    return bool(centred and detail and head and patch_head and all(map(is_count, widths)) and has_valid_factors(f, windows))
+
+
+def has_valid_factors(f, windows):
+    rank, basis = f.get("rank"), f.get("spatial_basis", "cosine")
+    if type(basis) is not str or basis not in ("cosine", "learned"):
+        return False
+    given = f.get("frequencies")
+    if rank is None:
+        return given is None and basis == "cosine"
+    given = 3 if given is None else given
+    numbers = given if type(given) in (list, tuple) else [given] * len(windows)
+    if not is_count(rank) or rank > f["vision_hidden_size"] or len(numbers) != len(windows) or not all(map(is_count, numbers)):
+        return False
+    detail = [] if f["detail_kernel_size"] is None else [(max(numbers), read_size(f["detail_kernel_size"]))]
+    return all(number <= min(size) for number, size in [*zip(numbers, windows, strict=True), *detail])
 
 
 def largest(value):

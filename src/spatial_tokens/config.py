@@ -186,7 +186,8 @@ class SPProjectorConfig:
     def costs(self, *, bytes_per_parameter: int = 2) -> tuple[PartCost, ...]:
         """Parameters, bytes and multiply-adds an image, part by part, in the order in which patches pass them.
 
-        Nothing is allocated. Matrix products are counted; the additions of pooling, norms, softmax and GELU are not.
+        Nothing is allocated. Matrix products are counted; the additions of pooling, norms, softmax and GELU are not, nor what is
+        done once a call: learned maps laid on the patches.
 
         Args:
             bytes_per_parameter: 2 for bfloat16 and float16, 4 for float32.

@@ -9,6 +9,7 @@ _LLAVA = {"vision_hidden_size": 1024, "text_hidden_size": 4096, "grid_size": (24
 _SIX = {"kernel_sizes": (4, 8, 12, 16, 20, 24)}
 _DETAIL = {"detail_kernel_size": 16}
 _NO_DETAIL = {"detail_kernel_size": None}
+_FACTORIZED = {"rank": 128, "frequencies": 3}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The released models. Their spatial head is GELU + Linear; only cropping's has a bias.
@@ -31,5 +32,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "internvit-300m-448": {
         **_LLAVA, **_DETAIL, "variant": "cropping", "text_hidden_size": 896, "grid_size": (32, 32),
         "kernel_sizes": (12, 16, 20, 24, 28, 32),
+    },
+    # Factorized kernels in the paper's setting: 1/200 of the parameters, not in the paper. Windows are shares of the picture, so
+    # that these read patches of every grid: attach() gives them to models of any image size.
+    "factorized-cropping": {**_LLAVA, **_SIX, **_DETAIL, **_FACTORIZED, "variant": "cropping"},
+    "factorized-pooling": {**_LLAVA, **_SIX, **_DETAIL, **_FACTORIZED, "variant": "pooling"},
+    # SigLIP-so400m/14-384, whose 27 x 27 patches of 1152 channels LLaVA-OneVision and others read.
+    "factorized-siglip-so400m-14-384": {
+        **_LLAVA, **_DETAIL, "variant": "cropping", "vision_hidden_size": 1152, "grid_size": (27, 27),
+        "kernel_sizes": (7, 11, 15, 19, 23, 27), "rank": 144, "frequencies": 3,
+    },
+    # Qwen2.5-VL-7B: patches of any grid, 1280 channels.
+    "factorized-qwen2.5-vl-7b": {
+        **_LLAVA, **_SIX, **_DETAIL, "variant": "cropping", "vision_hidden_size": 1280, "text_hidden_size": 3584, "rank": 160,
+        "frequencies": 3, "patch_head": None,
     },
 }  # fmt: skip

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector, SPProjectorConfig
+from spatial_tokens import (
+    DetailFeatureIntegrator,
+    FactorizedFeatureExtractor,
+    SpatialFeatureExtractor,
+    SPProjector,
+    SPProjectorConfig,
+)
 from spatial_tokens.modules import LinearHead, MLPHead
 from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
 
@@ -27,7 +33,11 @@ class Case(NamedTuple):
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def projector(detail, **kwargs):
+def factorized(frequencies=2, **kwargs):
+    return FactorizedFeatureExtractor(4, 6, grid_size=GRID, kernel_sizes=SIZES, frequencies=frequencies, rank=3, **kwargs)
+
+
+def projector(detail, rank=None, frequencies=None, **kwargs):
     config = SPProjectorConfig(
         vision_hidden_size=4,
         spatial_hidden_size=6,
@@ -35,6 +45,8 @@ def projector(detail, **kwargs):
         grid_size=GRID,
         kernel_sizes=SIZES,
         detail_kernel_size=detail,
+        rank=rank,
+        frequencies=frequencies,
     )
     return SPProjector.from_config(config, **kwargs)
 
@@ -46,6 +58,15 @@ CASES = {
     "integrator": Case(
         lambda **kw: DetailFeatureIntegrator(4, 6, grid_size=GRID, kernel_size=(4, 2), **kw), ((3, 6), PATCHES), ATTENTION
     ),
+    "factorized cropping": Case(lambda **kw: factorized(**kw)),
+    "factorized pooling": Case(lambda **kw: factorized(variant="pooling", frequencies=(1, 3, 2), **kw)),
+    "learned maps": Case(lambda **kw: factorized(spatial_basis="learned", **kw)),
+    "factorized integrator": Case(
+        lambda **kw: DetailFeatureIntegrator(4, 6, grid_size=GRID, kernel_size=(4, 2), rank=3, frequencies=2, **kw),
+        ((3, 6), PATCHES),
+        ATTENTION,
+    ),
+    "factorized projector": Case(lambda **kw: projector(4, rank=3, frequencies=2, **kw), options=ATTENTION),
     "mlp head": Case(lambda **kw: MLPHead(4, 5, **kw)),
     "linear head": Case(lambda **kw: LinearHead(4, 5, **kw)),
     "linear head without bias": Case(lambda **kw: LinearHead(4, 5, bias=False, **kw)),

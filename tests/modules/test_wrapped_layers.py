@@ -60,6 +60,11 @@ FIRST = {
     "projector": ["extractor.kernels.0", "integrator.detail_kernel", "integrator.query_projector.1"],
     "projector, tokens alone": ["extractor.kernels.0"],
     "projector without DFI": ["extractor.kernels.0"],
+    "factorized cropping": ["kernels.channel_projection", "kernels.cores.0"],
+    "factorized pooling": ["kernels.cores.2"],
+    "learned maps": ["kernels.channel_projection", "kernels.cores.1"],
+    "factorized integrator": ["detail_kernel.channel_projection", "detail_kernel.cores.0", "query_projector.1"],
+    "factorized projector": ["extractor.kernels.channel_projection", "extractor.kernels.cores.0"],
     "sliding window": ["kernels.0"],
     "transformer": ["transformers.0.encoder.layers.0.linear1"],
 }

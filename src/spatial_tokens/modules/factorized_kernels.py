@@ -105,11 +105,10 @@ class FactorizedKernels(nn.Module):
         """Features to what each map gives of them: `(B, sum of P * F * F, ...)`."""
         if isinstance(grids, tuple):
             return self._weights(grids, images) @ images
-        found = {grid: self._weights(grid, images) for grid in dict.fromkeys(grids)}
         parts = torch.split(images, [height * width for height, width in grids])
         if not grids:
-            return images.new_empty(0, sum(basis.num_windows * basis.num_maps for basis in self.bases), images.shape[-1])
-        return torch.stack([found[grid] @ part for grid, part in zip(grids, parts, strict=True)])
+            return images.unsqueeze(1).expand(-1, sum(basis.num_windows * basis.num_maps for basis in self.bases), -1)
+        return torch.stack([self._weights(grid, part) @ part for grid, part in zip(grids, parts, strict=True)])
 
     def _weights(self, grid: Size, like: torch.Tensor) -> torch.Tensor:
         if self.spatial_basis == "cosine":

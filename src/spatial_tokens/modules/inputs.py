@@ -49,15 +49,16 @@ def as_images(
     Raises:
         SpatialTokensError: If the features are none that the layer reads, or not those of the grids.
     """
-    check_features(patches, hidden_size, layer, "patch features", "(B, N, C) or (sum of N, C)")
-    if patches.ndim not in (2, 3):
-        raise SpatialTokensError(f"patch features must have shape (B, N, C) or (sum of N, C), got {tuple(patches.shape)}")
-    if grid_sizes is None and patches.ndim == 3:
-        check_num_patches(patches.shape[1], grid_size, ", or tell it: grid_sizes=(height, width)")
-        return patches, grid_size
-    if _is_one(grid_sizes) and patches.ndim == 3:
-        grid = as_size(grid_sizes, "grid_sizes")
-        check_num_patches(patches.shape[1], grid, ", or tell the grid that it has")
+    check_dense(patches, "patch features", "(B, N, C)")
+    if patches.ndim != 3 and (patches.ndim != 2 or _is_one(grid_sizes)):
+        raise SpatialTokensError(
+            f"patch features must have shape (B, N, C), got {tuple(patches.shape)}; images one after another, (sum of N, C), need "
+            f"the grid of each: grid_sizes=[(height, width), ...], got {shown(grid_sizes)}"
+        )
+    check_features(patches, hidden_size, layer, "patch features", "(B, N, C)")
+    if _is_one(grid_sizes):
+        grid = grid_size if grid_sizes is None else as_size(grid_sizes, "grid_sizes")
+        check_num_patches(patches.shape[1], grid, ", or tell the grid that they have: grid_sizes=(height, width)")
         return patches, grid
     grids = as_grid_list(grid_sizes)
     lengths = [height * width for height, width in grids]
@@ -76,10 +77,8 @@ def as_grid_list(grid_sizes: GridSizes | None) -> list[Size]:
     Raises:
         SpatialTokensError: If that is not what is given.
     """
-    if not isinstance(grid_sizes, (tuple, list)) or _is_one(grid_sizes):
-        raise SpatialTokensError(
-            f"images one after another need the grid of each: grid_sizes=[(height, width), ...], got {shown(grid_sizes)}"
-        )
+    if not isinstance(grid_sizes, (tuple, list)):
+        raise SpatialTokensError(f"grid_sizes must be a list with the grid of each image, got {shown(grid_sizes)}")
     return [as_size(each, "each of grid_sizes") for each in grid_sizes]
 
 

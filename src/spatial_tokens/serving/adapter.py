@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from spatial_tokens.adapters.huggingface.families import Family
-from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Unit
 from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
+from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import family_of
 from spatial_tokens.adapters.huggingface.saving import read_config
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
-from spatial_tokens.modules import SPProjector
 from spatial_tokens.serving.families import require_served
 
 
@@ -68,7 +68,7 @@ def read_adapter(folder: Path, hf_config: Any) -> ServedAdapter:
         )
     require_served(hf_config)
     family, resize = family_of(hf_config), values["resize"]
-    if family.layout in OF_ANY_SIZE and resize is None and not SPProjector.from_config(config, device="meta").any_grid:
+    if family.layout in OF_ANY_SIZE and resize is None and not config.any_grid:
         raise SpatialTokensError(
             f"{kind} takes images of any size, and {folder} has no resize: an image of another patch grid would end the engine; "
             "attach with resize='pool' or 'interpolate', or with factorized kernels"

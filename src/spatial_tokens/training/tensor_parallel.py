@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 
 from spatial_tokens.errors import SpatialTokensError, shown
-from spatial_tokens.modules import LinearHead, MLPHead, SpatialFeatureExtractor, SPProjector
+from spatial_tokens.modules import FactorizedFeatureExtractor, LinearHead, MLPHead, SpatialFeatureExtractor, SPProjector
+from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 
 Sharding = Literal["output", "input"]
 
@@ -57,8 +58,8 @@ def parallelize_projector(projector: SPProjector, mesh: DeviceMesh, shard: Shard
 def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> dict[str, ParallelStyle]:
     """What `parallelize_projector` gives to `parallelize_module`: a style for each part, by its name in the projector.
 
-    The kernels are sharded as told, an MLP's layers by output and then by input; the attention of the DetailFeatureIntegrator,
-    0.8 M weights at the paper's size, is whole in every process.
+    Dense kernels are sharded as told, an MLP's layers by output and then by input. Factorized kernels and the attention of the
+    DetailFeatureIntegrator, 4.4 M and 0.8 M weights at the paper's size, are whole in every process.
 
     Raises:
         SpatialTokensError: If a part is none that a config describes, or is wrapped or sharded already.
@@ -67,16 +68,22 @@ def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> 
         raise SpatialTokensError(f"shard must be 'output' or 'input', got {shown(shard)}")
     if any(type(parameter) is not nn.Parameter for parameter in projector.parameters()):
         raise SpatialTokensError("the projector's parameters are sharded or quantized already; give a plain one")
-    if not isinstance(projector.extractor, SpatialFeatureExtractor):
+    plan: dict[str, ParallelStyle] = {}
+    if isinstance(projector.extractor, FactorizedFeatureExtractor):
+        plan |= _factors("extractor.kernels", projector.extractor.kernels)
+    elif isinstance(projector.extractor, SpatialFeatureExtractor):
+        made = Shard(-1) if shard == "output" else Partial()  # the kernels' tokens, gathered or summed once for all of them
+        for i in range(projector.extractor.num_spatial_tokens):
+            plan[f"extractor.kernels.{i}"] = _kernel(shard, made, use_local_output=False)
+        plan["extractor"] = PrepareModuleOutput(output_layouts=made, desired_output_layouts=Replicate())
+    else:
         raise _no_plan(projector.extractor)
-    made = Shard(-1) if shard == "output" else Partial()  # the kernels' tokens, gathered or summed once for all of them
-    plan: dict[str, ParallelStyle] = {
-        f"extractor.kernels.{i}": _kernel(shard, made, use_local_output=False)
-        for i in range(projector.extractor.num_spatial_tokens)
-    }
-    plan["extractor"] = PrepareModuleOutput(output_layouts=made, desired_output_layouts=Replicate())
     if projector.integrator is not None:
-        plan["integrator.detail_kernel"] = _kernel(shard, Replicate(), use_local_output=True)
+        kernel = projector.integrator.detail_kernel
+        if isinstance(kernel, FactorizedKernels):
+            plan |= _factors("integrator.detail_kernel", kernel)
+        else:
+            plan["integrator.detail_kernel"] = _kernel(shard, Replicate(), use_local_output=True)
         plan |= {f"integrator.{role}_projector": _Whole() for role in ("query", "key", "value")}
     for name, head in (("spatial_head", projector.spatial_head), ("patch_head", projector.patch_head)):
         if isinstance(head, MLPHead):
@@ -87,6 +94,12 @@ def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> 
             raise _no_plan(head)
     projector.exact_state_dict()  # raises if a part is wrapped
     return plan
+
+
+def _factors(name: str, kernels: FactorizedKernels) -> dict[str, ParallelStyle]:
+    if kernels.spatial_basis == "learned":
+        raise SpatialTokensError("there is no tensor-parallel plan for learned maps; use spatial_basis='cosine'")
+    return {f"{name}.{each}": _Whole() for each, part in kernels.named_modules() if isinstance(part, nn.Linear)}
 
 
 class _Whole(ParallelStyle):
@@ -112,11 +125,11 @@ def _kernel(shard: Sharding, output_layouts: Placement, *, use_local_output: boo
 
 def _require_enough(projector: SPProjector, shard: Sharding, processes: int) -> None:
     """Raises SpatialTokensError if a sharded layer is narrower than the mesh: torch would not compute with parts of it."""
-    kernels = [module for name, module in projector.named_modules() if "kernel" in name and isinstance(module, nn.Linear)]
-    counts = {
-        f"{shard} channels of a kernel": min(each.out_features if shard == "output" else each.in_features for each in kernels)
-    }
-    counts["channels of a head"] = projector.config.text_hidden_size
+    counts = {"channels of a head": projector.config.text_hidden_size}
+    if projector.config.rank is None:
+        kernels = [module for name, module in projector.named_modules() if "kernel" in name and isinstance(module, nn.Linear)]
+        sides = [each.out_features if shard == "output" else each.in_features for each in kernels]
+        counts[f"{shard} channels of a kernel"] = min(sides)
     for what, count in counts.items():
         if count < processes:
             raise SpatialTokensError(f"{count} {what} cannot be shared out over {processes} processes; use a smaller mesh")

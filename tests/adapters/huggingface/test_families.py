@@ -129,6 +129,9 @@ def expected_tokens(case: Case, model: Any, rows: list[list[Picture]], *, tiles:
     maps = tiny.maps(plain, captured, flat(rows), tiny.cell)
     maps = maps if tiles else case.thumbnails(maps, rows)
     grid = model.spatial_tokens.config.grid_size
+    if model._spatial_attachment.resize is None and model.spatial_tokens.any_grid:
+        with torch.no_grad():
+            return [model.spatial_tokens(each.flatten(0, 1)[None], tuple(each.shape[:2]))[0] for each in maps]
     if tiny.attach.get("resize") == "pool":
         maps = [functional.adaptive_avg_pool2d(each.movedim(-1, 0), grid).movedim(0, -1) for each in maps]
     assert all(tuple(each.shape[:2]) == grid for each in maps)
@@ -136,8 +139,8 @@ def expected_tokens(case: Case, model: Any, rows: list[list[Picture]], *, tiles:
         return list(model.spatial_tokens(torch.stack([each.flatten(0, 1) for each in maps])))
 
 
-def check_own_places(case: Case, *, tiles: bool) -> None:
-    rows, model = case.pictures(2, 1, 0), case.model(unit="tile" if tiles else "image")
+def check_own_places(case: Case, *, tiles: bool, **options: Any) -> None:
+    rows, model = case.pictures(2, 1, 0), case.model(unit="tile" if tiles else "image", **options)
     plain, inputs = case.tiny.inputs(rows), case.inputs(model, rows, tiles=tiles)
     before, after = embeddings(case.plain(), plain), embeddings(model, inputs)
     real, slots = inputs["attention_mask"] == 1, inputs["input_ids"] == model._spatial_attachment.token_id
@@ -168,6 +171,16 @@ def assert_slots_come_first(
 @families()
 def test_placement(name):
     run(name, "placement", lambda case: check_own_places(case, tiles=False))
+
+
+@families(*(name for name, tiny in MODELS.items() if tiny.attach.get("resize")))
+def test_factorized_kernels_read_pictures_of_every_size(name):
+    def check(case: Case) -> None:
+        check_own_places(
+            case, tiles=False, resize=None, rank=4, frequencies=1 if case.tiny.attach["detail_kernel_size"] == 1 else 2
+        )
+
+    run(name, "placement", check)
 
 
 @families(*TILED)

@@ -14,8 +14,9 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface import placeholders
 from spatial_tokens.adapters.huggingface.families import Family
-from spatial_tokens.adapters.huggingface.hooks import NAME, Attachment, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.hooks import NAME, Attachment, Mode, Unit
 from spatial_tokens.adapters.huggingface.layouts import tiles_of
+from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of, find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_placeholders, without_placeholders
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
@@ -58,7 +59,8 @@ def attach(
         unit: "image": K spatial tokens for an image, from the whole of it (of images cut into tiles: from the thumbnail, the
             paper's InternVL setting). "tile": K for each tile.
         resize: How patch features of another grid are brought to the projector's: "pool" (adaptive average pooling) or
-            "interpolate" (bilinear, antialiased), in float32; None refuses them. Models that take images of any size need one.
+            "interpolate" (bilinear, antialiased), in float32; None refuses them. Models that take images of any size need one,
+            unless the projector's kernels are factorized (`rank=`), which read patches of every grid as they are.
         token: The reserved token's text: a new token, or an added special token of the tokenizer that has no other use.
         token_id: Its id, if `input_ids` are made without a processor; when left out, the first beyond the embeddings.
         **fields: Fields of an SPProjectorConfig in place of the preset's, or of what was found in the model.
@@ -214,7 +216,9 @@ def _ready(parts: ModelParts, projector: SPProjector, resize: Resize | None, fie
         raise SpatialTokensError(f"{', '.join(fields)} go with a preset, not with a ready projector")
     if projector.patch_head is not None:
         raise SpatialTokensError("the projector has a patch head, but the model projects its patches itself; give patch_head=None")
-    _require_fit(parts, projector.extractor, resize, {"vision_hidden_size", "grid_size"})
+    _require_fit(
+        parts, projector.extractor, resize, {"vision_hidden_size"} if projector.any_grid else {"vision_hidden_size", "grid_size"}
+    )
     width = getattr(projector.spatial_head, "out_features", None)
     if width not in (None, parts.text_hidden_size):
         raise SpatialTokensError(f"the projector's tokens have {width} channels, the language model has {parts.text_hidden_size}")
@@ -238,10 +242,15 @@ def config_for(
     else:
         widths = {"vision_hidden_size": parts.vision_hidden_size, "text_hidden_size": parts.text_hidden_size}
         known = {name: value for name, value in widths.items() if value is not None}
-        fitted = SPProjectorConfig.from_preset(config, **{**known, **_grid_fields(parts, config, resize, fields), **fields})
+        preset = SPProjectorConfig.from_preset(config)
+        if preset.rank is not None:  # as large a share of the model's channels as of the preset's
+            known["rank"] = max(
+                1, preset.rank * known.get("vision_hidden_size", preset.vision_hidden_size) // preset.vision_hidden_size
+            )
+        fitted = SPProjectorConfig.from_preset(config, **{**known, **_grid_fields(parts, preset, resize, fields), **fields})
     if "vision_hidden_size" in fields:  # which the user may know better than the first layer tells
         names.remove("vision_hidden_size")
-    _require_fit(parts, fitted, resize, names)
+    _require_fit(parts, fitted, resize, names - {"grid_size"} if fitted.any_grid else names)
     return fitted
 
 
@@ -281,14 +290,16 @@ def _require_image_mode(family: Family, unit: Unit) -> None:
         raise SpatialTokensError(f"mode='image' needs unit={needed!r} in this model, as its image tokens come {needed} by {needed}")
 
 
-def _grid_fields(parts: ModelParts, preset_name: str, resize: Resize | None, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The grid, and kernels for it where it is not the preset's."""
-    preset = SPProjectorConfig.from_preset(preset_name)
+def _grid_fields(parts: ModelParts, preset: SPProjectorConfig, resize: Resize | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid, and kernels for it where it is not the preset's; factorized kernels keep theirs, of which windows are shares."""
+    if fields.get("rank", preset.rank) is not None and "grid_size" not in fields:
+        return {"patch_head": None}
     grid = fields.get("grid_size", preset.grid_size if resize else parts.grid_size)
     if grid is None:
         raise SpatialTokensError(
-            "the model takes images of any size, so its patch grids differ; give resize='pool' or 'interpolate', to bring them "
-            f"all to the preset's {preset.grid_size[0]}x{preset.grid_size[1]}"
+            "the model takes images of any size, so its patch grids differ; give rank=128, for factorized kernels, which read any "
+            "grid, or resize='pool' or 'interpolate', to bring them all to the preset's "
+            f"{preset.grid_size[0]}x{preset.grid_size[1]}"
             if parts.any_size
             else "cannot tell the model's patch grid from its config; give grid_size=(height, width)"
         )

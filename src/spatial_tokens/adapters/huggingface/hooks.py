@@ -30,18 +30,17 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface.around import Around
 from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording, is_ids, length_of
-from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, thumbnails, tiles_of
-from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of
+from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails, tiles_of
+from spatial_tokens.adapters.huggingface.maps_to_tokens import MapsToTokens, Resize
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
 from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import Size
 from spatial_tokens.modules import SPProjector
 
 Mode = Literal["own", "image"]
 Unit = Literal["image", "tile"]
-Resize = Literal["pool", "interpolate"]
 NAME = "spatial_tokens"  # of the projector in the model
 CARRIED = "_spatial_features"  # on what get_image_features returns: generate() encodes images before it calls the model
 
@@ -55,7 +54,8 @@ class Attachment:
         token: The reserved token; the image token in mode "image".
         mode: "own": the places are of a token of ours; "image": of the model's own image token.
         unit: Spatial tokens for each "image" (of tiles: for its thumbnail) or for each "tile".
-        resize: How maps of another size are brought to the projector's grid; None: they are refused.
+        resize: How maps of another size are brought to the projector's grid; None: they are refused, or read as they are by a
+            projector of any grid.
         is_new: Whether the projector's weights are random.
     """
 
@@ -65,8 +65,7 @@ class Attachment:
     ) -> None:  # fmt: skip
         self.parts, self.token, self.mode, self.unit, self.resize = parts, token, mode, unit, resize
         self.num_spatial_tokens = projector.num_spatial_tokens
-        self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None)
-        self.vision_hidden_size: int | None = getattr(projector.extractor, "vision_hidden_size", None)
+        self.to_tokens = MapsToTokens.of(projector, resize)
         self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
         self.undo: list[Callable[[], Any]] = []  # in order; called from the last to the first
         self.training_warnings = TrainingWarnings(projector, is_new=is_new)
@@ -324,9 +323,7 @@ class Attachment:
 
     def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
-        return spatial_tokens_of(
-            self.projector, maps, grid_size=self.grid_size, vision_hidden_size=self.vision_hidden_size, resize=self.resize
-        )
+        return self.to_tokens(self.projector, maps)
 
     def _mask(self, call: Call, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
         """Where the placeholders are in a sequence `(B, L)`."""
@@ -380,8 +377,8 @@ class Attachment:
 
     def _no_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
         weight = next(self.projector.parameters())
-        channels = self.vision_hidden_size or self.parts.vision_hidden_size or weight.shape[-1]
-        blank = embeddings.new_zeros(*(self.grid_size or self.parts.grid_size or (1, 1)), channels)
+        channels = self.to_tokens.vision_hidden_size or self.parts.vision_hidden_size or weight.shape[-1]
+        blank = embeddings.new_zeros(*(self.to_tokens.grid_size or self.parts.grid_size or (1, 1)), channels)
         own = self.parts.zero(embeddings) if self.modules_to_save else 0  # first, as with images: engines reduce as they come
         return own + self.tokens([blank])[:, :0].sum().to(embeddings)
 
@@ -389,36 +386,3 @@ class Attachment:
 def patches_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The patch features, among what a model's projector is called with."""
     return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]  # type: ignore[no-any-return]
-
-
-def spatial_tokens_of(
-    projector: nn.Module,
-    maps: Sequence[torch.Tensor],
-    *,
-    grid_size: Size | None,
-    vision_hidden_size: int | None,
-    resize: Resize | None,
-) -> torch.Tensor:
-    """Maps of patches to spatial tokens, as a model's adapter has it: brought to the projector's grid, in its dtype, on its device.
-
-    Args:
-        projector: An SPProjector without a patch head, which may be wrapped.
-        maps: `(H, W, C)` each.
-        grid_size: The grid that the projector takes; None if it takes any.
-        vision_hidden_size: The channels that it takes; None if it does not say.
-        resize: How maps of another grid are brought to it; None refuses them.
-
-    Returns:
-        `(maps, K, D)`.
-
-    Raises:
-        SpatialTokensError: If a map is of another grid and may not be resized, or has other channels.
-    """
-    patches = torch.stack([fitted(each, grid_size, resize).flatten(0, 1) for each in maps])
-    if vision_hidden_size not in (None, patches.shape[-1]):
-        raise SpatialTokensError(
-            f"the patch features have {patches.shape[-1]} channels, the projector's config says {vision_hidden_size}; attach with "
-            "vision_hidden_size of the former"
-        )
-    weight = next(projector.parameters())
-    return projector(patches.to(device=device_of(projector, weight), dtype=weight.dtype))  # type: ignore[no-any-return]

@@ -285,3 +285,12 @@ def fitted(patches: torch.Tensor, grid: Size | None, resize: str | None) -> torc
         else functional.interpolate(planes, grid, mode="bilinear", antialias=True)
     )
     return planes[0].movedim(0, -1).to(patches)
+
+
+def packed(maps: Maps) -> tuple[torch.Tensor, Size | list[Size]]:
+    """Maps `(H, W, C)` as an SPProjector takes them: `(B, N, C)` and their grid, or `(sum of N, C)` and the grid of each."""
+    grids: list[Size] = [(each.shape[0], each.shape[1]) for each in maps]
+    patches = [each.flatten(0, 1) for each in maps]
+    if all(grid == grids[0] for grid in grids):
+        return torch.stack(patches), grids[0]
+    return torch.cat(patches), grids

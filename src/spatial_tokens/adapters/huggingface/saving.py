@@ -14,7 +14,8 @@ from torch import nn
 
 from spatial_tokens import __version__
 from spatial_tokens.adapters.huggingface.api import attach, attachment_of, detach, unwrapped
-from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Unit
+from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig

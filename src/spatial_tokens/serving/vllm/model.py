@@ -18,8 +18,9 @@ from vllm.model_executor.models.transformers import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from spatial_tokens.adapters.huggingface.around import Around
-from spatial_tokens.adapters.huggingface.hooks import NAME, patches_in, spatial_tokens_of
+from spatial_tokens.adapters.huggingface.hooks import NAME, patches_in
 from spatial_tokens.adapters.huggingface.layouts import Maps, maps_of, thumbnails, tiles_of
+from spatial_tokens.adapters.huggingface.maps_to_tokens import MapsToTokens
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, find_parts
 from spatial_tokens.adapters.huggingface.saving import MODULE, ROW, WEIGHTS_NAME
 from spatial_tokens.errors import SpatialTokensError
@@ -42,6 +43,7 @@ class SpatialTokensMixin:
         self.parts = find_parts(self.model)
         device = vllm_config.device_config.device
         projector = SPProjector.from_config(adapter.config, device="meta", dtype=vllm_config.model_config.dtype)
+        self.to_tokens = MapsToTokens.of(projector, adapter.resize)
         self.spatial_tokens = projector.to_empty(device=device).requires_grad_(False)
         self.secondary_weights = [
             DefaultModelLoader.Source(
@@ -96,14 +98,7 @@ class SpatialTokensMixin:
         where, per_tile = self.parts.family.tiles, self.adapter.per_tile
         if not per_tile:
             maps, counts = thumbnails(maps, counts, last=where == "last"), [1] * len(own)
-        extractor: Any = self.spatial_tokens.extractor
-        tokens = spatial_tokens_of(
-            self.spatial_tokens,
-            maps,
-            grid_size=getattr(extractor, "grid_size", None),
-            vision_hidden_size=getattr(extractor, "vision_hidden_size", None),
-            resize=self.adapter.resize,
-        )
+        tokens = self.to_tokens(self.spatial_tokens, maps)
         for ours, theirs in zip(torch.split(tokens, counts), own, strict=True):
             if per_tile and where != "anyres":  # before each tile's tokens
                 yield torch.cat([ours.to(theirs), torch.unflatten(theirs, 0, (len(ours), -1))], dim=1).flatten(0, 1)
