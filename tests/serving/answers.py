@@ -36,7 +36,10 @@ def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
     return Image.fromarray(squares.numpy()).resize((width, height), Image.Resampling.NEAREST)
 
 
-def prompts(image: str) -> list[tuple[str, list[Image.Image]]]:
+Prompt = tuple[str, list[Image.Image]]
+
+
+def prompts(image: str) -> list[Prompt]:
     """Prompts of none, one and two pictures, of several sizes; one twice."""
     one, wide, tall = picture(0), picture(1, 96, 32), picture(2, 40, 80)
     return [
@@ -50,7 +53,7 @@ def prompts(image: str) -> list[tuple[str, list[Image.Image]]]:
     ]
 
 
-def by_transformers(base: Path, adapter: Path, image: str, lora: Path | None = None) -> list[Answer]:
+def by_transformers(base: Path, adapter: Path, asked: list[Prompt], lora: Path | None = None) -> list[Answer]:
     """`generate`, one prompt after another."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     if lora is not None:
@@ -60,7 +63,7 @@ def by_transformers(base: Path, adapter: Path, image: str, lora: Path | None = N
     model, processor = load_adapter(model, adapter, transformers.AutoProcessor.from_pretrained(base))
     model.generation_config.eos_token_id = None
     answers = []
-    for text, pictures in prompts(image):
+    for text, pictures in asked:
         inputs = processor(text=text, images=pictures or None, return_tensors="pt")
         made = model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False, output_scores=True, return_dict_in_generate=True)
         length = inputs["input_ids"].shape[1]
@@ -70,13 +73,11 @@ def by_transformers(base: Path, adapter: Path, image: str, lora: Path | None = N
     return answers
 
 
-def by_vllm(llm: Any, image: str, lora: Any = None, requests: list[Any] | None = None) -> list[Answer]:
-    """The same prompts, all at once."""
+def by_vllm(llm: Any, asked: list[Prompt], lora: Any = None) -> list[Answer]:
+    """The same, all prompts at once."""
     from vllm import SamplingParams
 
-    given = [
-        {"prompt": text, **({"multi_modal_data": {"image": pictures}} if pictures else {})} for text, pictures in prompts(image)
-    ]
+    given = [{"prompt": text, **({"multi_modal_data": {"image": pictures}} if pictures else {})} for text, pictures in asked]
     how = SamplingParams(temperature=0, max_tokens=LENGTH, logprobs=0, ignore_eos=True)
     made = llm.generate(given, how, use_tqdm=False, lora_request=lora)
     return [

@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 from spatial_tokens.serving import hf_overrides, serve_export
 from spatial_tokens.serving.families import COMPARED
 from spatial_tokens.storage.files import read_safetensors
-from tests.serving.answers import by_transformers, by_vllm, picture
+from tests.serving.answers import by_transformers, by_vllm, picture, prompts
 from tests.serving.bases import BASES, write, write_adapter
 
 QWEN = "qwen2_5_vl"  # the model of the tests that take one
@@ -34,6 +34,10 @@ CLOSE = 2e-5  # log-probabilities, of sums in another order
 CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in adapters]
 
 
+def asked(name):
+    return prompts(BASES[name].image)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("bases")
@@ -47,12 +51,12 @@ def references(folder):
         write(name, folder / name)
         for adapter, options in adapters.items():
             write_adapter(name, folder / name, adapter, **options)
-            found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, BASES[name].image)
+            found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, asked(name))
     write_lora(folder / QWEN / "base", folder / QWEN / "lora")
     write_adapter(QWEN, folder / QWEN, "trained", train="model.visual.merger")
     for what, options in {"lora": {"lora": folder / QWEN / "lora"}, "trained": {}}.items():
         adapter = folder / QWEN / ("own" if what == "lora" else what)
-        found[QWEN, what] = by_transformers(folder / QWEN / "base", adapter, BASES[QWEN].image, **options)
+        found[QWEN, what] = by_transformers(folder / QWEN / "base", adapter, asked(QWEN), **options)
     return found
 
 
@@ -90,8 +94,8 @@ def check(made, references):
 def test_answers_are_those_of_transformers(name, adapter, folder, references, tmp_path):
     serve_export(folder / name / "base", folder / name / adapter, tmp_path / "served", link=True)
     with engine(tmp_path / "served") as llm:
-        check(by_vllm(llm, BASES[name].image), references[name, adapter])
-        check(by_vllm(llm, BASES[name].image), references[name, adapter])  # from the caches of images and of prefixes
+        check(by_vllm(llm, asked(name)), references[name, adapter])
+        check(by_vllm(llm, asked(name)), references[name, adapter])  # from the caches of images and of prefixes
 
 
 def test_every_family_said_to_be_compared_is():
@@ -109,13 +113,13 @@ def test_every_family_said_to_be_compared_is():
 def test_other_engines_give_the_same(options, folder, references):
     base, adapter = folder / QWEN / "base", folder / QWEN / "own"
     with engine(base, hf_overrides=hf_overrides(base, adapter), **options) as llm:
-        check(by_vllm(llm, BASES[QWEN].image), references[QWEN, "own"])
+        check(by_vllm(llm, asked(QWEN)), references[QWEN, "own"])
 
 
 def test_modules_of_the_base_that_trained_with_the_adapter(folder, references):
     base, adapter = folder / QWEN / "base", folder / QWEN / "trained"
     with engine(base, hf_overrides=hf_overrides(base, adapter)) as llm:
-        check(by_vllm(llm, BASES[QWEN].image), references[QWEN, "trained"])
+        check(by_vllm(llm, asked(QWEN)), references[QWEN, "trained"])
     assert [each.tokens for each in references[QWEN, "trained"]] != [each.tokens for each in references[QWEN, "own"]]
 
 
@@ -123,14 +127,14 @@ def test_lora_requests(folder, references):
     base, adapter = folder / QWEN / "base", folder / QWEN / "own"
     assert [each.tokens for each in references[QWEN, "lora"]] != [each.tokens for each in references[QWEN, "own"]]
     with engine(base, hf_overrides=hf_overrides(base, adapter), enable_lora=True, max_lora_rank=8) as llm:
-        check(by_vllm(llm, BASES[QWEN].image, LoRARequest("tuned", 1, str(folder / QWEN / "lora"))), references[QWEN, "lora"])
-        check(by_vllm(llm, BASES[QWEN].image), references[QWEN, "own"])
+        check(by_vllm(llm, asked(QWEN), LoRARequest("tuned", 1, str(folder / QWEN / "lora"))), references[QWEN, "lora"])
+        check(by_vllm(llm, asked(QWEN)), references[QWEN, "own"])
 
 
 def test_two_processes_share_a_model(folder, references):
     base, adapter = folder / QWEN / "base", folder / QWEN / "own"
     with engine(base, hf_overrides=hf_overrides(base, adapter), tensor_parallel_size=2) as llm:
-        check(by_vllm(llm, BASES[QWEN].image), references[QWEN, "own"])
+        check(by_vllm(llm, asked(QWEN)), references[QWEN, "own"])
 
 
 def test_requests(folder, references):
@@ -142,7 +146,7 @@ def test_requests(folder, references):
                 llm.generate({"prompt": text, "multi_modal_data": {"image": [picture(0)] * pictures}}, how, use_tqdm=False)
         (made,) = llm.generate("<|spatial|>", how, use_tqdm=False)
         assert len(made.prompt_token_ids) == len("<|spatial|>")  # letters, to the base's tokenizer
-        check(by_vllm(llm, image), references[QWEN, "own"])
+        check(by_vllm(llm, asked(QWEN)), references[QWEN, "own"])
 
 
 def test_without_the_plugin_the_base_is_not_served(folder, references, tmp_path):

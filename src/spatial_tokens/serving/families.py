@@ -10,13 +10,18 @@ from spatial_tokens.errors import SpatialTokensError
 # Compared, on tiny models: the same tokens as `attach` and `generate` (tests/serving).
 COMPARED = ("idefics3", "internvl", "llava", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
 
-BOTH_WAYS = "an image's tokens attend to one another both ways, which vLLM's Transformers backend does not do"
+BOTH_WAYS = "an image's tokens attend to one another both ways, which vLLM does on no CPU, and else for spatial tokens too"
 LAYERS = "its vision encoder adds to several layers of the language model, which vLLM's Transformers backend does not do"
 
 # What vLLM's own Transformers backend computes otherwise than transformers, without spatial tokens too.
 REFUSED_IN_VLLM = {
+    "cohere_compass": LAYERS,
+    "cosmos3_omni": LAYERS,
     "gemma3": BOTH_WAYS,
+    "gemma4": BOTH_WAYS,
     "paligemma": BOTH_WAYS,
+    "shieldgemma2": BOTH_WAYS,
+    "qwen3_omni_moe_thinker": LAYERS,
     "qwen3_vl": LAYERS,
     "qwen3_vl_moe": LAYERS,
 }
