@@ -53,14 +53,16 @@ def prompts(image: str) -> list[Prompt]:
     ]
 
 
-def by_transformers(base: Path, adapter: Path, asked: list[Prompt], lora: Path | None = None) -> list[Answer]:
+def by_transformers(base: Path, adapter: Path | None, asked: list[Prompt], lora: Path | None = None) -> list[Answer]:
     """`generate`, one prompt after another."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     if lora is not None:
         import peft
 
         model = peft.PeftModel.from_pretrained(model, lora).eval()
-    model, processor = load_adapter(model, adapter, transformers.AutoProcessor.from_pretrained(base))
+    processor = transformers.AutoProcessor.from_pretrained(base)
+    if adapter is not None:
+        model, processor = load_adapter(model, adapter, processor)
     model.generation_config.eos_token_id = None
     answers = []
     for text, pictures in asked:

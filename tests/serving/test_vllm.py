@@ -31,6 +31,7 @@ ADAPTERS = {
     "idefics3": {"own": {}, "tile": {"unit": "tile"}},
 }
 CLOSE = 2e-5  # log-probabilities, of sums in another order
+LESS_CLOSE = {"idefics3": 2e-4}  # as it is without spatial tokens: 3e-5
 CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in adapters]
 
 
@@ -49,6 +50,7 @@ def references(folder):
     found = {}
     for name, adapters in ADAPTERS.items():
         write(name, folder / name)
+        found[name, None] = by_transformers(folder / name / "base", None, asked(name))
         for adapter, options in adapters.items():
             write_adapter(name, folder / name, adapter, **options)
             found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, asked(name))
@@ -83,19 +85,26 @@ def engine(model, **options):
         cleanup_dist_env_and_memory()
 
 
-def check(made, references):
+def check(made, references, close=CLOSE):
     for number, (ours, theirs) in enumerate(zip(made, references, strict=True)):
         assert ours.prompt == theirs.prompt, f"prompt {number}"
         assert ours.tokens == theirs.tokens, f"prompt {number}"
-        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=CLOSE)
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=close)
 
 
 @pytest.mark.parametrize(("name", "adapter"), CASES)
 def test_answers_are_those_of_transformers(name, adapter, folder, references, tmp_path):
     serve_export(folder / name / "base", folder / name / adapter, tmp_path / "served", link=True)
     with engine(tmp_path / "served") as llm:
-        check(by_vllm(llm, asked(name)), references[name, adapter])
-        check(by_vllm(llm, asked(name)), references[name, adapter])  # from the caches of images and of prefixes
+        for _ in range(2):  # then from the caches of images and of prefixes
+            check(by_vllm(llm, asked(name)), references[name, adapter], LESS_CLOSE.get(name, CLOSE))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_answers_depend_on_spatial_tokens(name, references):
+    for (_, pictures), ours, plain in zip(asked(name), references[name, "own"], references[name, None], strict=True):
+        change = (ours.logprobs[0] - plain.logprobs[0]).abs()
+        assert change > 10 * CLOSE if pictures else change == 0
 
 
 def test_every_family_said_to_be_compared_is():
@@ -142,8 +151,10 @@ def test_requests(folder, references):
     how = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     with engine(base, hf_overrides=hf_overrides(base, adapter)) as llm:
         for text, pictures in ((f"{image} one place", 2), ("no place", 1)):
-            with pytest.raises(ValueError, match=r"placeholder|prompt update"):
+            with pytest.raises((ValueError, AssertionError), match=r"Failed to apply prompt"):
                 llm.generate({"prompt": text, "multi_modal_data": {"image": [picture(0)] * pictures}}, how, use_tqdm=False)
+        more = {"prompt": f"{image}{image} two places", "multi_modal_data": {"image": [picture(0)]}}
+        llm.generate(more, how, use_tqdm=False)  # the second is words, as it is to vLLM without spatial tokens
         (made,) = llm.generate("<|spatial|>", how, use_tqdm=False)
         assert len(made.prompt_token_ids) == len("<|spatial|>")  # letters, to the base's tokenizer
         check(by_vllm(llm, asked(QWEN)), references[QWEN, "own"])

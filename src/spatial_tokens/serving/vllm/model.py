@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.transformers import (
     MultiModalDummyInputsBuilder,
     TransformersMultiModalForCausalLM,
     TransformersMultiModalMoEForCausalLM,
 )
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from spatial_tokens.adapters.huggingface.around import Around
@@ -27,6 +30,8 @@ from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.serving.adapter import adapter_of
 from spatial_tokens.serving.vllm.processing import SpatialInfo, SpatialProcessor
+from spatial_tokens.storage.sharded import write
+from spatial_tokens.training.tensor_parallel import parallelize_projector
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -36,6 +41,7 @@ class SpatialTokensMixin:
 
     model: Any
     config: Any
+    hf_to_vllm_mapper: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -44,6 +50,8 @@ class SpatialTokensMixin:
         device = vllm_config.device_config.device
         projector = SPProjector.from_config(adapter.config, device="meta", dtype=vllm_config.model_config.dtype)
         self.to_tokens = MapsToTokens.of(projector, adapter.resize)
+        if get_tensor_model_parallel_world_size() > 1:
+            parallelize_projector(projector, DeviceMesh.from_group(get_tp_group().device_group, torch.device(device).type))
         self.spatial_tokens = projector.to_empty(device=device).requires_grad_(False)
         self.secondary_weights = [
             DefaultModelLoader.Source(
@@ -56,23 +64,27 @@ class SpatialTokensMixin:
         ]
 
     def load_weights(self, weights: Weights) -> set[str]:
+        """The base's weights, the projector's, and then those of the base's modules that trained with it."""
         loaded: set[str] = set()
-        found: set[str] = super().load_weights(self._without_own(weights, loaded))  # type: ignore[misc]
+        trained: list[tuple[str, torch.Tensor]] = []
+        found: set[str] = super().load_weights(self._of_base(weights, loaded, trained))  # type: ignore[misc]
+        fused = WeightsMapper(orig_to_new_stacked=self.hf_to_vllm_mapper.orig_to_new_stacked)  # they have modules' names already
+        found |= AutoWeightsLoader(self).load_weights(trained, mapper=fused)
         return found | loaded
 
-    def _without_own(self, weights: Weights, loaded: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The base's weights, and those of its modules that trained with the adapter; the projector's are written."""
+    def _of_base(self, weights: Weights, loaded: set[str], trained: list[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, Any]]:
+        """The base's weights; the projector's are written, those of trained modules kept."""
         own = dict(self.spatial_tokens.named_parameters())
         for name, tensor in weights:
             rest = name.removeprefix(f"{NAME}.")
             if rest == name:
                 yield name, tensor
             elif rest.startswith(MODULE):
-                yield rest.removeprefix(MODULE), tensor
+                trained.append((rest.removeprefix(MODULE), tensor))
             elif not rest.startswith(ROW):  # which files of 0.1 have
                 if rest not in own or own[rest].shape != tensor.shape:
                     raise SpatialTokensError(f"the projector of {self.adapter.folder} has no {rest} of {tuple(tensor.shape)}")
-                own[rest].copy_(tensor)
+                write(own[rest], tensor)
                 loaded.add(name)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
