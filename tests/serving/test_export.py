@@ -114,19 +114,42 @@ def test_an_adapter_of_another_model(folder, tmp_path):
             hf_overrides(tmp_path, folder / "adapter")
 
 
+def attached(name, folder, **options):
+    """A tiny model of another family, and an adapter of it."""
+    model = MODELS[name].model()
+    model.save_pretrained(folder / "base")
+    attach(model, None, "llava-sp-cropping", **{**MODELS[name].attach, **options})
+    save_adapter(model, folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
 @needs_known_transformers
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("gemma3", "attend to one another both ways"), ("qwen3_vl", "adds to several layers of the language model")],
 )
 def test_families_that_vllm_computes_otherwise_are_refused(name, reason, tmp_path):
-    model = MODELS[name].model()
-    model.save_pretrained(tmp_path / "base")
-    attach(model, None, "llava-sp-cropping", **MODELS[name].attach)
-    save_adapter(model, tmp_path / "adapter")
     with pytest.raises(SpatialTokensError, match=f"{name} with spatial tokens is not served by vLLM: .*{reason}"):
-        serve_export(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        serve_export(*attached(name, tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@needs_known_transformers
+def test_families_that_nobody_compared_are_served_with_a_warning(tmp_path):
+    given = attached("vipllava", tmp_path)
+    with pytest.warns(UserWarning, match="vLLM's answers of vipllava with spatial tokens have not been compared"):
+        hf_overrides(*given)
+
+
+@needs_known_transformers
+@pytest.mark.parametrize("options", [{}, {"resize": None, "grid_size": (4, 4)}], ids=["resize", "one grid"])
+def test_images_of_any_size_need_a_resize(options, tmp_path):
+    given = attached("qwen2_5_vl", tmp_path, **options)
+    if not options:
+        assert hf_overrides(*given)["spatial_tokens"] == str(tmp_path / "adapter")
+        return
+    with pytest.raises(SpatialTokensError, match=r"takes images of any size, and .* has no resize"):
+        hf_overrides(*given)
 
 
 def test_an_export_is_not_a_base(folder, tmp_path):
