@@ -44,10 +44,15 @@ class SpatialTokensMixin:
     hf_to_vllm_mapper: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if vllm_config.compilation_config.compile_mm_encoder:
+            raise SpatialTokensError(
+                "compiled encoders do not show the patches that spatial tokens are made of: leave compile_mm_encoder out"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.adapter = adapter = adapter_of(self.config, vllm_config.model_config.model)
         self.parts = find_parts(self.model)
         device = vllm_config.device_config.device
+        # on "meta": a tensor-parallel process never holds more than its part
         projector = SPProjector.from_config(adapter.config, device="meta", dtype=vllm_config.model_config.dtype)
         self.to_tokens = MapsToTokens.of(projector, adapter.resize)
         if get_tensor_model_parallel_world_size() > 1:
