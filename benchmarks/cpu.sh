@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 results=benchmarks/results/cpu
 mkdir -p "$results"
-for suite in ${*:-limits kernels projectors llm scaling}; do
+for suite in ${*:-limits kernels factorized projectors llm scaling}; do
     PYTHONPATH=src "$python" -m spatial_tokens bench --suite "$suite" --device cpu --json "$results/$suite.json" --plots "$results"
 done
-"$python" benchmarks/figures.py
+PYTHONPATH=src "$python" benchmarks/figures.py

@@ -6,23 +6,25 @@ python benchmarks/figures.py --check   exits with 1 if they are not what the res
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[0] = str(ROOT)  # in place of this folder
 
-from benchmarks.spatial_vqa import tables
+from benchmarks import stage_memory
+from benchmarks.spatial_vqa import dense_or_factorized, tables
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
 AUTHORS = "Conv2d (authors)"
 
 
-def load(folder: Path) -> tuple[dict, list[dict]]:
-    """The machine, and all rows of a folder's reports."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return reports[0]["machine"], [row for report in reports for row in report["rows"]]
+def load(folder: Path, *suites: str) -> tuple[dict | None, list[dict]]:
+    """The machine of a folder's first report, and the rows of all, of these suites."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem in suites]
+    return reports[0]["machine"] if reports else None, [row for report in reports for row in report["rows"]]
 
 
 def pick(rows: list[dict], subject: str, implementation: str, **setting) -> dict | None:
@@ -129,8 +131,8 @@ def targets(cpu: list[dict], gpu: list[dict]) -> list[tuple[str, str, str, str]]
 
 def figures() -> str:
     """The README's table."""
-    machine, cpu = load(RESULTS / "cpu")
-    gpu = [row for folder in sorted(RESULTS.iterdir()) if "h100" in folder.name for row in load(folder)[1]]
+    machine, cpu = load(RESULTS / "cpu", "kernels")
+    gpu = [row for folder in sorted(RESULTS.iterdir()) if "h100" in folder.name for row in load(folder, "kernels", "llm")[1]]
     head = (
         f"Measured on: {machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}; "
         "a shared machine, whose bandwidth changes from minute to minute, so that a share of the limit can pass 100%."
@@ -140,7 +142,7 @@ def figures() -> str:
 
 def operators(*subjects: str) -> str:
     """What the kernels suite found of one operator: our default backend, beside its limit and the authors' convolutions."""
-    machine, rows = load(RESULTS / "cpu")
+    machine, rows = load(RESULTS / "cpu", "kernels")
     lines = []
     for row in rows:
         if row["subject"] in subjects and row["implementation"] == "gemm" and row["values"]:
@@ -157,7 +159,7 @@ def operators(*subjects: str) -> str:
 
 def projectors() -> str:
     """What the projectors and llm suites found."""
-    _, rows = load(RESULTS / "cpu")
+    _, rows = load(RESULTS / "cpu", "projectors", "llm")
     lines, seen = [], set()
     for row in rows:
         name, setting, values = row["implementation"], row["setting"], row["values"]
@@ -172,6 +174,82 @@ def projectors() -> str:
         for row in rows if row["suite"] == "llm" and row["values"]
     ]  # fmt: skip
     return text + "\n" + table(["language model", "projector", "image tokens", "tokens/s", "speed / LLaVA-1.5's"], models)
+
+
+def factorized() -> str:
+    """What the factorized suite found, and what is computed of it."""
+    machine, rows = load(RESULTS / "cpu", "factorized")
+    told = "nothing is measured yet"
+    if machine is not None:
+        told = f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}"
+    times = f"The extractor with factorized kernels (`rank=128`, 3 x 3 cosines) at the paper's size; {told}."
+    steps = (
+        "A training step of the whole projector: forward, backward, AdamW. Held: weights and moments; the peak above it: gradients "
+        "and what the passes need."
+    )
+    stages = (
+        "Computed, not measured: GiB that each of 8 GPUs holds of LLaVA-1.5 7B in the paper's two stages, without activations: all "
+        "weights in bfloat16 and, of what trains, its eighth of gradients (2 bytes) and AdamW (12 bytes), as ZeRO stage 2 shares "
+        "them out. In stage 2 the LoRA trains too."
+    )
+    columns = ["dtype", "batch", "kernels", "parameters", "ms", "held MiB", "peak MiB above it"]
+    tables = [
+        (times, table(["what", "target", "measured"], factorized_targets(rows))),
+        (steps, table(columns, training_steps(rows) or [("not measured", *[""] * 6)])),
+        (stages, table(stage_memory.COLUMNS, stage_memory.lines())),
+    ]
+    return "\n".join(f"{head}\n\n{body}" for head, body in tables)
+
+
+def factorized_targets(rows: list[dict]) -> list[tuple[str, str, str]]:
+    configs = stage_memory.DENSE, replace(stage_memory.DENSE, rank=128)
+    dense, small = ({cost.part: cost.parameters for cost in config.costs()} for config in configs)
+    of_both = sum(count for part, count in small.items() if "head" not in part)
+    dtypes = ("float32", "bfloat16")
+    return [
+        ("parameters of the extractor / dense (counted)", "at most 1/200", f"1/{dense['extractor'] / small['extractor']:.0f}"),
+        ("parameters of extractor and integrator (counted)", "at most 6 M", f"{of_both / 1e6:.2f} M"),
+        *(
+            (f"batch {batch}, {dtype}: time / dense", f"at most 1/{most}", quicker(rows, "dense", dtype, batch))
+            for batch, most in ((1, 60), (8, 30)) for dtype in dtypes
+        ),
+        (
+            "batch 8, bfloat16, forward + backward: time / dense", "at most 1/30",
+            quicker(rows, "dense", "bfloat16", 8, "forward + backward"),
+        ),
+        *(
+            (f"batch {batch}, {dtype}: time / authors' convolutions", f"at most 1/{most}", quicker(rows, AUTHORS, dtype, batch))
+            for batch, most in ((1, 2000), (8, 400)) for dtype in dtypes
+        ),
+    ]  # fmt: skip
+
+
+def quicker(rows, other, dtype, batch, direction="forward") -> str:
+    """The time of factorized kernels over that of others: after those have filled the caches, and after a run of their own."""
+    setting = {"dtype": dtype, "batch": batch, "pass": direction}
+    found = [pick(rows, "tokens, cropping", name, **setting) for name in ("factorized", "factorized, in cache", other)]
+    if None in found:
+        return "not measured"
+    ours, again, theirs = (values["ms"] for values in found)
+    return f"1/{theirs / ours:.0f} ({milliseconds(ours)} of {milliseconds(theirs)} ms; in cache 1/{theirs / again:.0f})"
+
+
+def milliseconds(number: float) -> str:
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"
+
+
+def training_steps(rows: list[dict]) -> list[tuple]:
+    found = []
+    for row in rows:
+        setting, values = row["setting"], row["values"]
+        if row["subject"] == "training step" and values:
+            size, peak = (
+                f"{values['parameters'] / 1e6:.1f} M",
+                f"{values['peak_mib']:.0f}" if "peak_mib" in values else "not measured",
+            )
+            what = (setting["dtype"], setting["batch"], row["implementation"])
+            found.append((*what, size, f"{values['ms']:.0f}", f"{values['held_mib']:.0f}", peak))
+    return found
 
 
 def scale_out() -> str:
@@ -205,9 +283,10 @@ def table(columns: list[str], rows: list[tuple]) -> str:
 OPERATORS = ROOT / "src" / "spatial_tokens" / "ops"
 PAGES = {
     ROOT / "README.md": figures,
-    ROOT / "docs" / "benchmarks.md": projectors,
+    ROOT / "docs" / "benchmarks.md": lambda: projectors() + "\n" + factorized(),
     ROOT / "docs" / "scale-out.md": scale_out,
     ROOT / "docs" / "evidence.md": tables.page,
+    ROOT / "docs" / "dense-or-factorized.md": dense_or_factorized.page,
     OPERATORS / "window_linear" / "README.md": partial(operators, "tokens, cropping", "detail map"),
     OPERATORS / "integrate" / "README.md": partial(operators, "integrator"),
     OPERATORS / "pyramid" / "README.md": partial(operators, "tokens, pooling"),

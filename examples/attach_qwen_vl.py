@@ -1,4 +1,4 @@
-"""Spatial tokens in a Qwen-VL, which takes images of any size: their patches are pooled to the projector's 24 x 24.
+"""Spatial tokens in a Qwen-VL, which takes images of any size: factorized kernels read the patches of every grid.
 
 python examples/attach_qwen_vl.py Qwen/Qwen2.5-VL-3B-Instruct photo.jpg "What is on the table?"
 """
@@ -11,7 +11,7 @@ from spatial_tokens.pictures import read_picture
 
 def main(model, processor, image, question, **fields):
     """The answer to a question about a picture."""
-    model, processor = attach(model, processor, "llava-sp-cropping", resize="pool", **fields)
+    model, processor = attach(model, processor, "factorized-cropping", **fields)
     text = f"<|vision_start|><|image_pad|><|vision_end|>{question}"  # or processor.apply_chat_template(...)
     inputs = processor(images=image, text=[text], return_tensors="pt").to(model.device)
     answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)

@@ -115,6 +115,13 @@ def test_demo_fits_the_preset_to_another_grid_and_says_so(capsys, tmp_path):
     assert any("14 x 14 grid" in note and "(2, 6, 10, 14)" in note for note in report["notes"])
 
 
+def test_demo_reads_another_grid_as_it_is_with_factorized_kernels(capsys, tmp_path):
+    given = ("--encoder", "vit_tiny_patch16_224", "--preset", "factorized-cropping")
+    report = json.loads(run(capsys, "demo", *given, "--output", tmp_path, "--json"))
+    assert report["stages"][-1]["shape"] == [1, 6 + 196, 512]
+    assert not any("grid" in note for note in report["notes"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -244,7 +251,7 @@ def test_convert_never_overwrites_files_of_others(capsys, tmp_path, projector, n
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("{}")
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert f"files that a conversion does not write, {name.split('/')[0]}; move" in run(capsys, *arguments, code=2)
+    assert f"files that the command does not write, {name.split('/')[0]}; move" in run(capsys, *arguments, code=2)
     assert precious.read_text() == "{}"
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 

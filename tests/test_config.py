@@ -283,7 +283,7 @@ EXPECTED_PRESETS = {  # REFERENCE sections 2, 4, 5 and tables 4, 6, 7: variant, 
     ),
     "factorized-cropping": ("cropping", SIX, 16, "mlp", True, FACTORS),
     "factorized-pooling": ("pooling", SIX, 16, "mlp", True, FACTORS),
-    "factorized-siglip-so400m-14-384": (
+    "factorized-siglip-so400m": (
         "cropping",
         (7, 11, 15, 19, 23, 27),
         16,
@@ -291,7 +291,7 @@ EXPECTED_PRESETS = {  # REFERENCE sections 2, 4, 5 and tables 4, 6, 7: variant, 
         True,
         {**FACTORS, "vision_hidden_size": 1152, "grid_size": (27, 27), "rank": 144},
     ),
-    "factorized-qwen2.5-vl-7b": (
+    "factorized-qwen2.5-vl": (
         "cropping",
         SIX,
         16,

@@ -18,7 +18,7 @@ FLOORS = [  # ground first; a room is a top-level name of the package
     {"errors", "checks", "grid"},
     {"config", "presets", "pictures", "ops", "storage"},
     {"modules"},
-    {"adapters", "visualize", "bench"},
+    {"adapters", "visualize", "bench", "compression"},
     {"checkpoint", "training", "serving"},
     {"demo", "demo_model", "cli"},
     {"__main__"},
@@ -41,7 +41,8 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "vllm": {"serving"},
     "numpy": {"visualize", "bench", "demo"},
     "PIL": {"pictures", "visualize"},
-    "matplotlib": {"visualize", "bench"},
+    "torchao": {"storage", "compression"},
+    "matplotlib": {"visualize", "bench", "compression"},
     "rich": {"cli", "demo", "bench"},
 }
 SUBCLASSES = {  # of an optional library's classes: nothing else imports these with itself
@@ -137,6 +138,7 @@ def test_public_names():
                 "SpatialFeatureExtractor",
             },
         ),
+        ("spatial_tokens.compression", {"CompressionReport", "CurvePoint", "TokenReport", "compress", "quantize_int8"}),
         ("spatial_tokens.modules.ablations", {"SlidingWindowExtractor", "TransformerExtractor"}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import nn
 from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
 from benchmarks.spatial_vqa.layout import GRID
+from benchmarks.spatial_vqa.rivals import PlaceEmbedding, PooledBins
 from spatial_tokens import SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.modules import LinearHead, MLPHead
 from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
+from spatial_tokens.training import Parts
 
 SPATIAL = VISION // 2  # the paper's ratio: 512 of 1024
 KERNELS = (2, 4, 6, 8, 10, 12)  # half the paper's 4, 8, ..., 24, on half its grid
@@ -47,6 +50,7 @@ class Design:
         scale: Of the projector's learning rates. Each main design has tried 1 and 0.25 on three seeds, and has what is better in
             their mean on validation.
         blind: Whether every picture is blanked.
+        places: Whether an embedding of its place is added to each patch's token.
     """
 
     name: str
@@ -57,6 +61,24 @@ class Design:
     mlp_widths: tuple[int, ...] = (4 * VISION,)
     scale: float = 1.0
     blind: bool = False
+    places: bool = False
+
+
+def factors(frequencies: int, rank: int, spatial_basis: str = "cosine") -> dict[str, Any]:
+    """Of a config: cosines of each side, as many as the smallest kernels have patches for, and channels that kernels see."""
+    return {"frequencies": tuple(min(frequencies, side) for side in KERNELS), "rank": rank, "spatial_basis": spatial_basis}
+
+
+def _factorized(variant: str, frequencies: int, rank: int, spatial_basis: str = "cosine", **fields: Any) -> Design:
+    learned = ", learned maps" if spatial_basis == "learned" else ""
+    detail = " + DFI 5 x 5" if fields else ""
+    name = f"factorized {variant} {frequencies} x {frequencies}, rank {rank}{learned}{detail}"
+    return Design(name, "dense or factorized", {"variant": variant, **factors(frequencies, rank, spatial_basis), **fields})
+
+
+def _pooled_bins(bins: int, rank: int) -> Design:
+    extractor = partial(PooledBins, VISION, SPATIAL, grid_size=GRID, kernel_sizes=KERNELS, bins=bins, rank=rank)
+    return Design(f"crops pooled to {bins} x {bins} bins, rank {rank}", "is it the cosines?", {}, extractor)
 
 
 def _transformers(variant: str) -> Callable[[], nn.Module]:
@@ -97,20 +119,33 @@ TRANSFORMERS = (
     Design("transformer blocks, pooling", "table 3 (T)", {}, _transformers("pooling"), _transformer_head),
 )
 BLIND = Design("MLP, blind", "what can be told without a look", blind=True)
-DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS)}
+FACTORIZED = _factorized("cropping", 3, 16)  # the paper's ratio: 128 of 1024 channels
+FACTORIZED_POOLING = _factorized("pooling", 3, 16)
+WIDER = _factorized("cropping", 3, 32)
+SIZES = (
+    *(_factorized("cropping", frequencies, rank) for frequencies, rank in ((2, 8), (3, 8), (5, 16), (4, 32), (3, 128), (5, 64))),
+    _factorized("cropping", 3, 16, "learned"),
+)
+FACTORIZED_DETAIL = _factorized("cropping", 3, 16, detail_kernel_size=8)
+BINS = _pooled_bins(3, 16)
+PLACES = Design("MLP + an embedding of each place", "does it take spatial tokens?", places=True)
+FACTORS = (FACTORIZED, FACTORIZED_POOLING, WIDER, *SIZES, FACTORIZED_DETAIL, BINS, PLACES)
+DESIGNS = {each.name: each for each in (*MAIN, BLIND, *DETAIL, *TOKENS, *TRANSFORMERS, *FACTORS)}
 
 
-def install(design: Design, model: Any) -> list[nn.Module]:
+def install(design: Design, model: Any) -> Parts:
     """Gives a LLaVA a design's parts.
 
     Returns:
-        The modules that train as its projector.
+        The modules that train as its projector. Its kernels are what makes spatial tokens of patches, or knows their places.
     """
     mlp = model.model.multi_modal_projector
     first, *between, last = (nn.Linear(*sizes) for sizes in pairwise((VISION, *design.mlp_widths, TEXT)))
-    mlp.linear_1, mlp.linear_2 = first, nn.Sequential(*chain.from_iterable((each, nn.GELU()) for each in between), last)
+    places = [PlaceEmbedding(GRID * GRID, TEXT)] if design.places else []
+    layers = (*chain.from_iterable((each, nn.GELU()) for each in between), last, *places)
+    mlp.linear_1, mlp.linear_2 = first, nn.Sequential(*layers)
     if design.fields is None:
-        return [mlp]
+        return Parts([mlp], kernels=places)
     fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **design.fields}
     stride = {"detail_stride": 1} if fields["detail_kernel_size"] else {}
     config = SPProjectorConfig(
@@ -119,4 +154,6 @@ def install(design: Design, model: Any) -> list[nn.Module]:
     attach(model, None, config)
     if design.extractor is not None:  # as many tokens as the config says, made in another way
         model.spatial_tokens = SPProjector(design.extractor(), None, design.head(), None)
-    return [mlp, model.spatial_tokens]
+    spatial = model.spatial_tokens
+    detail = [] if spatial.integrator is None else [spatial.integrator.detail_kernel]
+    return Parts([mlp, spatial], kernels=[spatial.extractor, *detail])

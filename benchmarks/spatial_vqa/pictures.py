@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib import pyplot
 
+from benchmarks.spatial_vqa import dense_or_factorized
 from benchmarks.spatial_vqa.attention import PICTURES, noise_pixels
 from benchmarks.spatial_vqa.designs import BLIND, DETAIL, MAIN, WITHOUT_A_PYRAMID
 from benchmarks.spatial_vqa.estimates import ALL, accuracy, chance
@@ -16,10 +17,11 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def draw() -> None:
-    """All of the page's pictures."""
+    """All of the pages' pictures."""
     results = committed("full")
     curves(results)
     attention_maps(results)
+    dense_or_factorized.draw(IMAGES)
 
 
 def curves(results: Results) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from benchmarks.spatial_vqa import designs
 from benchmarks.spatial_vqa.designs import Design
 from benchmarks.spatial_vqa.encoder import Pretraining
-from benchmarks.spatial_vqa.training import Schedule
+from benchmarks.spatial_vqa.training import COMMON, KernelRate, Schedule
+from spatial_tokens.grid import SpatialBasis
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Job:
         schedule: For how long, on how many scenes.
         scale: Of the projector's learning rates.
         rolled: With features that tell wrong places: rolled ones.
+        kernel_rate: Of its kernels, over the projector's.
     """
 
     design: str
@@ -25,35 +27,89 @@ class Job:
     schedule: Schedule
     scale: float = 1.0
     rolled: bool = False
+    kernel_rate: KernelRate = COMMON
 
     @property
     def name(self) -> str:
         """A file's name."""
         words = "".join(each if each.isalnum() else "-" for each in self.design)
         steps = "+".join(map(str, self.schedule.steps))
-        return f"{words}_{self.schedule.scenes}_{steps}_{self.scale:g}{'_rolled' * self.rolled}_{self.seed}"
+        rate, by_fan_in = self.kernel_rate.scale, self.kernel_rate.by_fan_in
+        kernels = "" if self.kernel_rate == COMMON else f"_kernels{rate:g}{'-by-fan-in' * by_fan_in}"
+        return f"{words}_{self.schedule.scenes}_{steps}_{self.scale:g}{kernels}{'_rolled' * self.rolled}_{self.seed}"
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What a run has trained, with dense kernels that are compressed; asked at once, and after a brief tuning.
+
+    Args:
+        of: The run.
+        frequencies: Cosines of each side of a kernel's window.
+        rank: Channels that kernels see.
+        spatial_basis: What the maps on the window are.
+    """
+
+    of: Job
+    frequencies: int
+    rank: int
+    spatial_basis: SpatialBasis = "cosine"
+
+    @property
+    def name(self) -> str:
+        """A file's name."""
+        basis = "" if self.spatial_basis == "cosine" else f"-{self.spatial_basis}"
+        return f"{self.of.name}_compressed-{self.frequencies}x{self.frequencies}-{self.rank}{basis}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the encoder and the language model are given, the scenes that are asked about, and the runs, the most telling first."""
+    """What the encoder and the language model are given, the scenes that are asked about, and the runs, the most telling first.
+
+    Args:
+        name: Its name.
+        vision: How the encoder is trained.
+        language: How the language model is.
+        held_out: Scenes of each split that is not trained on.
+        jobs: The runs. A model is compressed after all that stand before it are done.
+        folder: Where it works: another plan's, that has the same encoder, language model and scenes; its own unless given.
+    """
 
     name: str
     vision: Pretraining
     language: Pretraining
     held_out: dict[str, int]
-    jobs: tuple[Job, ...]
+    jobs: tuple[Job | Compression, ...]
+    folder: str | None = None
+
+    @property
+    def runs(self) -> tuple[Job, ...]:
+        """Those that train a design."""
+        return tuple(job for job in self.jobs if isinstance(job, Job))
+
+    @property
+    def kept(self) -> set[Job]:
+        """The runs whose models are kept, to be compressed."""
+        return {job.of for job in self.jobs if isinstance(job, Compression)}
 
     @property
     def scenes(self) -> dict[str, int]:
         """Of each split."""
-        return {"train": max(job.schedule.scenes for job in self.jobs), **self.held_out}
+        return {"train": max(job.schedule.scenes for job in self.runs), **self.held_out}
 
 
 def _jobs(
-    chosen: tuple[Design, ...], seeds: range, schedule: Schedule, *, scale: float | None = None, rolled: bool = False
+    chosen: tuple[Design, ...],
+    seeds: range,
+    schedule: Schedule,
+    *,
+    scale: float | None = None,
+    rolled: bool = False,
+    rates: tuple[KernelRate, ...] = (COMMON,),
 ) -> tuple[Job, ...]:
-    return tuple(Job(each.name, seed, schedule, scale or each.scale, rolled) for seed in seeds for each in chosen)
+    return tuple(
+        Job(each.name, seed, schedule, scale or each.scale, rolled, rate) for seed in seeds for rate in rates for each in chosen
+    )
 
 
 VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3e-3)
@@ -63,7 +119,20 @@ LONGER = Schedule(5000, (250, 2400), curve=8)
 THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
 CONTROLS = (designs.DEEP, designs.LEARNED)
 REST = (*designs.DETAIL, *designs.TOKENS)
+SOON = Schedule(5000, (250, 800))
+DENSE = (designs.CROPPING, designs.POOLING)
+OTHERS = (designs.FACTORIZED_POOLING, designs.BINS, designs.PLACES)
+COARSE = (KernelRate(0.1), KernelRate(0.01))  # 3e-4, 3e-5; every design's rates are the same ones
+TENTHS = (*COARSE, KernelRate(0.03))
+FINER = (KernelRate(by_fan_in=True), KernelRate(0.3), KernelRate(0.003))
 OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(3), LONG, scale=0.25 if each.scale == 1 else 1.0))
+
+
+def _compressions(seeds: range) -> tuple[Compression, ...]:
+    """Dense kernels at a 29th and a 57th of their size."""
+    runs = _jobs((designs.CROPPING,), seeds, LONGER, rolled=True)
+    return tuple(Compression(job, 3, rank) for job in runs for rank in (32, 16))
+
 
 PLANS = {
     "quick": Plan(
@@ -87,6 +156,28 @@ PLANS = {
             *_jobs(THREE, range(3, 5), LONGER, rolled=True),
             *_jobs(designs.MAIN, range(3, 5), LONG),
             *_jobs((designs.MLP, designs.LEARNED, designs.POOLING), range(3, 4), LONGER),  # the last two learned little in LONG
+        ),
+    ),
+    "factorized": Plan(
+        name="factorized", folder="full", vision=VISION, language=LANGUAGE,
+        held_out={"validation": 200, "test": 600, "hard": 600},
+        jobs=(
+            *_jobs((designs.FACTORIZED, designs.WIDER, designs.PLACES), range(3), LONGER, rolled=True),  # `full` has the dense ones
+            *_jobs((designs.CROPPING,), range(3), LONGER, rolled=True),  # once more, as their models are compressed
+            *_compressions(range(3)),
+            *_jobs((designs.CROPPING, designs.FACTORIZED, designs.PLACES, designs.MLP), range(3), SOON, rolled=True),
+            *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), SOON, rolled=True, rates=TENTHS),
+            *_jobs((designs.BINS, designs.FACTORIZED_POOLING), range(3), LONGER, rolled=True),
+            *_jobs(designs.SIZES, range(3), LONGER, rolled=True),
+            *_jobs((designs.FACTORIZED, *OTHERS), range(3), LONG),
+            *_jobs((*DENSE, designs.FACTORIZED), range(3), LONG, rates=TENTHS),
+            *_jobs((designs.POOLING, designs.FACTORIZED_POOLING, designs.BINS), range(3), SOON, rolled=True),
+            *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), LONGER, rolled=True, rates=COARSE),
+            *_jobs((designs.POOLING, *OTHERS), range(3), SOON, rolled=True, rates=TENTHS),
+            *_jobs((*DENSE, designs.FACTORIZED, *OTHERS), range(3), SOON, rolled=True, rates=FINER),
+            *_jobs((designs.POOLING, *OTHERS), range(3), LONGER, rolled=True, rates=COARSE),
+            *_jobs(OTHERS, range(3), LONG, rates=TENTHS),
+            *_jobs((designs.DETAIL[0], designs.FACTORIZED_DETAIL), range(3), LONGER, rolled=True),
         ),
     ),
 }  # fmt: skip

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.spatial_vqa.designs import DESIGNS, MLP
 from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, difference, estimate
+from benchmarks.spatial_vqa.training import KernelRate
 
 COMMITTED = Path(__file__).parents[1] / "results" / "spatial_vqa"
 
@@ -27,10 +29,10 @@ class Results:
         self.usual = told["runs"][0]["schedule"]
         self.tunings = sorted({run["schedule"]["steps"][1] for run in told["runs"]})
 
-    def runs(
+    def tried(
         self, design: str, *, rolled: bool = False, scenes: int | None = None, tuning: int | None = None
-    ) -> dict[int, dict[str, Any]]:
-        """A design's runs by seed; those that tried other learning rates are left out.
+    ) -> dict[KernelRate, dict[int, dict[str, Any]]]:
+        """A design's runs by the rate of its kernels and by seed; those that tried other rates of all the projector are left out.
 
         Args:
             design: Its name.
@@ -39,7 +41,37 @@ class Results:
             tuning: Steps of instruction tuning, likewise.
         """
         wanted = (design, rolled, scenes or self.usual["scenes"], tuning or self.usual["steps"][1], DESIGNS[design].scale)
-        return {run["seed"]: run for run in self.told["runs"] if _setting(run) == wanted}
+        found: dict[KernelRate, dict[int, dict[str, Any]]] = {}
+        for run in self.told["runs"]:
+            if _setting(run) == wanted:
+                found.setdefault(KernelRate(**run.get("kernel_rate", {})), {})[run["seed"]] = run
+        return found
+
+    def compared(self, design: str, **setting: Any) -> dict[KernelRate, list[float]]:
+        """Accuracy on validation at the end of training, of each seed, by the rate of the kernels.
+
+        Rates are compared that were tried on three seeds, or on as many as any was, on the seeds that all of them have.
+        """
+        tried = self.tried(design, **setting)
+        enough = min(3, max(map(len, tried.values()), default=0))
+        rates = [rate for rate, runs in tried.items() if len(runs) >= enough]
+        seeds = sorted(set.intersection(*(set(tried[rate]) for rate in rates))) if rates else []
+        if not seeds:  # single runs of different seeds
+            rates, seeds = rates[:1], [seed for rate in rates[:1] for seed in tried[rate]]
+        return {rate: [accuracy(tried[rate][seed]["curve"][-1]["validation"]) for seed in seeds] for rate in rates}
+
+    def kernel_rate(self, design: str, **setting: Any) -> KernelRate | None:
+        """The rate of the kernels that validation prefers: for every design and in each setting by the same rule.
+
+        Of the rates that are compared it is that of the highest mean. Test and hard scenes have no say.
+        """
+        found = self.compared(design, **setting)
+        return max(found, key=lambda rate: mean(found[rate]), default=None)
+
+    def runs(self, design: str, **setting: Any) -> dict[int, dict[str, Any]]:
+        """A design's runs by seed, in a setting as `tried` takes it, at the rate of its kernels that validation prefers."""
+        rate = self.kernel_rate(design, **setting)
+        return {} if rate is None else self.tried(design, **setting)[rate]
 
     def designs(self, **setting: Any) -> list[str]:
         """Those that have runs, in the order of the comparison."""
@@ -53,6 +85,21 @@ class Results:
         """A design's accuracy less another's."""
         return difference(self.runs(design, **setting), self.runs(over, **setting), split, category)
 
+    def with_runs_of(self, other: "Results") -> "Results":
+        """These with the runs of another plan that are not among them; these alone if its encoder or language model is another."""
+        if _made_from(self.told) != _made_from(other.told):
+            return self
+        own = {_identity(run) for run in self.told["runs"]}
+        return Results(
+            {**self.told, "runs": [*self.told["runs"], *(run for run in other.told["runs"] if _identity(run) not in own)]}
+        )
+
+    def repeated(self, other: "Results") -> tuple[int, int]:
+        """How many runs another plan has too, and how many of them gave the same answers there."""
+        theirs = {_identity(run): run for run in other.told["runs"]}
+        pairs = [(run, theirs[_identity(run)]) for run in self.told["runs"] if _identity(run) in theirs]
+        return len(pairs), sum(all(one[split] == two[split] for split in ("test", "hard")) for one, two in pairs)
+
 
 def told_features(rolled: bool) -> str:
     """What a run's features are called."""
@@ -61,3 +108,12 @@ def told_features(rolled: bool) -> str:
 
 def _setting(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["design"], run["rolled"], run["schedule"]["scenes"], run["schedule"]["steps"][1], run["scale"]
+
+
+def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
+    return *_setting(run), KernelRate(**run.get("kernel_rate", {})), run["seed"]
+
+
+def _made_from(told: dict[str, Any]) -> Any:
+    plan = {name: value for name, value in told["plan"].items() if name != "name"}
+    return told["benchmark"], plan, [told["pretrained"][name]["right"] for name in ("encoder", "language_model")]

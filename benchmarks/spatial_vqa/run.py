@@ -2,6 +2,7 @@
 
 python benchmarks/spatial_vqa/run.py --quick     four of the main designs; 18 minutes on 2 cores
 python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on fewer scenes; hours
+python benchmarks/spatial_vqa/run.py --factorized     dense or factorized kernels; days, with what `--full` has made
 
 What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json`
 there holds all runs so far, whenever the command ends. docs/evidence.md is made of committed ones by benchmarks/figures.py.
@@ -18,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -36,8 +38,8 @@ try:
     from rich.markdown import Markdown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from benchmarks.spatial_vqa import tables, tasks
-    from benchmarks.spatial_vqa.plans import PLANS, Plan
+    from benchmarks.spatial_vqa import dense_or_factorized, tables, tasks
+    from benchmarks.spatial_vqa.plans import PLANS, Compression, Job, Plan
     from benchmarks.spatial_vqa.results import Results
     from benchmarks.spatial_vqa.scenes import VERSION
     from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
@@ -46,6 +48,7 @@ except ImportError as error:
     sys.exit(f"run.py: error: {reason(error)}; in a clone: pip install -e '.[timm,train,bench]' 'torch>=2.9'")
 
 Task = tuple[Callable[..., None], tuple[Any, ...]]
+CARRY_OUT: dict[type, Callable[..., None]] = {Job: tasks.carry_out, Compression: tasks.carry_out_compression}
 
 
 def main(arguments: list[str]) -> None:
@@ -62,7 +65,8 @@ def main(arguments: list[str]) -> None:
         raise SpatialTokensError(f"--workers must be at least 1, got {options.workers}")
     if not options.minutes >= 0:
         raise SpatialTokensError(f"--minutes must not be negative, got {options.minutes}")
-    work = make_directory(options.work / options.plan.name)
+    work = make_directory(options.work / (options.plan.folder or options.plan.name))
+    results = make_directory(options.work / options.plan.name) / "results.json"
     fresh, began = not any(work.iterdir()), time.monotonic()
     claim(work, options.plan)
     try:
@@ -73,13 +77,15 @@ def main(arguments: list[str]) -> None:
             found = collect(options.plan, work)
             if fresh:
                 found |= {"minutes": (time.monotonic() - began) / 60, "workers": options.workers}  # that all of it took
-            write_text(work / "results.json", json.dumps(found))
+            write_text(results, json.dumps(found))
     if found is None:
         print(f"0 of {len(options.plan.jobs)} runs are done")
         return
-    Console().print(Markdown(tables.summary(Results(found))))
+    summary = dense_or_factorized.summary if options.plan.folder else tables.summary
+    Console().print(Markdown(summary(Results(found))))
     print(tables.caution(Results(found)))
-    print(f"{len(found['runs'])} of {len(options.plan.jobs)} runs are in {work / 'results.json'}")
+    done = len(found["runs"]) + len(found.get("compressions", ()))
+    print(f"{done} of {len(options.plan.jobs)} runs are in {results}")
 
 
 def claim(work: Path, plan: Plan) -> None:
@@ -90,7 +96,8 @@ def claim(work: Path, plan: Plan) -> None:
     """
     path = work / "made_from.json"
     made_from = {"version": VERSION, "scenes": plan.scenes, "vision": asdict(plan.vision), "language": asdict(plan.language)}
-    text = json.dumps({**made_from, "stages": [asdict(each) for each in STAGES]})
+    stages = [{name: value for name, value in asdict(each).items() if name != "kernel_learning_rate"} for each in STAGES]  # a job's
+    text = json.dumps({**made_from, "stages": stages})
     if path.exists() and read_text(path) != text:
         raise SpatialTokensError(f"{work} holds what another plan has left; give another --work, or delete it")
     write_text(path, text)
@@ -113,12 +120,11 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
     queue = context.Queue()
     pool = ProcessPoolExecutor(workers, context, initializer=tasks.begin, initargs=(queue,))
     with Progress(*columns) as progress, pool:
-        todo = [job for job in plan.jobs if job.name not in runs_in(work)]
+        todo = [job for job in plan.jobs if not is_done(job, plan, work)]
         overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
-        steps: list[list[Task]] = [
-            [(tasks.make_language_model, (plan, work)), (tasks.make_features, (plan, work))],
-            [(tasks.carry_out, (job, work)) for job in todo],
-        ]
+        steps: list[list[Task]] = [[(tasks.make_language_model, (plan, work)), (tasks.make_features, (plan, work))]]
+        for kind, jobs in groupby(todo, type):  # a model is there before it is compressed
+            steps.append([(CARRY_OUT[kind], (job, plan, work)) for job in jobs])
         for step in steps:
             try:
                 follow(pool, workers, step, queue, progress, until)
@@ -126,7 +132,7 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
                 raise SpatialTokensError(
                     "a process was killed, as happens where memory runs out; the same command goes on: give fewer --workers"
                 ) from error
-            progress.update(overall, completed=len(runs_in(work)))
+            progress.update(overall, completed=sum(is_done(job, plan, work) for job in plan.jobs))
 
 
 def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any, progress: Progress, until: float) -> None:
@@ -146,7 +152,7 @@ def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any
             progress.update(bars[name], completed=steps, visible=steps < total)
         for each in done:
             each.result()
-            progress.advance(progress.task_ids[0], todo[0][0] is tasks.carry_out)
+            progress.advance(progress.task_ids[0], todo[0][0] in CARRY_OUT.values())
 
 
 def told(queue: Any) -> Iterable[tuple[str, int, int]]:
@@ -156,6 +162,11 @@ def told(queue: Any) -> Iterable[tuple[str, int, int]]:
             yield queue.get_nowait()
         except Empty:
             return
+
+
+def is_done(job: Job | Compression, plan: Plan, work: Path) -> bool:
+    """Whether what a job writes is there."""
+    return job.name in runs_in(work) and (job not in plan.kept or tasks.model_file(work, job).exists())
 
 
 def runs_in(work: Path) -> dict[str, Path]:
@@ -176,22 +187,36 @@ def read(path: Path) -> Any:
 
 
 def collect(plan: Plan, work: Path) -> dict[str, Any]:
-    """All results so far; attention maps, which are large, of the first seed alone."""
+    """All results so far; attention maps, which are large, of the first seed alone.
+
+    Of a plan that works in another's folder what its page uses: the other's results tell the rest.
+    """
     pretrained = {Path(name).stem: read((work / name).with_suffix(".json")) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)}
     found = runs_in(work)
-    runs = [read(found[job.name]) for job in plan.jobs if job.name in found]
+    done = [(job, read(found[job.name])) for job in plan.jobs if job.name in found]
+    runs = [run for job, run in done if isinstance(job, Job)]
+    told = {
+        "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
+        "machine": describe(torch.device("cpu")),
+        "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
+        "pretrained": pretrained,
+        "planned": len(plan.jobs),
+    }  # fmt: skip
+    if plan.folder is not None:
+        compressions = [run for job, run in done if isinstance(job, Compression)]
+        return {**told, "runs": [briefly(run) for run in runs], "compressions": compressions}
+    told["pretrained"] |= {"from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)}
     for run in runs:
         if run["seed"] > 0:
             for each in run.get("attention", {}).values():
                 each.pop("map", None)
-    return {
-        "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
-        "machine": describe(torch.device("cpu")),
-        "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
-        "pretrained": {**pretrained, "from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)},
-        "planned": len(plan.jobs),
-        "runs": runs,
-    }  # fmt: skip
+    return {**told, "runs": runs}
+
+
+def briefly(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without attention, other pictures' tokens, and validation but at the end."""
+    left_out = ("attention", "strangers", "steps")
+    return {**{name: value for name, value in run.items() if name not in left_out}, "curve": run["curve"][-1:]}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The pieces of work, each in a process of its own: what one writes is whole or not there, and is not made twice."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.spatial_vqa import attention, encoder, language_model, probes, training
+from benchmarks.spatial_vqa import attention, compressed, encoder, language_model, probes, training
 from benchmarks.spatial_vqa.designs import DESIGNS
 from benchmarks.spatial_vqa.model import build_llava
-from benchmarks.spatial_vqa.plans import Job, Plan
+from benchmarks.spatial_vqa.plans import Compression, Job, Plan
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import Material
-from spatial_tokens.storage.files import read_tensors, write_tensors, write_text
+from spatial_tokens.storage.files import make_directory, read_tensors, write_tensors, write_text
 
 PRETRAINING_SEED = 1  # the encoder and the language model learn from scenes that are in no split of the comparison, whose seed is 0
 ENCODER, LANGUAGE_MODEL = "encoder.safetensors", "language_model.safetensors"
@@ -48,7 +49,7 @@ def _end_with_parent() -> None:
 def make_features(plan: Plan, work: Path) -> None:
     """Trains the encoder; what it then sees in every picture of the comparison."""
     _pretrain(work / ENCODER, "encoder", "train", encoder.train_encoder, plan.vision)
-    for rolled in sorted({job.rolled for job in plan.jobs}):
+    for rolled in sorted({job.rolled for job in plan.runs}):
         _look(plan, work, rolled)
 
 
@@ -116,17 +117,39 @@ def make_llava(work: Path) -> Any:
     return build_llava(load_encoder(work), dict(read_tensors(work / LANGUAGE_MODEL)))
 
 
-def carry_out(job: Job, work: Path) -> None:
-    """A run; its results are written at its end."""
+def carry_out(job: Job, plan: Plan, work: Path) -> None:
+    """A run; its results are written at its end, and before them its model, if the plan keeps it."""
     design, material = DESIGNS[job.design], load_material(work, job.rolled)
     total = sum(job.schedule.steps)
     found, model = training.run(
-        design, job.seed, partial(make_llava, work), material, job.schedule, scale=job.scale,
+        design, job.seed, partial(make_llava, work), material, job.schedule, scale=job.scale, kernel_rate=job.kernel_rate,
         progress=lambda step, _: _report(job.name, step, total),
     )  # fmt: skip
     if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:
         found["attention"] = attention.look(model, material["test"].features)
-    write_text(work / "runs" / f"{job.name}.json", json.dumps({**asdict(job), **found, "date": date.today().isoformat()}))
+    if job in plan.kept:
+        make_directory(model_file(work, job).parent)
+        write_tensors(model_file(work, job), compressed.learned(model), {})
+    _write(job, work, {**asdict(job), **found})
+
+
+def carry_out_compression(job: Compression, plan: Plan, work: Path) -> None:
+    """The compression of a run's model, which was kept."""
+    steps = itertools.count(1)
+    found = compressed.run(
+        job, partial(make_llava, work), load_material(work, job.of.rolled), read_tensors(model_file(work, job.of)),
+        progress=lambda: _report(job.name, next(steps), 2 * compressed.TUNING),
+    )  # fmt: skip
+    _write(job, work, {**asdict(job), **found})
+
+
+def model_file(work: Path, job: Job) -> Path:
+    """Where what a run has trained is kept."""
+    return work / "models" / f"{job.name}.safetensors"
+
+
+def _write(job: Job | Compression, work: Path, found: dict[str, Any]) -> None:
+    write_text(work / "runs" / f"{job.name}.json", json.dumps({**found, "date": date.today().isoformat()}))
 
 
 def read_words(work: Path) -> dict[str, dict[str, list[int]]]:

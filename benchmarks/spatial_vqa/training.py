@@ -11,22 +11,20 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from benchmarks.spatial_vqa.designs import Design, install
+from benchmarks.spatial_vqa.designs import VISION, Design, install
 from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
 from benchmarks.spatial_vqa.layout import GRID
 from benchmarks.spatial_vqa.questions import KINDS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
-from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, freeze, parameter_groups, schedule
+from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
 
 BATCH = 32
+LORA = LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3)
 STAGES = (
     replace(ALIGNMENT, global_batch_size=BATCH, projector_learning_rate=3e-3),
-    replace(
-        INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1.5e-3,
-        lora=LoRA(rank=16, alpha=32, dropout=0.0, learning_rate=2e-3),
-    ),
-)  # fmt: skip
+    replace(INSTRUCTION_TUNING, global_batch_size=BATCH, projector_learning_rate=1.5e-3, lora=LORA),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,35 @@ class Schedule:
     curve: int = 4
 
 
+@dataclass(frozen=True)
+class KernelRate:
+    """How fast kernels learn.
+
+    Args:
+        scale: Over the rate of the projector's other layers.
+        by_fan_in: Whether each matrix's is scaled down by what it reads, over the width of a patch: as Adam needs it where widths
+            differ (Tensor Programs V).
+    """
+
+    scale: float = 1.0
+    by_fan_in: bool = False
+
+    def groups(self, parts: Parts, stage: Stage) -> list[dict[str, Any]]:
+        """What an optimizer takes."""
+        if self == COMMON:
+            return parameter_groups(parts, stage)
+        groups = parameter_groups(parts, replace(stage, kernel_learning_rate=self.scale * stage.projector_learning_rate))
+        if not self.by_fan_in:
+            return groups
+        return [
+            {**group, "params": [each], "lr": group["lr"] * (VISION / each[0].numel() if group["name"] == "kernels" else 1)}
+            for group in groups for each in group["params"]
+        ]  # fmt: skip
+
+
+COMMON = KernelRate()
+
+
 def run(
     design: Design,
     seed: int,
@@ -60,6 +87,7 @@ def run(
     plan: Schedule,
     *,
     scale: float = 1.0,
+    kernel_rate: KernelRate = COMMON,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[dict[str, Any], Any]:
     """Trains a design and asks it.
@@ -71,6 +99,7 @@ def run(
         material: Of each split.
         plan: How long.
         scale: Of the projector's learning rates.
+        kernel_rate: Of its kernels, over those.
         progress: Told each step and its loss.
 
     Returns:
@@ -79,9 +108,12 @@ def run(
     """
     torch.manual_seed(seed)
     model = llava()
-    parts = Parts(projector=install(design, model))
+    parts = install(design, model)
     prefix = prefix_of(model)
-    found: dict[str, Any] = {"projector_parameters": sum(each.numel() for part in parts.projector for each in part.parameters())}
+    found: dict[str, Any] = {
+        f"{name}_parameters": sum(each.numel() for part in modules for each in part.parameters())
+        for name, modules in (("projector", parts.projector), ("kernel", parts.kernels))
+    }
     curve, started, seconds = [], time.process_time(), 0.0
     order = torch.Generator().manual_seed(seed)
     done = 0
@@ -89,24 +121,13 @@ def run(
         stage = replace(stage, projector_learning_rate=scale * stage.projector_learning_rate)
         if stage.lora is not None:
             parts = replace(parts, lora=add_lora(model, stage.lora))
-        freeze(model, parts)
-        optimizer = torch.optim.AdamW(parameter_groups(parts, stage))
-        rates = schedule(optimizer, stage, steps)
-        told = material["train"].questions if stage.lora is not None else material["train"].captions
         asked_at = {round(steps * (i + 1) / plan.curve) for i in range(plan.curve)} if stage.lora is not None else set()
-        model.train()
-        for step in range(1, steps + 1):
-            chosen = torch.randint(plan.scenes, (stage.global_batch_size,), generator=order).tolist()
-            loss = loss_of(model, design, prefix, material["train"], told, chosen)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rates.step()
+        for step, loss in train(model, design, parts, stage, steps, material["train"], plan.scenes, order, kernel_rate):
             done += 1
-            progress(done, loss.item())
+            progress(done, loss)
             if step in asked_at:
                 seconds += time.process_time() - started
-                curve.append({"step": step, "loss": loss.item(), "validation": ask(model, design, prefix, material["validation"])})
+                curve.append({"step": step, "loss": loss, "validation": ask(model, design, prefix, material["validation"])})
                 model.train()
                 started = time.process_time()
     found["seconds"], found["steps"], found["curve"] = seconds, list(plan.steps), curve
@@ -117,6 +138,34 @@ def run(
         with another_pictures(part):
             found["strangers"][kind] = ask(model, design, prefix, material["test"])
     return found, model
+
+
+def train(
+    model: Any,
+    design: Design,
+    parts: Parts,
+    stage: Stage,
+    steps: int,
+    material: Material,
+    scenes: int,
+    order: torch.Generator,
+    kernel_rate: KernelRate = COMMON,
+) -> Iterator[tuple[int, float]]:
+    """Trains a model's parts in one stage, on captions or, where that has a LoRA, on questions; gives each step and its loss."""
+    freeze(model, parts)
+    optimizer = torch.optim.AdamW(kernel_rate.groups(parts, stage))
+    rates = schedule(optimizer, stage, steps)
+    told = material.captions if stage.lora is None else material.questions
+    prefix = prefix_of(model)
+    model.train()
+    for step in range(1, steps + 1):
+        chosen = torch.randint(scenes, (stage.global_batch_size,), generator=order).tolist()
+        loss = loss_of(model, design, prefix, material, told, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        yield step, loss.item()
 
 
 @contextmanager

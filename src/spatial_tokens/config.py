@@ -23,6 +23,7 @@ from spatial_tokens.grid import (
     check_fits,
     check_kernel_sizes,
     check_positive,
+    is_positive_int,
     strided_grid_size,
 )
 from spatial_tokens.presets import PRESETS
@@ -248,12 +249,21 @@ class SPProjectorConfig:
     def from_preset(cls, name: str, **overrides: Any) -> SPProjectorConfig:
         """A named config, with fields of your own in place of some of its.
 
+        With another `vision_hidden_size` a preset's rank stays the same share of the channels, unless you give one too.
+
         Raises:
             SpatialTokensError: If the name or a field is unknown (the known ones are listed), or the result is not valid.
+
+        Example:
+            >>> SPProjectorConfig.from_preset("factorized-cropping", vision_hidden_size=1152).rank
+            144
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise SpatialTokensError(f"unknown preset {shown(name)}{_did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **overrides})
+        preset, channels = dict(PRESETS[name]), overrides.get("vision_hidden_size")
+        if "rank" in preset and is_positive_int(channels):
+            preset["rank"] = max(1, preset["rank"] * channels // preset["vision_hidden_size"])
+        return cls.from_dict({**preset, **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SPProjectorConfig:

@@ -114,27 +114,29 @@ def _run_stages(
     report.run("picture", None, lambda: picture, lambda p: (p.height, p.width, 3))
     pixels = report.run("transform", None, lambda: transform(picture).unsqueeze(0))
     patches = report.run(f"encoder layer {encoder.layer}", encoder, lambda: encoder(pixels))
-    spatial = report.run("extractor", projector.extractor, lambda: projector.extractor(patches))
+    grid = (encoder.grid_size,) if projector.any_grid else ()
+    spatial = report.run("extractor", projector.extractor, lambda: projector.extractor(patches, *grid))
     integrator, attention = projector.integrator, None
     if integrator is not None:
         spatial, attention = report.run(
             "integrator",
             integrator,
-            partial(integrator, spatial, patches, return_attention=True),
+            partial(integrator, spatial, patches, *grid, return_attention=True),
             lambda result: result[0].shape,
         )
     report.run("spatial head", projector.spatial_head, lambda: projector.spatial_head(spatial))
     if (patch_head := projector.patch_head) is not None:
         report.run("patch head", patch_head, partial(patch_head, patches))
-    report.run("whole projector", projector, lambda: projector(patches))
+    report.run("whole projector", projector, lambda: projector(patches, *grid))
     return encoder.picture(pixels[0]), None if attention is None else attention[0]
 
 
 def _fit(preset: str, encoder: TimmPatchEncoder, widths: dict[str, int], report: Report) -> SPProjectorConfig:
-    """The preset with the encoder's width and grid; its kernels are chosen anew, and said so, where the grid is another."""
+    """The preset with the encoder's width and grid; where the grid is another, dense kernels are chosen anew, and that is said."""
     base = SPProjectorConfig.from_preset(preset, **widths)
-    fitted: dict[str, Any] = {"vision_hidden_size": encoder.hidden_size, "grid_size": encoder.grid_size}
-    if encoder.grid_size != base.grid_size:
+    fitted: dict[str, Any] = {"vision_hidden_size": encoder.hidden_size}
+    if encoder.grid_size != base.grid_size and not base.any_grid:
+        fitted["grid_size"] = encoder.grid_size
         fitted["kernel_sizes"] = crop_sizes(encoder.grid_size, 2)[-base.num_spatial_tokens :]
         if base.detail_kernel_size is not None:
             fitted["detail_kernel_size"] = max(1, 2 * min(encoder.grid_size) // 3)

@@ -38,12 +38,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "factorized-cropping": {**_LLAVA, **_SIX, **_DETAIL, **_FACTORIZED, "variant": "cropping"},
     "factorized-pooling": {**_LLAVA, **_SIX, **_DETAIL, **_FACTORIZED, "variant": "pooling"},
     # SigLIP-so400m/14-384, whose 27 x 27 patches of 1152 channels LLaVA-OneVision and others read.
-    "factorized-siglip-so400m-14-384": {
+    "factorized-siglip-so400m": {
         **_LLAVA, **_DETAIL, "variant": "cropping", "vision_hidden_size": 1152, "grid_size": (27, 27),
         "kernel_sizes": (7, 11, 15, 19, 23, 27), "rank": 144, "frequencies": 3,
     },
     # Qwen2.5-VL-7B: patches of any grid, 1280 channels.
-    "factorized-qwen2.5-vl-7b": {
+    "factorized-qwen2.5-vl": {
         **_LLAVA, **_SIX, **_DETAIL, "variant": "cropping", "vision_hidden_size": 1280, "text_hidden_size": 3584, "rank": 160,
         "frequencies": 3, "patch_head": None,
     },

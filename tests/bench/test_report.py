@@ -283,10 +283,12 @@ def test_each_cell_says_what_its_heading_says():
     values = {
         "ms": 1.5, "p20_ms": 1.25, "p80_ms": 2.5, "ratio": 4.0, "share_of_limit": 0.87, "gb_per_s": 18.94, "tflop_per_s": 0.0421,
         "tokens": 144, "image_tokens": 582, "tokens_per_s": 1530, "parameters": 24800, "gflop_per_image": 2.45, "peak_mib": 1234.4,
+        "held_mib": 480.6,
     }  # fmt: skip
     assert {heading: cell(values) for heading, cell in show.COLUMNS.items()} == {
         "ms": "1.5", "p20-p80": "1.25-2.5", "faster": "4.00x", "of limit": "87%", "GB/s": "18.9", "TFLOP/s": "0.0421",
-        "tokens": "144", "image tokens": "582", "tokens/s": "1.53k", "params": "24.8k", "FLOP": "2.45G", "peak MiB": "1,234",
+        "tokens": "144", "image tokens": "582", "tokens/s": "1.53k", "params": "24.8k", "FLOP": "2.45G", "held MiB": "481",
+        "peak MiB": "1,234",
     }  # fmt: skip
 
 
@@ -320,8 +322,9 @@ def test_short(number, text):
 def suite_rows(suite):
     if suite == "scaling":
         return [
-            Row("scaling", subject, "SP", {"pass": "forward", "dtype": dtype, subject: n}, {"ms": 0.1 * n**power, "peak_mib": n})
-            for subject, power in (("batch", 1), ("grid", 2)) for dtype in ("float32", "bfloat16") for n in (1, 4, 16)
+            Row("scaling", subject, name, {"pass": "forward", "dtype": dtype, subject: n}, {"ms": 0.1 * n**power, "peak_mib": n})
+            for subject, more in (("batch", 0), ("grid", 1)) for dtype in ("float32", "bfloat16") for n in (1, 4, 16)
+            for name, power in (("SP", 1 + more), ("SP, factorized", 2 + more))
         ]  # fmt: skip
     return [
         Row(suite, subject, name, {"dtype": "float32", "batch": batch}, {"ms": batch * 1.5, "p20_ms": 1.0, "p80_ms": 2.0})
@@ -370,7 +373,7 @@ def figure_of(suite):
 
 def test_scaling_with_a_size_that_failed():
     found = suite_rows("scaling")
-    found[1] = Row("scaling", "batch", "SP", found[1].setting, failure="no memory")
+    found[2] = Row("scaling", "batch", "SP", found[2].setting, failure="no memory")
     assert len(plots._scaling(found).axes[0].lines[0].get_xdata()) == 2
 
 
@@ -380,9 +383,10 @@ def test_scaling_names_its_axes_units_and_exponents():
     assert [axis.get_ylabel().split()[0] for axis in axes] == ["milliseconds"] * 2 + ["peak"] * 2
     assert {axis.get_xscale() for axis in axes} == {axis.get_yscale() for axis in axes} == {"log"}
     assert [[text.get_text() for text in axis.get_legend().get_texts()] for axis in axes[:2]] == [
-        ["float32: batch^1.00", "bfloat16: batch^1.00"],
-        ["float32: grid^2.00", "bfloat16: grid^2.00"],
-    ]
+        [f"SP, float32: {subject}^{power}.00", f"SP, factorized, float32: {subject}^{power + 1}.00",
+         f"SP, bfloat16: {subject}^{power}.00", f"SP, factorized, bfloat16: {subject}^{power + 1}.00"]
+        for subject, power in (("batch", 1), ("grid", 2))
+    ]  # fmt: skip
 
 
 def test_points_name_their_rows_times_and_unit():

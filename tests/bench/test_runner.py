@@ -121,6 +121,17 @@ def test_zeros_that_agree_are_right(runs):
     assert rows["same"].failure is None
 
 
+@pytest.mark.parametrize(("second", "wrong"), [(EXPECTED, False), (EXPECTED * 2, True)])
+def test_an_entry_that_shares_some_tensors_with_the_reference_is_held_to_those(runs, second, wrong):
+    def some():
+        return Entry(lambda: "some", lambda outcome: [EXPECTED, second], num_compared=2)
+
+    rows = run({"right": named("right", [EXPECTED, EXPECTED, torch.ones(5)]), "some": some}, reference="right")
+    assert bool(rows["some"].failure) == wrong
+    fewer = run({"right": named("right", [EXPECTED]), "some": some}, reference="right")
+    assert fewer["some"].failure.startswith("SpatialTokensError: wrong: gave ")
+
+
 def test_without_a_reference_nothing_is_checked(runs):
     rows = run({"a": named("a", EXPECTED), "b": named("b", torch.ones(7))})
     assert all(row.failure is None and "error" not in row.values for row in rows.values())
@@ -254,6 +265,13 @@ def test_the_limit_is_the_slower_of_moving_and_doing(clock, num_bytes, num_flops
     assert set(rows) == {"a", "b"}  # what reads the weights is no competitor
 
 
+def test_an_entry_with_less_to_do_has_a_limit_of_its_own(clock):
+    fields = {"num_bytes": 1600, "num_flops": 10, "weights": lambda: [torch.randn(10, 40)]}
+    rows = run({"all": taking(4.0), "less": taking(0.5, work=(160, 20))}, peak=100.0, **fields)
+    assert rows["all"].values["share_of_limit"] == pytest.approx(0.5 / 4)
+    assert rows["less"].values["share_of_limit"] == pytest.approx(0.2 / 0.5)
+
+
 @pytest.mark.parametrize(("peak", "weights"), [(None, [torch.randn(2, 2)]), (1.0, [])])
 def test_no_limit_without_a_peak_or_weights(clock, peak, weights):
     values = run({"a": taking(1.0)}, peak=peak, weights=lambda: weights, num_bytes=8, num_flops=8)["a"].values
@@ -294,6 +312,30 @@ def test_rounds_end_with_the_budget_but_not_before_the_least(monkeypatch, budget
 
     times = side_by_side({"a": work}, CPU, budget)
     assert times["a"].seconds == (1.0,) * rounds
+
+
+@pytest.mark.parametrize(
+    ("budget", "rounds"),
+    [(0, (2, 2, 2)), (8, (2, 2, 5)), (18, (2, 4, 4)), (300, (3, 3, 3))],  # two rounds take 200, 8 and 2 seconds
+)
+def test_the_slowest_stop_after_the_least_rounds_and_the_others_go_on(monkeypatch, budget, rounds):
+    now = [0.0]
+    monkeypatch.setattr(measure, "MOST_ROUNDS", 5)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    times = side_by_side({"a": taking(100), "b": taking(4), "c": taking(1)}, CPU, budget)
+    assert tuple(len(times[name].seconds) for name in "abc") == rounds
+
+
+def test_what_is_to_be_in_the_cache_runs_once_more_untimed(monkeypatch):
+    order, timed = [], []
+    monkeypatch.setattr(measure, "seconds_of", lambda work, device: (timed.append(work()), 1.0)[1])
+    side_by_side({name: lambda name=name: (order.append(name), name)[1] for name in "ab"}, CPU, budget=0, in_cache=["b"])
+    assert order == list("abb") * 2
+    assert timed == list("ab") * 2
 
 
 def test_seconds_are_seconds():

@@ -12,8 +12,10 @@ from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, Spa
 from spatial_tokens.bench import measure
 from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.options import Options
+from spatial_tokens.bench.options import factorized as with_factors
 from spatial_tokens.bench.runner import run_contest
-from spatial_tokens.bench.suites import SUITES, kernels, limits, llm, projectors, scaling
+from spatial_tokens.bench.suites import SUITES, factorized, kernels, limits, llm, projectors, scaling
+from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.ops.window_linear import gemm
 from tests.bench.tiny import COLLECT, CPU, LLAVA, MODELS, TINY, options, shrink
 from tests.tolerances import assert_close
@@ -55,7 +57,7 @@ def test_every_row_of_every_suite_runs(suite):
 def test_an_integrator_needs_a_config_that_has_one():
     config = replace(TINY, detail_kernel_size=None, detail_stride=None)
     with pytest.raises(SpatialTokensError, match="detail_kernel_size is None"):
-        kernels._integrator(Options(CPU, config=config), CPU, torch.float32)
+        kernels._integrator(config, CPU, torch.float32)
 
 
 def test_limits_count_what_is_moved_and_done(monkeypatch):
@@ -132,6 +134,8 @@ def test_kernels_compare_every_operator_and_backend_with_the_authors_convolution
     assert set(found) == {(subject, direction, "float32", 3) for subject in subjects for direction in kernels.PASSES}
     for (subject, direction, *_), contest in found.items():
         names = ["naive", "gemm"]
+        if subject not in ("integrator", "projector"):
+            names += ["factorized"]
         if subject != "integrator":
             names += ["Conv2d (authors)"]
         if subject != "integrator" and direction == "forward":  # on a CPU
@@ -140,7 +144,7 @@ def test_kernels_compare_every_operator_and_backend_with_the_authors_convolution
             names += ["Conv2d, torch.compile"]
         assert list(contest.entries) == names
         assert contest.reference == "naive"
-        assert contest.baseline == names[2] if len(names) > 2 else "naive"
+        assert contest.baseline == ("naive" if subject == "integrator" else "Conv2d (authors)")
 
 
 def test_kernels_without_an_integrator_have_no_detail_map():
@@ -209,6 +213,37 @@ def test_work_is_what_the_config_counts(direction, head):
         assert not any(weight.requires_grad for weight in contest.weights())
 
 
+@pytest.mark.parametrize("direction", kernels.PASSES)
+def test_the_work_of_factorized_kernels_is_their_own(direction):
+    batch, small = 3, costs(options().factorized)
+    for subject, part in [("tokens, cropping", "extractor"), ("detail map", "integrator detail map")]:
+        num_bytes, num_flops = kernel_contests()[subject, direction, "float32", batch].entries["factorized"]().work
+        features, parameters, forward = 4 * batch * 144 * 16, 4 * small[part].parameters, 2 * batch * small[part].multiply_adds
+        assert num_bytes == (1 if direction == "forward" else 3) * (parameters + features)
+        if direction == "forward":
+            assert num_flops == forward
+        else:  # the maps are constant: what reads them has one gradient, not two
+            assert 2 * forward < num_flops < 3 * forward
+
+
+@pytest.mark.parametrize("direction", kernels.PASSES)
+@pytest.mark.parametrize("subject", ["tokens, cropping", "tokens, pooling", "detail map"])
+def test_dense_and_factorized_kernels_are_the_same(subject, direction):
+    """Their tokens and the gradients of the features are compared before they are timed, in any config."""
+    config = replace(TINY, kernel_sizes=(2, 12), vision_hidden_size=40)  # fewer patches a side than cosines; a rank that is given
+    rows = rows_of([kernel_contests(config)[subject, direction, "float32", 3]])
+    assert failures(rows) == []
+    assert {row.implementation: row.values["error"] < 1e-5 for row in rows if row.implementation != "naive"}["factorized"]
+
+
+def test_factorized_kernels_that_are_wrong_are_a_row_that_says_so(monkeypatch):
+    sound = FactorizedKernels.forward
+    monkeypatch.setattr(FactorizedKernels, "forward", lambda *arguments: 1.01 * sound(*arguments))
+    for direction in kernels.PASSES:
+        rows = rows_of([kernel_contests()["tokens, cropping", direction, "float32", 3]])
+        assert {row.implementation for row in rows if row.failure} == {"factorized"}
+
+
 def test_work_in_half_precision_is_half_the_bytes():
     full, half = (kernel_contests()["projector", "forward", "float32", 3],
                   {c.subject: c for c in kernels.contests(options("bfloat16", batches=(3,)))
@@ -248,7 +283,7 @@ def test_a_kernel_that_gives_nan_is_a_row_that_says_so(monkeypatch):
     assert {row.implementation for row in rows if row.failure} == {"gemm"}
 
 
-@pytest.mark.parametrize("suite", ["kernels", "projectors", "scaling"])
+@pytest.mark.parametrize("suite", ["kernels", "factorized", "projectors", "scaling"])
 def test_what_does_not_fit_is_a_row_and_is_not_tried(monkeypatch, suite):
     """The second half is what the user meets: the memory that is lacking is lacking for whatever is made first."""
     monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 0)
@@ -269,7 +304,7 @@ def test_what_does_not_fit_is_a_row_and_is_not_tried(monkeypatch, suite):
     assert rows_of(SUITES[suite](options()))
 
 
-@pytest.mark.parametrize("suite", ["kernels", "projectors", "scaling"])
+@pytest.mark.parametrize("suite", ["kernels", "factorized", "projectors", "scaling"])
 def test_one_contest_is_gone_before_the_next_is_made(monkeypatch, suite):
     """At the paper's size each holds gigabytes: whoever lets go of a contest must have let go of its tensors."""
     made, alive, features = [], [], Options.features
@@ -293,6 +328,44 @@ def test_one_contest_is_gone_before_the_next_is_made(monkeypatch, suite):
         assert alive == [[]] * 3
 
 
+# factorized
+
+
+def factorized_contests(*dtypes, config=TINY):
+    found = factorized.contests(options(*dtypes, batches=(3,), config=config))
+    return {(contest.subject, *contest.setting.values()): contest for contest in found}
+
+
+def test_factorized_measures_what_the_targets_name():
+    timed, names = ("tokens, cropping", "detail map"), ["dense", "factorized", "factorized, in cache"]
+    found = factorized_contests()
+    assert set(found) == {*((s, d, "float32", 3) for s in timed for d in kernels.PASSES), ("training step", "float32", 3)}
+    for (subject, direction, *_), contest in found.items():
+        expected = names[:2] if subject == "training step" else [*names, "Conv2d (authors)"] if direction == "forward" else names
+        assert list(contest.entries) == expected
+        assert contest.baseline == "dense"
+        assert contest.suite == "factorized"
+    entries = found["tokens, cropping", "forward", "float32", 3].entries
+    assert [name for name, build in entries.items() if build().in_cache] == ["factorized, in cache"]
+    bare = factorized_contests(config=replace(TINY, detail_kernel_size=None, detail_stride=None))
+    assert {subject for subject, *_ in bare} == {"tokens, cropping", "training step"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_trains_and_tells_what_it_holds(dtype):
+    contest = factorized_contests(dtype)["training step", dtype, 3]
+    rows = {row.implementation: row.values for row in rows_of([contest])}
+    for name, config in (("dense", TINY), ("factorized", options().factorized)):
+        assert rows[name]["parameters"] == config.num_parameters
+        weights_and_moments = 3 * config.num_parameters * (4 if dtype == "float32" else 2)
+        assert 0 <= 2**20 * rows[name]["held_mib"] - weights_and_moments < 500  # and a step number for each parameter
+    assert rows["factorized"]["parameters"] < rows["dense"]["parameters"] / 2
+    entry = contest.entries["factorized"]()
+    first, second = entry.run(), entry.run()
+    assert not torch.equal(first, second)
+    assert second.isfinite().all()
+
+
 # projectors
 
 
@@ -306,6 +379,7 @@ def test_projectors_values(monkeypatch):
     assert next(iter(by_name)) == "LLaVA MLP"
     assert {name: values["tokens"] for name, values in by_name.items()} == {
         "LLaVA MLP": 144, "SP cropping": 147, "SP pooling": 147, "SP cropping + DFI": 147, "SP pooling + DFI": 147,
+        **{f"SP {name}, factorized": 147 for name in ("cropping", "pooling", "cropping + DFI", "pooling + DFI")},
         "SP, 1 token": 145, "SP, 6 tokens": 150, "SP, transformer blocks": 147,
         "DeCo": 4, "C-Abstractor": 4, "Perceiver resampler": 3, "Q-Former": 3,
     }  # fmt: skip
@@ -320,6 +394,9 @@ def test_projectors_values(monkeypatch):
         ]:
             assert by_name[name]["parameters"] == config.num_parameters
             assert by_name[name]["gflop_per_image"] == pytest.approx(2e-9 * sum(c.multiply_adds for c in config.costs()))
+            small = by_name[f"{name}, factorized"]
+            assert small["parameters"] == with_factors(config).num_parameters < config.num_parameters
+            assert small["gflop_per_image"] == pytest.approx(2e-9 * sum(c.multiply_adds for c in with_factors(config).costs()))
     mlp = 16 * 24 + 24 * 24
     assert by_name["LLaVA MLP"]["parameters"] == mlp + 2 * 24
     assert by_name["LLaVA MLP"]["gflop_per_image"] == pytest.approx(2e-9 * 144 * mlp)
@@ -336,7 +413,7 @@ def test_projectors_at_the_papers_size_are_the_papers(monkeypatch):
     meta = torch.device("meta")
     sizes = {
         name: sum(p.numel() for p in projectors.builders(config)[name](meta, torch.float32).parameters())
-        for name in names if name.startswith("SP")
+        for name in names if name.startswith("SP") and "factorized" not in name
     }  # fmt: skip
     for name, preset in [
         ("SP cropping + DFI", "llava-sp-cropping"), ("SP, 1 token", "llava-sp-1-token"),
@@ -374,12 +451,14 @@ def test_scaling_varies_only_what_it_says(monkeypatch):
     bare = replace(paper, detail_kernel_size=None, detail_stride=None)
     contests = list(scaling.contests(options(config=paper)))
     rows_of(contests)
-    told = [(contest.subject, contest.setting[contest.subject]) for contest in contests]
+    told = [(contest.subject, contest.setting[contest.subject]) for contest in contests[::2]]
+    assert [next(iter(contest.entries)) for contest in contests] == ["SP", "SP, factorized"] * len(told)
     assert told == [
         *(("batch", n) for n in (1, 512)), *(("grid", n) for n in (16, 24, 64)),
         *(("channels", n) for n in (768, 4096)), *(("tokens", n) for n in (1, 2, 3, 6, 12, 24)),
     ]  # fmt: skip
-    for (subject, value), (config, batch, dtype) in zip(told, seen, strict=True):
+    assert [(with_factors(config), batch, dtype) for config, batch, dtype in seen[::2]] == seen[1::2]
+    for (subject, value), (config, batch, dtype) in zip(told, seen[::2], strict=True):
         assert dtype == torch.float32
         assert batch == (value if subject == "batch" else 1)
         if subject == "batch":
@@ -396,7 +475,8 @@ def test_scaling_varies_only_what_it_says(monkeypatch):
 
 def test_scaling_takes_the_batches_it_is_given():
     contests = list(scaling.contests(options("float32", "bfloat16", batches=(3,))))
-    assert [(c.setting["dtype"], c.setting["batch"]) for c in contests if c.subject == "batch"] == [("float32", 3), ("bfloat16", 3)]
+    taken = [(c.setting["dtype"], c.setting["batch"]) for c in contests if c.subject == "batch" and "SP" in c.entries]
+    assert taken == [("float32", 3), ("bfloat16", 3)]
 
 
 @pytest.mark.parametrize("side", [7, 12, 16, 24, 27])
@@ -412,9 +492,18 @@ def test_scaling_sizes_are_as_many_as_asked_and_grow(side):
 def test_scaling_shows_a_size_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(scaling, "CHANNELS", (8, 2**30))
     monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 2**32)
-    rows = {(row.subject, row.setting[row.subject]): row for row in rows_of(scaling.contests(options()))}
-    assert rows["channels", 2**30].failure.startswith("needs about ")
-    assert rows["channels", 8].failure is None
+    contests = scaling.contests(options())
+    rows = {(row.subject, row.setting[row.subject], row.implementation): row for row in rows_of(contests)}
+    assert rows["channels", 2**30, "SP"].failure.startswith("needs about ")
+    assert rows["channels", 8, "SP"].failure is rows["channels", 8, "SP, factorized"].failure is None
+
+
+def test_scaling_measures_factorized_kernels_where_dense_ones_do_not_fit(monkeypatch):
+    monkeypatch.setattr(scaling, "GRIDS", (24,))
+    monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 2**28 + 2**20)
+    rows = {row.implementation: row for row in rows_of(scaling.contests(options())) if row.subject == "grid"}
+    assert rows["SP"].failure.startswith("needs about ")
+    assert rows["SP, factorized"].failure is None
 
 
 # llm

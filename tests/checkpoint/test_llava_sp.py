@@ -209,6 +209,22 @@ def test_an_export_is_imported_bit_for_bit(config, dtype, prefix):
     same(back.state_dict(), projector.state_dict())
 
 
+@pytest.mark.parametrize(("variant", "detail"), [("cropping", 4), ("pooling", None)])
+@pytest.mark.parametrize("basis", ["cosine", "learned"])
+def test_factorized_kernels_run_in_the_authors_code(variant, detail, basis):
+    config = SPProjectorConfig(
+        vision_hidden_size=3, text_hidden_size=7, grid_size=8, variant=variant, kernel_sizes=(4, 8), spatial_hidden_size=5,
+        detail_kernel_size=detail, spatial_head="linear", rank=2, frequencies=2, spatial_basis=basis,
+    )  # fmt: skip
+    projector = SPProjector.from_config(config, dtype=torch.float64)
+    patches = torch.randn(2, 64, 3, dtype=torch.float64)
+    exported = to_llava_sp(projector)
+    assert_close(run_released(exported, variant, (4, 8), patches), projector(patches), 1e-12)
+    back = load(exported)
+    assert back.config == replace(config, rank=None, frequencies=None, spatial_basis="cosine")
+    assert_close(back(patches), projector(patches), 1e-12)
+
+
 def test_nan_stays_nan():
     tensors = released()
     tensors["conv_4.weight"][1, 2, 3, 0] = tensors["mm_projector.0.bias"][2] = float("nan")

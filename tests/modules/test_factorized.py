@@ -1,7 +1,9 @@
 """Factorized kernels: on their own grid, on any other, and what they promise beside the dense ones."""
 
+import copy
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -179,6 +181,46 @@ def test_the_dense_kernels_are_these(variant, basis):
     assert (dense.grid_size, dense.kernel_sizes, dense.variant) == (module.grid_size, module.kernel_sizes, variant)
     assert_close(dense(patches), module(patches), 1e-12)
     assert all(each.requires_grad and each.is_leaf for each in dense.parameters())
+
+
+@pytest.mark.parametrize("basis", ["cosine", "learned"])
+@pytest.mark.parametrize("detail", [(3, 4), None])
+def test_the_dense_projector_is_this(basis, detail):
+    config = SPProjectorConfig(
+        vision_hidden_size=8, text_hidden_size=10, grid_size=(6, 8), kernel_sizes=((2, 4), (6, 8)), spatial_hidden_size=6,
+        detail_kernel_size=detail, rank=5, frequencies=2, spatial_basis=basis,
+    )  # fmt: skip
+    projector, patches = SPProjector.from_config(config, dtype=torch.float64).eval(), randn(2, 48, 8)
+    for name, values in projector.named_parameters():
+        if ".maps." in name:
+            torch.nn.init.normal_(values)
+    dense = projector.to_dense()
+    assert dense.config == replace(config, rank=None, frequencies=None, spatial_basis="cosine")
+    assert_close(dense(patches), projector(patches), 1e-12)
+    assert not dense.training
+    assert all(each.requires_grad and each.is_leaf for each in dense.parameters())
+    own = {each.data_ptr() for each in projector.parameters()}
+    assert not own & {each.data_ptr() for each in dense.parameters()}
+    again = dense.to_dense()
+    assert_close(again(patches), dense(patches), 0)
+    assert again.spatial_head.fc1.weight is not dense.spatial_head.fc1.weight
+
+
+def test_dense_kernels_of_sixteen_bits_are_rounded_once():
+    module = factorized(dtype=torch.bfloat16)
+    exact = copy.deepcopy(module).double().to_dense()
+    for own, expected in zip(module.to_dense().kernels, exact.kernels, strict=True):
+        assert_close(own.weight, expected.weight, rounding(torch.bfloat16, 1))
+
+
+def test_wrapped_factors_have_no_dense_kernels():
+    config = SPProjectorConfig(
+        vision_hidden_size=4, text_hidden_size=6, grid_size=(6, 8), kernel_sizes=((6, 8),), detail_kernel_size=None, rank=2
+    )
+    projector = SPProjector.from_config(config)
+    projector.extractor.kernels.cores[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(SpatialTokensError, match="a factor is wrapped or quantized; merge or unload it first"):
+        projector.to_dense()
 
 
 def test_gradients_of_gradients():

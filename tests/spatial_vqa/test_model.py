@@ -1,6 +1,7 @@
 """The model: text as it should be read, the encoder as LLaVA's tower, and the designs as they are named."""
 
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import pytest
@@ -11,16 +12,17 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from benchmarks.spatial_vqa import attention, encoder, language_model, probes, training
-from benchmarks.spatial_vqa.designs import CROPPING, DEEP, DESIGNS, DETAIL, LEARNED, MLP, POOLING, install
+from benchmarks.spatial_vqa import attention, compressed, encoder, language_model, probes, training
+from benchmarks.spatial_vqa.designs import BINS, CROPPING, DEEP, DESIGNS, DETAIL, FACTORS, LEARNED, MLP, PLACES, POOLING, install
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE, inputs_of, lay_out, read, text_of
 from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
 from benchmarks.spatial_vqa.model import build_llava
 from benchmarks.spatial_vqa.questions import KINDS
 from benchmarks.spatial_vqa.scenes import RADII, render
 from benchmarks.spatial_vqa.splits import examples, pictures
-from benchmarks.spatial_vqa.training import BATCH, STAGES, Material, Schedule, another_pictures, logits_of, prefix_of
+from benchmarks.spatial_vqa.training import BATCH, STAGES, KernelRate, Material, Schedule, another_pictures, logits_of, prefix_of
 from benchmarks.spatial_vqa.words import IDS, IGNORED, WORDS, encode, list_of, pack, questions_of, records_of
+from spatial_tokens import SpatialTokensError
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 
 
@@ -149,7 +151,7 @@ def test_features_computed_before_are_as_pictures(llava, found, vit, design):
 
 
 def parameters_of(design, llava):
-    return sum(each.numel() for part in install(design, llava()) for each in part.parameters())
+    return sum(each.numel() for part in install(design, llava()).projector for each in part.parameters())
 
 
 def test_designs_are_as_large_as_they_are_said_to_be(llava):
@@ -290,6 +292,85 @@ def test_another_rate_is_the_projectors_alone(llava, vit, monkeypatch):
     projector, lora = STAGES[1].projector_learning_rate, STAGES[1].lora.learning_rate
     assert set(rates[0]) == {STAGES[0].projector_learning_rate / 4}
     assert set(rates[1]) == {projector / 4, lora}
+
+
+@pytest.mark.parametrize("rate", [KernelRate(0.1), KernelRate(by_fan_in=True), KernelRate(2, by_fan_in=True)], ids=str)
+def test_kernels_have_a_rate_of_their_own(llava, rate):
+    model = llava()
+    parts = install(CROPPING, model)
+    by_parameter = {id(each): group["lr"] for group in rate.groups(parts, STAGES[0]) for each in group["params"]}
+    common = STAGES[0].projector_learning_rate
+    assert by_parameter.keys() == {id(each) for part in parts.projector for each in part.parameters()}
+    for kernel, side in zip(model.spatial_tokens.extractor.kernels, (2, 4, 6, 8, 10, 12), strict=True):
+        expected = rate.scale * common / (side**2 if rate.by_fan_in else 1)
+        assert by_parameter.pop(id(kernel.weight)) == pytest.approx(expected)
+    assert set(by_parameter.values()) == {common}
+
+
+def test_a_run_trains_kernels_at_their_rate(llava, vit):
+    seen = material(vit)
+    plan = Schedule(8, (2, 2), curve=1)
+    models = [training.run(CROPPING, 0, llava, seen, plan, kernel_rate=KernelRate(scale))[1] for scale in (1.0, 0.0)]
+    torch.manual_seed(0)
+    start = llava()
+    install(CROPPING, start)
+    moved, still = (list(model.spatial_tokens.extractor.parameters()) for model in models)
+    first = list(start.spatial_tokens.extractor.parameters())
+    assert all(map(torch.equal, still, first))
+    assert not any(map(torch.equal, moved, first))
+    heads = [model.spatial_tokens.spatial_head.state_dict() for model in (*models, start)]
+    assert not any(torch.equal(heads[1][name], heads[2][name]) for name in heads[0])
+
+
+def test_bins_are_means_of_crops(llava):
+    model = llava()
+    install(BINS, model)
+    bins = model.spatial_tokens.extractor
+    features = torch.randn(2, GRID * GRID, 128)
+    seen = features @ bins.channel_projection.weight.T
+    for number, side in enumerate((2, 4, 6, 8, 10, 12)):
+        first, count = (GRID - side) // 2, min(3, side)
+        means = []
+        for row, column in product(range(count), repeat=2):
+            rows, columns = (range(first + i * side // count, first - (-(i + 1) * side // count)) for i in (row, column))
+            means.append(torch.stack([seen[:, r * GRID + c] for r in rows for c in columns]).mean(0) * side / count)
+        token = torch.stack(means, dim=2).flatten(1) @ bins.linears[number].weight.T
+        torch.testing.assert_close(bins(features)[:, number], token, rtol=1e-4, atol=1e-5)
+
+
+def test_places_are_added_to_patches_and_are_zero_at_first(llava):
+    model = llava()
+    parts = install(PLACES, model)
+    (embedding,) = parts.kernels
+    features = torch.randn(2, GRID * GRID, 128)
+    before = model.model.multi_modal_projector(features)
+    assert embedding.places.abs().max() == 0
+    assert before.abs().max() > 0
+    with torch.no_grad():
+        embedding.places.copy_(torch.randn(GRID * GRID, HIDDEN_SIZE))
+    torch.testing.assert_close(model.model.multi_modal_projector(features), before + embedding.places)
+
+
+@pytest.mark.parametrize("design", FACTORS, ids=lambda each: each.name)
+def test_what_replaces_dense_kernels_is_small(llava, design):
+    parts = install(design, llava())
+    assert sum(each.numel() for part in parts.kernels for each in part.parameters()) < 2_981_888 / 5
+    own = {id(each) for part in parts.projector for each in part.parameters()}
+    assert {id(each) for part in parts.kernels for each in part.parameters()} <= own
+
+
+def test_a_model_is_restored_of_what_it_has_learned(llava, vit):
+    seen = material(vit)
+    found, model = training.run(CROPPING, 0, llava, seen, Schedule(8, (1, 2), curve=1))
+    tensors = compressed.learned(model)
+    again, parts = compressed.restore(CROPPING, llava, tensors)
+    for name, each in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], each), name
+    assert training.ask(again, CROPPING, prefix_of(again), seen["test"]) == found["test"]
+    own = {id(each) for part in (*parts.projector, *parts.lora) for each in part.parameters()}
+    assert {name for name, each in again.named_parameters() if id(each) in own} == tensors.keys()
+    with pytest.raises(SpatialTokensError, match="not those that this design trains"):
+        compressed.restore(MLP, llava, tensors)
 
 
 def test_noise_is_looked_at_as_scenes_are(llava, vit, found):

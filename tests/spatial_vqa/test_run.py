@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from math import gamma, pi, sqrt
 from statistics import mean, stdev
 
@@ -19,15 +20,26 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
 
-from benchmarks.spatial_vqa import run, tables, tasks
-from benchmarks.spatial_vqa.designs import CROPPING, DESIGNS, DETAIL, MAIN, MLP, POOLING
+from benchmarks.spatial_vqa import compressed, dense_or_factorized, run, tables, tasks
+from benchmarks.spatial_vqa.designs import (
+    BINS,
+    CROPPING,
+    DESIGNS,
+    DETAIL,
+    FACTORIZED,
+    FACTORIZED_POOLING,
+    MAIN,
+    MLP,
+    PLACES,
+    POOLING,
+)
 from benchmarks.spatial_vqa.estimates import STUDENT, accuracy, by_questions, chance, difference, estimate
 from benchmarks.spatial_vqa.optimization import Pretraining
-from benchmarks.spatial_vqa.plans import PLANS, Job, Plan
+from benchmarks.spatial_vqa.plans import LONG, LONGER, PLANS, SOON, Compression, Job, Plan
 from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
-from benchmarks.spatial_vqa.results import Results, committed
+from benchmarks.spatial_vqa.results import COMMITTED, Results, committed
 from benchmarks.spatial_vqa.splits import examples
-from benchmarks.spatial_vqa.training import Schedule
+from benchmarks.spatial_vqa.training import KernelRate, Schedule
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.storage.files import read_tensors
 
@@ -165,6 +177,32 @@ def test_without_a_terminal_progress_is_lines(work, tmp_path, monkeypatch, capsy
     assert told == [f"{job.name}: 1 of 3", f"{job.name}: 3 of 3"]
 
 
+def test_a_plan_goes_on_in_anothers_folder_and_compresses_what_it_kept(work, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("spatial_tokens.compression")
+    monkeypatch.setattr(compressed, "TUNING", 1)
+    folder = shutil.copytree(work[0], tmp_path / "quick")
+    job = Job(CROPPING.name, 0, SHORT, rolled=True, kernel_rate=KernelRate(0.1))
+    plan = replace(tiny(job, Compression(job, 3, 4)), name="factorized", folder="quick")
+    monkeypatch.setitem(PLANS, "factorized", plan)
+    monkeypatch.setitem(PLANS, "quick", tiny(Job(MLP.name, 0, SHORT)))  # the command's other plans do not matter
+    command = ["--factorized", "--work", str(tmp_path), "--workers", "1"]
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    run.main(command)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")} == before
+    assert "2 of 2 runs" in capsys.readouterr().out
+    told = json.loads((tmp_path / "factorized" / "results.json").read_text())
+    (one,), (small,) = told["runs"], told["compressions"]
+    assert one["kernel_rate"] == asdict(job.kernel_rate)
+    assert one["kernel_parameters"] == sum(128 * 64 * k * k for k in (2, 4, 6, 8, 10, 12)) == small["dense_kernel_parameters"]
+    assert small["kernel_parameters"] == 128 * 4 + (4 + 5 * 9) * 4 * 64
+    assert not {"strangers", "attention", "steps"} & one.keys()
+    assert len(one["curve"]) == 1
+    for name in ("compressed", "tuned", "dense_tuned"):
+        assert {kind: asked for kind, (_, asked) in small[name]["hard"].items()} == dict.fromkeys(KINDS, 6)
+    tasks.model_file(folder, job).unlink()  # then it is trained again, and no other is
+    assert [run.is_done(each, plan, folder) for each in plan.jobs] == [False, True]
+
+
 def test_features_and_rolled_ones_are_kept_apart(work):
     kept = {rolled: tasks.load_material(work[0], rolled) for rolled in (False, True)}
     for rolled, name in ((False, "features"), (True, "rolled_features")):
@@ -195,16 +233,44 @@ def test_what_makes_no_sense_is_refused(words, said, tmp_path):
 
 
 def test_plans_are_what_the_comparison_asks_for():
-    full = PLANS["full"].jobs
-    assert len({job.name for job in full}) == len(full)
-    for design in MAIN:
-        assert {0, 1, 2} <= {job.seed for job in full if job.design == design.name and job.scale == design.scale and not job.rolled}
-    assert {job.design for job in full} == set(DESIGNS)
+    full, factorized = PLANS["full"], PLANS["factorized"]
     for plan in PLANS.values():
-        baseline = {(job.seed, job.schedule, job.rolled) for job in plan.jobs if job.design == MLP.name and job.scale == 1}
-        for job in plan.jobs:
+        assert len({job.name for job in plan.jobs}) == len(plan.jobs)
+    for design in MAIN:
+        seeds = {job.seed for job in full.runs if job.design == design.name and job.scale == design.scale and not job.rolled}
+        assert {0, 1, 2} <= seeds
+    assert {job.design for job in (*full.runs, *factorized.runs)} == set(DESIGNS)
+    for plan in PLANS.values():
+        beside = full.runs if plan.folder else ()
+        baseline = {
+            (job.seed, job.schedule, job.rolled) for job in (*plan.runs, *beside) if job.design == MLP.name and job.scale == 1
+        }
+        for job in plan.runs:
             assert job.schedule.scenes <= plan.scenes["train"]
             assert (job.seed, job.schedule, job.rolled) in baseline  # equal data, in the same order, and steps
+
+
+def test_dense_and_factorized_designs_are_tried_at_the_same_rates():
+    full, factorized = PLANS["full"], PLANS["factorized"]
+    assert (factorized.vision, factorized.language, factorized.scenes) == (full.vision, full.language, full.scenes)
+    tried = {}
+    for job in (*full.runs, *factorized.runs):
+        if job.scale == 1:
+            tried.setdefault((job.rolled, job.schedule, job.design), set()).add((job.seed, job.kernel_rate))
+    for rolled, schedule, rates in ((True, SOON, 7), (True, LONGER, 3), (False, LONG, 4)):
+        alike = [tried[rolled, schedule, each.name] for each in (CROPPING, POOLING, FACTORIZED, FACTORIZED_POOLING, BINS, PLACES)]
+        for each in alike:
+            assert {rate for seed, rate in each if seed < 3} == {rate for _, rate in each}
+            assert each >= {(seed, rate) for seed in range(3) for _, rate in each}
+            assert {rate for _, rate in each} == {rate for _, rate in alike[0]}
+            assert len({rate for _, rate in each}) == rates
+
+
+def test_a_rate_is_in_the_name_where_it_is_not_the_common_one():
+    job = Job(MLP.name, 0, SHORT)
+    assert job.name == "MLP_8_1+2_1_0"
+    assert replace(job, kernel_rate=KernelRate(0.03)).name == "MLP_8_1+2_1_kernels0.03_0"
+    assert replace(job, rolled=True, kernel_rate=KernelRate(by_fan_in=True)).name == "MLP_8_1+2_1_kernels1-by-fan-in_rolled_0"
 
 
 def test_intervals_are_students():
@@ -235,7 +301,8 @@ def test_the_draw_of_questions_moves_a_mean_as_far_as_it_is_said_to():
 def test_runs_of_other_settings_are_kept_apart():
     long, few, more = ({"scenes": scenes, "steps": [2, steps]} for scenes, steps in ((8, 4), (2, 4), (8, 9)))
     told = [(MLP.name, 0, long, False), (MLP.name, 0, few, False), (MLP.name, 1, more, False), (MLP.name, 2, long, True)]
-    runs = [dict(zip(("design", "seed", "schedule", "rolled"), each, strict=True), scale=1.0) for each in told]
+    told_of = {"scale": 1.0, "curve": [{"validation": counts(50)}]}
+    runs = [dict(zip(("design", "seed", "schedule", "rolled"), each, strict=True), **told_of) for each in told]
     results = Results({"runs": [*runs, {**runs[0], "seed": 5, "scale": 0.25}]})
     assert results.runs(MLP.name) == {0: runs[0]}
     assert results.runs(MLP.name, scenes=2) == {0: runs[1]}
@@ -247,6 +314,91 @@ def test_runs_of_other_settings_are_kept_apart():
 
 def counts(right):
     return {kind: [right, 100] for kind in KINDS}
+
+
+def made(design, seed, right, validation=50, *, steps=2400, rolled=True, **rate):
+    return {
+        "design": design.name, "seed": seed, "schedule": {"scenes": 5000, "steps": [250, steps]}, "rolled": rolled, "scale": 1.0,
+        "kernel_rate": asdict(KernelRate(**rate)), "kernel_parameters": 1000, "seconds": 36.0,
+        "test": counts(right), "hard": counts(right), "curve": [{"validation": counts(validation)}],
+    }  # fmt: skip
+
+
+def told(*runs, right=0.5, compressions=()):
+    return Results({
+        "benchmark": {"version": 2}, "plan": {"name": "any", "held_out": 1}, "planned": 282, "runs": list(runs),
+        "pretrained": {name: {"right": right} for name in ("encoder", "language_model")}, "compressions": list(compressions),
+        "machine": {"device": "a CPU", "versions": {"torch": "2.9"}},
+    })  # fmt: skip
+
+
+def test_validation_decides_between_rates_of_as_many_seeds():
+    slow, fan_in = KernelRate(0.1), KernelRate(by_fan_in=True)
+    runs = [made(CROPPING, seed, 90, 60 + seed) for seed in range(5)]  # on the seeds that all have: 61
+    runs += [made(CROPPING, seed, 10, validation, scale=0.1) for seed, validation in enumerate((70, 60, 59))]  # 63
+    runs += [made(CROPPING, 0, 99, 99, by_fan_in=True)]  # one seed: not yet
+    results, setting = told(*runs), {"rolled": True, "tuning": 2400}
+    assert results.compared(CROPPING.name, **setting) == {KernelRate(): [60, 61, 62], slow: [70, 60, 59]}
+    assert results.kernel_rate(CROPPING.name, **setting) == slow
+    assert results.estimate(CROPPING.name, "test", **setting).mean == 10
+    runs += [made(CROPPING, seed, 20, 64, by_fan_in=True) for seed in (1, 2)]
+    assert told(*runs).kernel_rate(CROPPING.name, **setting) == fan_in
+    assert told(*runs[:3], runs[8]).kernel_rate(CROPPING.name, **setting) == KernelRate()
+    assert told(runs[1], runs[5]).compared(CROPPING.name, **setting) == {KernelRate(): [61]}  # no seed has both
+    assert told(*runs).kernel_rate(POOLING.name, **setting) is None
+
+
+def test_runs_of_another_plan_join_where_it_has_the_same_encoder():
+    own, other = told(made(CROPPING, 0, 80)), [made(CROPPING, 0, 80), made(CROPPING, 1, 82), made(CROPPING, 0, 84, scale=0.1)]
+    for each in other[:2]:
+        del each["kernel_rate"], each["kernel_parameters"]  # as plans that know none have written them
+    joined = own.with_runs_of(told(*other))
+    assert joined.told["runs"] == [*own.told["runs"], *other[1:]]
+    assert own.with_runs_of(told(*other, right=0.4)) is own
+    assert own.repeated(told(*other)) == (1, 1)
+    assert own.repeated(told(made(CROPPING, 0, 81))) == (1, 0)
+
+
+def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch, tmp_path):
+    dense = {seed: made(CROPPING, seed, 80 + seed) for seed in range(3)}
+    small = {
+        "of": {**dense[1], "kernel_rate": asdict(KernelRate())}, "frequencies": 3, "rank": 32, "kernel_parameters": 100,
+        "dense_kernel_parameters": 2900, "unexplained": 0.125,
+        "compressed": {"test": counts(79)}, "tuned": {"test": counts(82)}, "dense_tuned": {"test": counts(81)},
+    }  # fmt: skip
+    results = told(*dense.values(), *(made(FACTORIZED, seed, 82 + seed) for seed in range(3)), compressions=[small])
+    setting = {"rolled": True, "tuning": 2400}
+    table = dense_or_factorized.designs(results, setting)
+    assert f"| {FACTORIZED.name} | 1 k | 3 | x 1 | 83.0 ± 2.5 | **+2.0 ± 0.0** |" in table
+    assert f"| {CROPPING.name} | 1 k | 3 | x 1 | 81.0 ± 2.5 |  |" in table
+    assert PLACES.name not in table
+    row = f"| {CROPPING.name} | 1 | 3 x 3, rank 32 | 1/29 | 12.5 | 81.0 | -2.0 | +1.0 | +0.0 |"
+    assert row in dense_or_factorized.compressed(results)
+    assert "Not run yet" in dense_or_factorized.designs(results, {"rolled": False, "tuning": 400})
+    assert "Not run yet" in dense_or_factorized.rates(results)
+    counted = dense_or_factorized.counted(results, told(made(CROPPING, 0, 80)))
+    planned = [
+        sum((job.rolled, job.schedule.steps[1]) == each for job in PLANS["factorized"].runs) for each in ((1, 2400), (1, 800))
+    ]
+    assert "7 of 282 runs" in counted
+    assert "6 of {} with rolled features and 2,400 steps, 0 of {} with rolled features and 800 steps".format(*planned) in counted
+    assert f"1 of {sum(isinstance(job, Compression) for job in PLANS['factorized'].jobs)} compressions" in counted
+    assert "0.1 hours" in counted
+    slower = told(*results.told["runs"], *(made(CROPPING, seed, 85, 60, scale=0.03) for seed in range(3)))
+    assert f"| {CROPPING.name} | 3 | 50.0 | **60.0** |" in dense_or_factorized.rates(slower)
+    assert f"| {CROPPING.name} | 1 k | 3 | x 0.03 (of 2) | 85.0 ± 0.0 |" in dense_or_factorized.designs(slower, setting)
+
+
+def test_the_page_is_made_of_what_is_committed(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    results = told(made(CROPPING, 0, 80), made(MLP, 0, 50), made(FACTORIZED, 0, 70))
+    monkeypatch.setattr(dense_or_factorized, "COMMITTED", tmp_path)
+    assert dense_or_factorized.page() == "Not run yet.\n"
+    (tmp_path / "factorized.json").write_text("")
+    monkeypatch.setattr(dense_or_factorized, "committed", lambda name: results)
+    assert f"| {FACTORIZED.name} | 1 k | 1 | x 1 | 70.0 | -10.0 |" in dense_or_factorized.page()
+    dense_or_factorized.draw(tmp_path)
+    assert (tmp_path / "dense-or-factorized.png").stat().st_size > 10_000
 
 
 def test_differences_are_seed_by_seed():
@@ -261,9 +413,10 @@ def test_a_gain_is_of_the_split_and_over_what_it_is_asked_for():
     schedule = {"scenes": 8, "steps": [2, 4]}
     right = {MLP.name: (50, 40), CROPPING.name: (53, 45), POOLING.name: (60, 41)}
     runs = [
-        {"design": name, "seed": 0, "schedule": schedule, "rolled": False, "scale": 1.0, "test": counts(test), "hard": counts(hard)}
+        {"design": name, "seed": 0, "schedule": schedule, "rolled": False, "scale": 1.0, "test": counts(test), "hard": counts(hard),
+         "curve": [{"validation": counts(50)}]}
         for name, (test, hard) in right.items()
-    ]
+    ]  # fmt: skip
     results = Results({"runs": runs})
     assert [results.gain(CROPPING.name, split).mean for split in ("test", "hard")] == [3, 5]
     assert [results.gain(POOLING.name, split, over=CROPPING.name).mean for split in ("test", "hard")] == [7, -4]
@@ -293,7 +446,8 @@ def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, m
     monkeypatch.setattr(pictures, "IMAGES", tmp_path)
     pictures.draw()
     detailed = any(run["design"] in {each.name for each in DETAIL} for run in results.told["runs"])
-    assert len(list(tmp_path.glob("*.png"))) == 1 + detailed
+    factorized = (COMMITTED / "factorized.json").exists()
+    assert len(list(tmp_path.glob("*.png"))) == 1 + detailed + factorized
 
 
 def test_the_main_designs_have_the_rate_that_validation_prefers():

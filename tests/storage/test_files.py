@@ -217,7 +217,7 @@ def stored(value, save):
         (b'{"error": "Repository not found"}', r"""it is JSON instead of weights: '\{"error": "Repository not found"\}'"""),
         (b"{}", r"it is JSON instead of weights: '\{\}'"),
         ("Entry not found ☃".encode() * 99, "it is text instead of weights: 'Entry not found ☃Entry"),
-        (gzip.compress(b"weights"), "it is a gzip archive: unpack it first"),
+        (gzip.compress(b"weights", mtime=0), "it is a gzip archive: unpack it first"),
         (b"PK\x03\x04" + b"\0" * 40, "it is a zip archive: unpack it first"),
         (b"\0" * 257 + b"ustar\0", "it is a tar archive: unpack it first"),
         (b"GGUF\3\0\0\0", "it is a GGUF file"),

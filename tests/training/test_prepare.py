@@ -45,6 +45,17 @@ def test_every_trained_parameter_is_in_a_group(stage):
     assert {each.dtype for each in model.parameters() if not each.requires_grad} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_kernels_are_the_extractors_and_the_detail_maps(stage):
+    model, _ = made(stage)
+    stage = dataclasses.replace(stage, kernel_learning_rate=1e-5)
+    names = {id(each): name for name, each in model.named_parameters()}
+    groups = parameter_groups(parts_of(model), stage)
+    (kernels,) = ({names[id(each)] for each in group["params"]} for group in groups if group["name"] == "kernels")
+    assert kernels == {name for name in names.values() if ".extractor." in name or ".detail_kernel." in name}
+    assert len(kernels) == 7
+
+
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
     """An image, a question and an answer."""

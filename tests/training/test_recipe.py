@@ -25,7 +25,7 @@ def test_stages_are_the_papers():
     [("global_batch_size", 0), ("projector_learning_rate", -1e-3), ("projector_learning_rate", "2e-5"),
      ("warmup_ratio", 1.5), ("weight_decay", float("nan")), ("num_epochs", None), ("num_epochs", 0),
      ("projector_learning_rate", float("inf")), pytest.param("projector_learning_rate", 10**400, id="huge"),
-     ("weight_decay", True)],
+     ("weight_decay", True), ("kernel_learning_rate", -1e-5)],
 )  # fmt: skip
 def test_a_stage_refuses_numbers_out_of_range(field, value):
     with pytest.raises(SpatialTokensError, match=field):
@@ -68,6 +68,30 @@ def test_weight_decay_leaves_biases_alone():
     head = nn.Linear(3, 3)
     groups = parameter_groups(Parts([head]), dataclasses.replace(ALIGNMENT, weight_decay=0.1))
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.1, [2]), (0, [1])]
+
+
+def test_kernels_have_a_rate_of_their_own_where_a_stage_names_one():
+    kernel, head, adapter = nn.Linear(3, 3, bias=False), nn.Linear(3, 3), nn.Linear(3, 3)
+    parts = Parts([nn.Sequential(kernel, head)], [adapter], [kernel])
+    common = parameter_groups(parts, INSTRUCTION_TUNING)
+    assert [(g["name"], g["lr"], len(g["params"])) for g in common] == [("projector", 2e-5, 3), ("lora", 2e-4, 2)]
+    stage = dataclasses.replace(INSTRUCTION_TUNING, kernel_learning_rate=1e-6, weight_decay=0.1)
+    found = [(g["name"], g["lr"], g["weight_decay"], list(map(id, g["params"]))) for g in parameter_groups(parts, stage)]
+    assert found == [
+        ("kernels", 1e-6, 0.1, [id(kernel.weight)]),
+        ("projector", 2e-5, 0.1, [id(head.weight)]),
+        ("projector", 2e-5, 0.0, [id(head.bias)]),
+        ("lora", 2e-4, 0.1, [id(adapter.weight)]),
+        ("lora", 2e-4, 0.0, [id(adapter.bias)]),
+    ]
+
+
+def test_a_rate_for_kernels_needs_kernels_of_the_projector():
+    head, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    with pytest.raises(SpatialTokensError, match="has a learning rate for kernels, but no kernel requires a gradient"):
+        parameter_groups(Parts([head]), dataclasses.replace(ALIGNMENT, kernel_learning_rate=1e-5))
+    with pytest.raises(SpatialTokensError, match="a parameter of kernels is not the projector's"):
+        parameter_groups(Parts([head], kernels=[other]), ALIGNMENT)
 
 
 def test_a_shared_parameter_is_given_once():

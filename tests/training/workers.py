@@ -36,6 +36,7 @@ CONFIGS = {
         **SMALL, variant="pooling", detail_kernel_size=None, detail_stride=None, spatial_head="linear", spatial_head_bias=False
     ),
     "uneven": SPProjectorConfig(**UNEVEN, detail_kernel_size=3),
+    "factorized": SPProjectorConfig(**SMALL, detail_kernel_size=4, rank=4, frequencies=2),
 }
 
 
@@ -241,7 +242,7 @@ CHECKS = {
     f"{name}, {case}": (engine, case)
     for name, engine, cases in [
         ("ddp", ddp, ("cropping", "llava")),
-        ("fsdp2", fsdp2, ("cropping", "llava")),
+        ("fsdp2", fsdp2, ("cropping", "factorized", "llava")),
         ("tensor parallel by output", BY_OUTPUT, CASES),
         ("tensor parallel by input", BY_INPUT, CASES),
         ("fsdp2 and tensor parallel by output", partial(both, "output"), ("cropping",)),

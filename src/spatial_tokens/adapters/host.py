@@ -8,7 +8,6 @@ from typing import Any
 
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
-from spatial_tokens.presets import PRESETS
 
 
 def require(host: object, what: str, *paths: str) -> None:
@@ -29,7 +28,7 @@ def fitted(preset: str, fields: Mapping[str, Any], **of_host: Any) -> SPProjecto
     SPProjectorConfig.from_preset(preset)
     if not isinstance(fields, Mapping):
         raise SpatialTokensError(f"fields of an SPProjectorConfig are given as a dict, got {shown(fields)}")
-    config = SPProjectorConfig.from_dict({**PRESETS[preset], **of_host, **fields})
+    config = SPProjectorConfig.from_preset(preset, **{**of_host, **fields})
     for name, value in of_host.items():
         given = getattr(config, name)
         if given != value:

@@ -25,14 +25,20 @@ class Entry:
     Args:
         run: The work that is timed.
         result: What it gave, as tensors that can be compared with the reference's; `run`'s own result when left out.
+        num_compared: How many of the result's tensors the reference gives too, from the first; None for all.
         values: What else is to be told of it: parameters, say.
         finish: Figures that follow from its median time in seconds: tokens per second, say.
+        work: The fewest bytes that it must move and the operations that it must do, where they are not the contest's.
+        in_cache: Whether it runs once, untimed, before each timed run, so that it finds in the caches what they can hold.
     """
 
     run: Callable[[], Any]
     result: Callable[[Any], Sequence[torch.Tensor]] = lambda outcome: [outcome]
+    num_compared: int | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     finish: Callable[[float], Mapping[str, float]] = lambda seconds: {}
+    work: tuple[int, int] | None = None
+    in_cache: bool = False
 
 
 @dataclass(frozen=True)

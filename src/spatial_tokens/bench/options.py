@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from spatial_tokens.config import SPProjectorConfig
+from spatial_tokens.grid import as_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +33,17 @@ class Options:
         """The batches asked for, else the suite's for this device."""
         return self.batches or (cuda if self.device.type == "cuda" else cpu)
 
+    @property
+    def factorized(self) -> SPProjectorConfig:
+        """The same sizes with factorized kernels."""
+        return factorized(self.config)
+
     def features(self, batch: int, dtype: torch.dtype) -> torch.Tensor:
         """Random patch features `(B, N, C)`."""
         return torch.randn(batch, self.config.num_patches, self.config.vision_hidden_size, device=self.device).to(dtype)
+
+
+def factorized(config: SPProjectorConfig) -> SPProjectorConfig:
+    """A config with factorized kernels in the place of its dense ones: 3 cosines a side or as many as fit, 128 channels."""
+    frequencies = tuple(min(3, *as_size(size, "kernel size")) for size in config.kernel_sizes)
+    return replace(config, rank=min(128, config.vision_hidden_size), frequencies=frequencies)

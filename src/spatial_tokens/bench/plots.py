@@ -67,10 +67,10 @@ def _scaling(rows: Sequence[Row]) -> Figure:
             lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
             for row in rows:
                 if row.subject == subject and row.values.get(name, -1) >= least:
-                    lines[str(row.setting["dtype"])].append((float(row.setting[subject]), row.values[name]))
-            for dtype, points in lines.items():
+                    lines[f"{row.implementation}, {row.setting['dtype']}"].append((float(row.setting[subject]), row.values[name]))
+            for what, points in lines.items():
                 slope = exponent(points)
-                legend = dtype if slope is None else f"{dtype}: {subject}^{slope:.2f}"
+                legend = what if slope is None else f"{what}: {subject}^{slope:.2f}"
                 axis.plot(*zip(*points, strict=True), marker="o", label=legend)
             axis.set(yscale="log", xlabel=subject, ylabel=unit)
             axis.set_xscale("log", base=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, float]], str]] = {  # a heading, and i
     "tokens/s": lambda values: _short(values["tokens_per_s"]),
     "params": lambda values: _short(values["parameters"]),
     "FLOP": lambda values: _short(1e9 * values["gflop_per_image"]),
+    "held MiB": lambda values: f"{values['held_mib']:,.0f}",
     "peak MiB": lambda values: f"{values['peak_mib']:,.0f}",
 }
 
@@ -154,12 +156,15 @@ def print_exponents(rows: Sequence[Row]) -> None:
     from rich.console import Console
 
     sweeps = [row for row in rows if row.suite == "scaling" and "ms" in row.values]
-    table = new_table(["scaling: time grows as", "dtype", "from", "to", "power"])
-    for (subject, dtype), found in groupby(sweeps, lambda row: (row.subject, str(row.setting["dtype"]))):
+    table = new_table(["scaling: time grows as", "of", "dtype", "from", "to", "power"])
+    lines: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in sweeps:
+        lines[row.subject, row.implementation, str(row.setting["dtype"])].append(row)
+    for (subject, implementation, dtype), found in lines.items():
         points = [(float(row.setting[subject]), row.values["ms"]) for row in found]
         slope = exponent(points)
         if slope is not None:
-            table.add_row(subject, dtype, f"{points[0][0]:.0f}", f"{points[-1][0]:.0f}", f"{slope:.2f}")
+            table.add_row(subject, implementation, dtype, f"{points[0][0]:.0f}", f"{points[-1][0]:.0f}", f"{slope:.2f}")
     if table.row_count:
         Console().print(table)
 

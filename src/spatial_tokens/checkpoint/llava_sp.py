@@ -25,6 +25,7 @@ from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size, as_size, check_positive
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.files import Tensors, is_state_dict, read_tensors, require_values
+from spatial_tokens.storage.int8 import require_plain
 from spatial_tokens.storage.pretrained import assign, require_exactly, require_unquantized
 
 PREFIXES = ("base_model.model.model.", "model.", "")
@@ -90,6 +91,8 @@ def from_llava_sp(
 def to_llava_sp(projector: SPProjector, *, prefix: str = "") -> Tensors:
     """A copy of the projector's tensors under the released names and in the released shapes.
 
+    Factorized kernels become the dense ones that they are on their own grid, so that the authors' code runs them.
+
     Args:
         projector: Any that the released names can hold: square kernels and a "linear" spatial head.
         prefix: "model." as in a whole model, "base_model.model.model." as in `non_lora_trainables.bin`, or "".
@@ -102,9 +105,11 @@ def to_llava_sp(projector: SPProjector, *, prefix: str = "") -> Tensors:
     if prefix not in PREFIXES:
         raise SpatialTokensError(f"prefix must be one of {', '.join(map(repr, PREFIXES))}, got {prefix!r}")
     config = projector.config
-    names, tensors = _released_names(config), projector.exact_state_dict()
-    return {
-        prefix + released: _to_convolution(config, name, tensors[name]).clone(memory_format=torch.contiguous_format)
+    names = _released_names(config)
+    tensors = projector.exact_state_dict() if config.rank is None else projector.to_dense().exact_state_dict()
+    require_plain(tensors, "the released names cannot hold this projector")
+    return {  # pop: few of the dense kernels are in memory twice
+        prefix + released: _to_convolution(config, name, tensors.pop(name)).clone(memory_format=torch.contiguous_format)
         for name, released in names.items()
     }
 

@@ -44,7 +44,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     if arguments.json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
         return
     rows = [(s.stage, _shape(s.shape), f"{s.parameters:,}", f"{s.milliseconds:.1f}") for s in report.stages]
     _print_table(f"{arguments.preset} on {arguments.image or 'its own picture'}", ("stage", "shape", "parameters", "ms"), rows)
@@ -60,7 +60,7 @@ def _run_model_demo(arguments: argparse.Namespace) -> None:
 
     report = run_model_demo(arguments.model, arguments.image, prompt=arguments.prompt, preset=arguments.preset, seed=arguments.seed)
     if arguments.json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
         return
     columns = ("spatial tokens", "sequence", "image tokens", "spatial", "tokens/s")
     rows = [
@@ -87,7 +87,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     if arguments.json:
         tokens = {"spatial": config.num_spatial_tokens, "patch": config.num_patches, "all": config.num_tokens}
         parts = [cost._asdict() for cost in (*costs, total)]
-        _print_json({"config": config.to_dict(), "tokens": tokens, "dtype": arguments.dtype, "parts": parts})
+        print_json({"config": config.to_dict(), "tokens": tokens, "dtype": arguments.dtype, "parts": parts})
         return
     rows = [
         (cost.part, f"{cost.parameters:,}", f"{cost.bytes / 2**20:,.1f}", f"{cost.multiply_adds / 1e9:,.3f} G")
@@ -141,7 +141,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.vision is not None:
         raise SpatialTokensError("--vision goes with --base, which makes a whole model of a released folder")
-    if _is_own_format(source):
+    if is_own_format(source):
         if target.suffix not in WEIGHT_SUFFIXES:
             raise SpatialTokensError(
                 f"{source} becomes one file of the released names; OUT must end in {' or '.join(WEIGHT_SUFFIXES)}"
@@ -153,7 +153,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
             raise SpatialTokensError(
                 f"{source} becomes a directory of {CONFIG_NAME} and {WEIGHTS_NAME}; OUT must not be a file's name"
             )
-        _require_own_files(target)
+        require_own_files(target)
         projector = from_llava_sp(source, config=config)
         projector.save_pretrained(target)
     _print_converted(arguments, projector.config)
@@ -197,29 +197,30 @@ def _require_paths(arguments: argparse.Namespace, *names: str) -> None:
 def _print_converted(arguments: argparse.Namespace, config: SPProjectorConfig) -> None:
     source, target = Path(arguments.input), Path(arguments.output)
     if arguments.json:
-        _print_json({"input": str(source), "output": str(target), "config": config.to_dict()})
+        print_json({"input": str(source), "output": str(target), "config": config.to_dict()})
         return
     described = ", ".join(f"{name}={value}" for name, value in config.to_dict().items())
     print(f"wrote {target}: {described}")
 
 
-def _require_own_files(target: Path) -> None:
-    """Raises SpatialTokensError if a directory holds files that a conversion does not write, or the config of something else."""
+def require_own_files(target: Path, *names: str) -> None:
+    """Raises SpatialTokensError if a directory holds files that a command does not write, or the config of something else."""
     if not target.is_dir():
         return
     others = sorted(
-        path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME) and not is_staging(path.name)
+        path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME, *names) and not is_staging(path.name)
     )
     if (target / CONFIG_NAME).exists() and not _is_own_config(target / CONFIG_NAME):
         others.append(CONFIG_NAME)
     if others:
         raise SpatialTokensError(
-            f"{target} is not overwritten: it holds files that a conversion does not write, {', '.join(others[:20])}; "
+            f"{target} is not overwritten: it holds files that the command does not write, {', '.join(others[:20])}; "
             "move them away, or choose another OUT"
         )
 
 
-def _is_own_format(path: Path) -> bool:
+def is_own_format(path: Path) -> bool:
+    """Whether it is a directory that `save_pretrained` wrote."""
     return os.path.isfile(path / WEIGHTS_NAME) and _is_own_config(path / CONFIG_NAME)
 
 
@@ -242,21 +243,23 @@ def _read_config(name: str) -> SPProjectorConfig:
 def _print_presets(arguments: argparse.Namespace) -> None:
     configs = {name: SPProjectorConfig.from_preset(name) for name in PRESETS}
     if arguments.json:
-        _print_json({name: config.to_dict() for name, config in configs.items()})
+        print_json({name: config.to_dict() for name, config in configs.items()})
         return
     rows = []
     for name, config in configs.items():
         integrator = "-" if config.detail_kernel_size is None else f"kernel {config.detail_kernel_size}"
         size = f"{BYTES[arguments.dtype] * config.num_parameters / 2**20:,.0f}"
-        rows.append((name, config.variant, _shape(config.grid_size), str(config.num_spatial_tokens), integrator, size))
-    _print_table(f"presets, in {arguments.dtype}", ("preset", "variant", "grid", "tokens", "detail", "MiB"), rows)
+        kernels = "dense" if config.rank is None else f"rank {config.rank}"
+        rows.append((name, config.variant, kernels, _shape(config.grid_size), str(config.num_spatial_tokens), integrator, size))
+    _print_table(f"presets, in {arguments.dtype}", ("preset", "variant", "kernels", "grid", "tokens", "detail", "MiB"), rows)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """A result for other programs."""
     print(json.dumps(value, indent=2))
 
 

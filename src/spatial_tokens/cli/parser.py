@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from spatial_tokens import __version__
 from spatial_tokens.bench.options import DTYPES
 from spatial_tokens.bench.suites import SUITES
 from spatial_tokens.checkpoint.llava_sp import PREFIXES
 from spatial_tokens.cli import commands
+from spatial_tokens.cli.compress import run_compress
 from spatial_tokens.errors import on_one_line, shown
-from spatial_tokens.grid import is_positive_int
+from spatial_tokens.grid import SpatialBasis, is_positive_int
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--config", metavar="PRESET|config.json", help="what a released checkpoint must hold (inferred otherwise)")
     convert.add_argument("--prefix", choices=PREFIXES, default="", metavar="PREFIX", help="on the way back: the names' prefix")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
+    _add_compress(subparsers)
 
     export = _command(
         subparsers,
@@ -116,6 +118,38 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("output", metavar="OUT", help="the folder to write; an earlier export is replaced")
     export.add_argument("--link", action="store_true", help="link to the base's files instead of copying them")
     return parser
+
+
+def _add_compress(subparsers: Any) -> None:
+    compress = _command(
+        subparsers,
+        "compress",
+        run_compress,
+        "make a dense projector small: factorized kernels that give nearly its tokens, or kernels in 8 bits",
+        "compress projector small --images photos --encoder vit_large_patch14_clip_quickgelu_336.openai\n"
+        "  spatial-tokens compress projector small --features features.safetensors --error 0.05",
+    )
+    compress.add_argument("input", metavar="IN", help="a dense projector: a directory of this library's format, or a released file")
+    compress.add_argument("output", metavar="OUT", help="the directory to write, with a report and its plot beside the weights")
+    source = compress.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="DIR", help="a folder of pictures; some hundred or more")
+    source.add_argument("--features", metavar="FILE", help="a safetensors file of their patch features (n, N, C) instead")
+    source.add_argument("--int8", action="store_true", help="keep the kernels dense, in 8 bits (torchao); needs no features")
+    compress.add_argument(
+        "--encoder", metavar="NAME", help="with --images: a timm model, or a vision model of transformers (a folder, or owner/name)"
+    )
+    compress.add_argument("--layer", type=int, metavar="N", help="the encoder's hidden state (default: -2, the paper's)")
+    compress.add_argument("--limit", type=_positive, metavar="N", help="use at most so many pictures (default: 1000)")
+    size = compress.add_mutually_exclusive_group()
+    size.add_argument("--rank", type=_positive, metavar="N", help="channels that the kernels see (default: 128)")
+    size.add_argument("--parameters", type=_positive, metavar="N", help="choose the best kernels of at most so many parameters")
+    size.add_argument("--error", type=float, metavar="SHARE", help="choose the smallest that miss at most this share of variance")
+    compress.add_argument(
+        "--frequencies", type=_positive, metavar="N", help="maps of each side of a window (default: 3), or the most that are tried"
+    )
+    compress.add_argument("--basis", choices=get_args(SpatialBasis), help="what maps are (default: cosine)")
+    compress.add_argument("--device", metavar="DEVICE", help="where to compute (default: cpu)")
+    compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
 
 
 def _command(subparsers: Any, name: str, run: Any, purpose: str, example: str, *, json: bool = True) -> argparse.ArgumentParser:

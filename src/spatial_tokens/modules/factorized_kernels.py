@@ -103,8 +103,8 @@ class FactorizedKernels(nn.Module):
 
     def _read(self, images: torch.Tensor, grids: Size | list[Size]) -> torch.Tensor:
         """Features to what each map gives of them: `(B, sum of P * F * F, ...)`."""
-        if isinstance(grids, tuple):
-            return self._weights(grids, images) @ images
+        if isinstance(grids, tuple):  # not `@`, which would copy the features, and keep the copy, where the maps are learned
+            return torch.bmm(self._weights(grids, images).expand(images.shape[0], -1, -1), images)
         parts = torch.split(images, [height * width for height, width in grids])
         if not grids:
             return images.unsqueeze(1).expand(-1, sum(basis.num_windows * basis.num_maps for basis in self.bases), -1)
@@ -124,11 +124,14 @@ class FactorizedKernels(nn.Module):
         """
         if not all(map(is_plain, (self.channel_projection, *self.cores))):
             raise SpatialTokensError("a factor is wrapped or quantized; merge or unload it first")
-        project, dense = self.channel_projection.weight, []
+        weight = self.channel_projection.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)  # products of factors of 16 bits are rounded once
+        dense = []
         for i, basis in enumerate(self.bases):
-            core = torch.unflatten(cast(nn.Linear, self.cores[i]).weight, 1, (basis.num_maps, self.rank))
-            maps = self.maps[i] if self.maps else cosine_maps(basis.map_size, basis.frequencies, core.device).to(core.dtype)
-            dense.append(torch.einsum("sfr,fp,rc->spc", core, maps.flatten(1), project).flatten(1))
+            core = torch.unflatten(cast(nn.Linear, self.cores[i]).weight, 1, (basis.num_maps, self.rank)).to(exact)
+            maps = self.maps[i] if self.maps else cosine_maps(basis.map_size, basis.frequencies, core.device)
+            channels = torch.einsum("sfr,rc->sfc", core, weight.to(exact))
+            dense.append(torch.einsum("sfc,fp->spc", channels, maps.flatten(1).to(exact)).flatten(1).to(weight.dtype))
         return dense
 
     def extra_repr(self) -> str:

@@ -1,5 +1,8 @@
 """The Detail Feature Integrator (LLaVA-SP, section 3.3)."""
 
+from __future__ import annotations
+
+import copy
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -210,6 +213,20 @@ class DetailFeatureIntegrator(nn.Module):
             eps = [cast(nn.LayerNorm, projector[0]).eps for projector in projectors]
             return integrate(spatial_tokens, detail, *parameters, eps=eps)
         return attend(spatial_tokens, query(spatial_tokens), key(detail), value(detail))
+
+    @torch.no_grad()
+    def to_dense(self) -> DetailFeatureIntegrator:
+        """A copy with the dense kernel that a factorized one is on `grid_size`, equal but for rounding.
+
+        Raises:
+            SpatialTokensError: If a factor is wrapped or quantized.
+        """
+        if not isinstance(self.detail_kernel, FactorizedKernels):
+            return copy.deepcopy(self)
+        (weight,) = self.detail_kernel.to_dense()
+        kernel = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+        kernel.load_state_dict({"weight": weight}, assign=True)
+        return copy.deepcopy(self, {id(self.detail_kernel): kernel.train(self.training)})
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from os import PathLike
 from types import NoneType
 from typing import Any, Literal, overload
@@ -20,6 +21,7 @@ from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.inputs import GridSizes, as_grid_list, require_own_grid
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
 from spatial_tokens.storage import pretrained, sharded
+from spatial_tokens.storage.int8 import require_plain
 
 
 class SPProjector(nn.Module):
@@ -207,14 +209,30 @@ class SPProjector(nn.Module):
             tokens = _before_patches(tokens, self.patch_head(patches), grid_sizes)
         return tokens if attention is None or not return_attention else (tokens, attention)
 
+    @torch.no_grad()
+    def to_dense(self) -> SPProjector:
+        """A copy with the dense kernels that factorized ones are on their own grid: it gives the same tokens, but for rounding.
+
+        Raises:
+            SpatialTokensError: If a factor is wrapped or quantized.
+        """
+        extractor, integrator = self.extractor, self.integrator
+        extractor = extractor.to_dense() if isinstance(extractor, FactorizedFeatureExtractor) else copy.deepcopy(extractor)
+        integrator = integrator and integrator.to_dense()
+        spatial_head, patch_head = copy.deepcopy((self.spatial_head, self.patch_head))
+        return SPProjector(extractor, integrator, spatial_head, patch_head).train(self.training)
+
     def exact_state_dict(self) -> dict[str, torch.Tensor]:
         """The state dict, once it is sure that it is the config's: no part is wrapped by an adapter or a quantizer.
 
+        Weights may be torchao's weight-only int8, which weight files can hold.
+
         Raises:
-            SpatialTokensError: If a tensor is missing, unexpected or wrongly shaped (they are listed).
+            SpatialTokensError: If a tensor is missing, unexpected or wrongly shaped (they are listed), or quantized otherwise.
         """
         expected = SPProjector.from_config(self.config, device="meta").state_dict()
         tensors = sharded.tensors_of(self)
+        require_plain(tensors, "this projector cannot be saved", int8=True)
         pretrained.require_exactly(
             {name: tensor.shape for name, tensor in expected.items()},
             tensors,

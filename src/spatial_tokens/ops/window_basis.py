@@ -73,7 +73,7 @@ def weights(basis: WindowBasis, own: Size, grid: Size, maps: torch.Tensor | None
         rows = _averages(grid[0], own[0], tops, basis.window.height, bins[0], maps)
         columns = _averages(grid[1], own[1], lefts, basis.window.width, bins[1], maps)
         found = torch.einsum("mij,pih,qjw->pqmhw", maps, rows, columns)
-    return found.reshape(basis.num_windows * basis.num_maps, grid[0] * grid[1])
+    return found.reshape(-1, grid[0] * grid[1])
 
 
 def cosine_weights(bases: tuple[WindowBasis, ...], own: Size, grid: Size, like: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.storage.contents import LFS_POINTER, described
+from spatial_tokens.storage.int8 import flattened, require_plain, restored
 from spatial_tokens.storage.staging import staging, sync
 
 Tensors = dict[str, torch.Tensor]
@@ -122,13 +123,16 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tens
         SpatialTokensError: If it cannot be written.
     """
     require_values(tensors, f"cannot write {path}")
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    pickled = as_path(path).suffix in (".bin", ".pt")
+    require_plain(tensors, f"cannot write {path}", int8=not pickled)
+    plain, of_int8 = flattened(tensors)
+    whole = {name: tensor.detach().contiguous() for name, tensor in plain.items()}
     with atomic_write(path) as temporary:
         try:
-            if temporary.suffix in (".bin", ".pt"):
+            if pickled:
                 torch.save(whole, temporary)
             else:
-                save_file(whole, temporary, metadata={"format": "pt", **metadata})
+                save_file(whole, temporary, metadata={"format": "pt", **metadata, **of_int8})
         except (SafetensorError, RuntimeError) as error:
             raise SpatialTokensError(f"cannot write {path}: {reason(error)}") from error
 
@@ -167,11 +171,12 @@ def read_safetensors(
         with path.open("rb") as held, safe_open(_same_file(path, held.fileno()), framework="pt") as file:
             # A tensor of `safe_open` is a view of the mapped file, and changes with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except FileNotFoundError as error:
         raise SpatialTokensError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SpatialTokensError(f"{path} is not a whole safetensors file: {_fault(path, reason(error))}") from error
+    return restored(tensors, metadata, str(path)), metadata
 
 
 def _same_file(path: Path, descriptor: int) -> Path:

@@ -11,6 +11,7 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.storage.files import Tensors, require_values
 from spatial_tokens.storage.folder_format import FolderFormat
+from spatial_tokens.storage.int8 import cast, is_quantized
 from spatial_tokens.storage.sharded import shape_of
 
 CONFIG_NAME = "config.json"
@@ -59,7 +60,10 @@ def assign(module: nn.Module, tensors: Tensors, source: str, dtype: torch.dtype 
         raise SpatialTokensError(f"{source} has tensors of {named}; all must be floating point")
     if dtype is None and len(dtypes) > 1:
         raise SpatialTokensError(f"{source} has tensors of {named}; give the dtype that all should have")
-    module.load_state_dict({name: tensor.to(dtype=dtype) for name, tensor in tensors.items()}, assign=True)
+    module.load_state_dict({name: cast(tensor, dtype) for name, tensor in tensors.items()}, assign=True)
+    for parameter in module.parameters():
+        if is_quantized(parameter):
+            parameter.requires_grad_(False)
 
 
 def require_exactly(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, torch.Tensor], source: str) -> None:

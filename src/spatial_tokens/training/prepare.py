@@ -6,7 +6,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
 from spatial_tokens.adapters.huggingface.saving import FORMAT, WEIGHTS_NAME, save_adapter, trained_tensors
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
+from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.files import read_tensors, read_text
 from spatial_tokens.storage.pretrained import require_exactly
 from spatial_tokens.storage.sharded import gathered, is_partitioned, shape_of, tensors_of, whole, whole_copy, write
@@ -101,14 +102,20 @@ def parts_of(model: Any) -> Parts:
     """The modules that train in a model that `prepare` made ready, as they declare themselves."""
     inner, attachment = unwrapped(model), attachment_of(model)
     projector = [attachment.projector, *(inner.get_submodule(path) for path in attachment.modules_to_save)]
+    kernels = _kernels(cast(SPProjector, attachment.projector))
     if not _is_peft(model):
-        return Parts(projector)
+        return Parts(projector, kernels=kernels)
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in attachment.parts.language_model.modules() if isinstance(module, BaseTunerLayer)]
-    return Parts(
-        projector, [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
-    )
+    lora = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names if hasattr(layer, name)]
+    return Parts(projector, lora, kernels)
+
+
+def _kernels(projector: SPProjector) -> list[nn.Module]:
+    """What reads windows of patches: the extractor, and the integrator's detail kernel."""
+    integrator = projector.integrator
+    return [projector.extractor] if integrator is None else [projector.extractor, integrator.detail_kernel]
 
 
 def save_trained(model: Any, directory: str | PathLike[str]) -> None:

@@ -62,6 +62,7 @@ class Stage:
         name: Its name.
         global_batch_size: Samples a step, over all processes and accumulated passes.
         projector_learning_rate: The projector's.
+        kernel_learning_rate: Its kernels' (`Parts.kernels`), which read more channels than its other layers; None: the projector's.
         lora: The language model's adapters; None: it is frozen.
         warmup_ratio: Share of the steps on which the learning rate rises to its full value.
         weight_decay: Of matrices; biases and norms never decay.
@@ -78,6 +79,7 @@ class Stage:
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     num_epochs: float = 1
+    kernel_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_positive(global_batch_size=self.global_batch_size)
@@ -87,6 +89,8 @@ class Stage:
             weight_decay=(self.weight_decay, 0, inf),
             num_epochs=(self.num_epochs, 0, inf),
         )
+        if self.kernel_learning_rate is not None:
+            _require_ranges(kernel_learning_rate=(self.kernel_learning_rate, 0, inf))
         if self.num_epochs == 0:
             raise SpatialTokensError("num_epochs must be greater than 0, got 0")
         if self.lora is not None and not isinstance(self.lora, LoRA):
@@ -105,13 +109,15 @@ class Parts:
     Args:
         projector: The projector's: spatial tokens, and the MLP of the patches where it trains too, as in the paper.
         lora: The language model's adapters.
+        kernels: Modules of the projector that read windows of patches: a stage may give them a learning rate of their own.
     """
 
     projector: Sequence[nn.Module]
     lora: Sequence[nn.Module] = ()
+    kernels: Sequence[nn.Module] = ()
 
     def __post_init__(self) -> None:
-        for name, modules in (("projector", self.projector), ("lora", self.lora)):
+        for name, modules in (("projector", self.projector), ("lora", self.lora), ("kernels", self.kernels)):
             if not isinstance(modules, Sequence) or not all(isinstance(module, nn.Module) for module in modules):
                 raise SpatialTokensError(f"{name} must be a list of modules, got {shown(modules)}")
 
@@ -152,6 +158,12 @@ def parameter_groups(parts: Parts, stage: Stage) -> list[dict[str, Any]]:
         >>> [(group["name"], group["lr"], len(group["params"])) for group in parameter_groups(Parts([head]), ALIGNMENT)]
         [('projector', 0.001, 2)]
     """
+    kernels = {id(each) for each in _trained(parts.kernels)}
+    if kernels - {id(each) for each in _trained(parts.projector)}:
+        raise SpatialTokensError("a parameter of kernels is not the projector's; kernels are modules of it")
+    own_rate = stage.kernel_learning_rate
+    if own_rate is not None and not kernels:
+        raise SpatialTokensError(f"the stage {stage.name!r} has a learning rate for kernels, but no kernel requires a gradient")
     rates = {"projector": stage.projector_learning_rate, "lora": stage.lora.learning_rate if stage.lora is not None else None}
     groups: list[dict[str, Any]] = []
     seen: set[int] = set()
@@ -165,11 +177,20 @@ def parameter_groups(parts: Parts, stage: Stage) -> list[dict[str, Any]]:
         if seen & {id(each) for each in parameters}:
             raise SpatialTokensError(f"a parameter of {name} is in another part too; each must be in one")
         seen |= {id(each) for each in parameters}
-        matrices = [each for each in parameters if each.ndim > 1]
-        vectors = [each for each in parameters if each.ndim <= 1]
-        split = [(parameters, stage.weight_decay)] if not stage.weight_decay else [(matrices, stage.weight_decay), (vectors, 0.0)]
-        groups += [{"name": name, "params": each, "lr": rate, "weight_decay": decay} for each, decay in split if each]
+        if name == "projector" and own_rate is not None:
+            groups += _groups("kernels", [each for each in parameters if id(each) in kernels], own_rate, stage.weight_decay)
+            parameters = [each for each in parameters if id(each) not in kernels]
+        if rate is not None:
+            groups += _groups(name, parameters, rate, stage.weight_decay)
     return groups
+
+
+def _groups(name: str, parameters: Sequence[nn.Parameter], rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Those of one rate: with weight decay matrices and vectors apart."""
+    matrices = [each for each in parameters if each.ndim > 1]
+    vectors = [each for each in parameters if each.ndim <= 1]
+    split = [(parameters, 0.0)] if not weight_decay else [(matrices, weight_decay), (vectors, 0.0)]
+    return [{"name": name, "params": each, "lr": rate, "weight_decay": decay} for each, decay in split if each]
 
 
 def schedule(optimizer: Optimizer, stage: Stage, num_training_steps: int) -> LambdaLR:

@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.modules import FactorizedFeatureExtractor, LinearHead, MLPHead, SpatialFeatureExtractor, SPProjector
 from spatial_tokens.modules.factorized_kernels import FactorizedKernels
+from spatial_tokens.storage.int8 import require_plain
 
 Sharding = Literal["output", "input"]
 
@@ -92,7 +93,7 @@ def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> 
             plan[f"{name}.fc"] = ColwiseParallel(output_layouts=Replicate())
         elif head is not None:
             raise _no_plan(head)
-    projector.exact_state_dict()  # raises if a part is wrapped
+    require_plain(projector.exact_state_dict(), "there is no tensor-parallel plan")  # which raises if a part is wrapped
     return plan
 
 

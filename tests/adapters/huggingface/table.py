@@ -56,7 +56,8 @@ the reserved token is never generated · save and load · detach · deep copy ·
 
 - **`mode="image"`**: spatial tokens can ride among the model's image tokens, too.
 - **`unit="tile"`**: images are cut into tiles, and each can have spatial tokens of its own.
-- **any size**: images have patch grids of their own; `attach` needs `resize="pool"` or `"interpolate"`, or factorized kernels.
+- **any size**: images have patch grids of their own: factorized kernels read them as they are, dense ones need `resize="pool"` or
+  `"interpolate"`.
 - **vLLM**: "yes" where [vLLM's answers](serving.md) have been compared with those of `generate`; "no" where vLLM computes the
   family otherwise, with or without spatial tokens, and refuses it with them; else it serves it with a warning.
 """

@@ -243,10 +243,6 @@ def config_for(
         widths = {"vision_hidden_size": parts.vision_hidden_size, "text_hidden_size": parts.text_hidden_size}
         known = {name: value for name, value in widths.items() if value is not None}
         preset = SPProjectorConfig.from_preset(config)
-        if preset.rank is not None:  # as large a share of the model's channels as of the preset's
-            known["rank"] = max(
-                1, preset.rank * known.get("vision_hidden_size", preset.vision_hidden_size) // preset.vision_hidden_size
-            )
         fitted = SPProjectorConfig.from_preset(config, **{**known, **_grid_fields(parts, preset, resize, fields), **fields})
     if "vision_hidden_size" in fields:  # which the user may know better than the first layer tells
         names.remove("vision_hidden_size")

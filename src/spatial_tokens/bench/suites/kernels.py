@@ -1,13 +1,16 @@
-"""Each operator and backend against the authors' convolutions, forward and backward."""
+"""Each operator and backend, and factorized kernels, against the authors' convolutions, forward and backward.
+
+Where factorized kernels take part, the dense ones are those that they stand for, so that all compute the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,12 +21,14 @@ from spatial_tokens.bench.contest import Contest, Entry
 from spatial_tokens.bench.options import DTYPES, Options
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import as_size
-from spatial_tokens.modules import DetailFeatureIntegrator, SpatialFeatureExtractor, SPProjector
+from spatial_tokens.grid import Variant, as_size
+from spatial_tokens.modules import DetailFeatureIntegrator, FactorizedFeatureExtractor, SpatialFeatureExtractor, SPProjector
+from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.ops.backends import TRITON, using
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 AUTHORS = "Conv2d (authors)"
+FACTORIZED = "factorized"
 PASSES = ("forward", "forward + backward")
 
 
@@ -38,17 +43,18 @@ def contests(options: Options) -> Iterator[Contest]:
 
 def cropping(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The extractor on centred crops."""
-    return _contest(options, "tokens, cropping", partial(_extractor, options, "cropping"), ConvExtractor, dtype, batch, direction)
+    return _tokens(options, "cropping", dtype, batch, direction)
 
 
 def pooling(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The extractor on adaptive poolings."""
-    return _contest(options, "tokens, pooling", partial(_extractor, options, "pooling"), ConvExtractor, dtype, batch, direction)
+    return _tokens(options, "pooling", dtype, batch, direction)
 
 
 def detail(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
     """The integrator's strided convolution."""
-    return _contest(options, "detail map", partial(_detail, options), ConvDetail, dtype, batch, direction)
+    twins = _Twins(partial(_detail, options.factorized), partial(_dense_detail, options.config))
+    return _contest(options, "detail map", partial(_detail, options.config), ConvDetail, dtype, batch, direction, twins)
 
 
 def projection(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
@@ -61,7 +67,7 @@ def integration(options: Options, dtype: torch.dtype, batch: int, direction: str
 
     @cache
     def shared() -> tuple[nn.Module, torch.Tensor]:
-        integrator = _integrator(options, options.device, dtype)
+        integrator = _integrator(options.config, options.device, dtype)
         size = (batch, prod(integrator.detail_grid_size), integrator.spatial_hidden_size)
         attention = _Attention(integrator, options.config.num_spatial_tokens)
         return attention, torch.randn(size, device=options.device).to(dtype)
@@ -70,26 +76,53 @@ def integration(options: Options, dtype: torch.dtype, batch: int, direction: str
     return Contest("kernels", "integrator", _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), "naive")
 
 
-def _extractor(options: Options, variant: Any, device: torch.device, dtype: torch.dtype) -> SpatialFeatureExtractor:
-    config = options.config
-    return SpatialFeatureExtractor(
-        config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size, kernel_sizes=config.kernel_sizes,
-        variant=variant, device=device, dtype=dtype,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Twins:
+    """How factorized kernels are made, and the dense ones that they stand for."""
+
+    make: Callable[[torch.device, torch.dtype], nn.Module]
+    to_dense: Callable[[Any], nn.Module]
 
 
-def _integrator(options: Options, device: torch.device, dtype: torch.dtype) -> DetailFeatureIntegrator:
-    config = options.config
+def _tokens(options: Options, variant: Variant, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+    dense, small = (replace(config, variant=variant) for config in (options.config, options.factorized))
+    twins = _Twins(partial(extractor_of, small), FactorizedFeatureExtractor.to_dense)
+    return _contest(options, f"tokens, {variant}", partial(extractor_of, dense), ConvExtractor, dtype, batch, direction, twins)
+
+
+def extractor_of(
+    config: SPProjectorConfig, device: torch.device, dtype: torch.dtype
+) -> SpatialFeatureExtractor | FactorizedFeatureExtractor:
+    """The extractor that a config describes, and nothing else of its projector."""
+    sizes: dict[str, Any] = {
+        "grid_size": config.grid_size, "kernel_sizes": config.kernel_sizes, "variant": config.variant,
+        "device": device, "dtype": dtype,
+    }  # fmt: skip
+    if config.rank is None:
+        return SpatialFeatureExtractor(config.vision_hidden_size, config.spatial_hidden_size, **sizes)
+    factors: dict[str, Any] = {"frequencies": config.frequencies, "rank": config.rank, "spatial_basis": config.spatial_basis}
+    return FactorizedFeatureExtractor(config.vision_hidden_size, config.spatial_hidden_size, **factors, **sizes)
+
+
+def _integrator(config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> DetailFeatureIntegrator:
     if config.detail_kernel_size is None or config.detail_stride is None:
         raise SpatialTokensError("the integrator is timed with a config that has one; detail_kernel_size is None")
     return DetailFeatureIntegrator(
         config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size,
-        kernel_size=config.detail_kernel_size, stride=config.detail_stride, device=device, dtype=dtype,
+        kernel_size=config.detail_kernel_size, stride=config.detail_stride, rank=config.rank,
+        frequencies=config.detail_frequencies, spatial_basis=config.spatial_basis, device=device, dtype=dtype,
     )  # fmt: skip
 
 
-def _detail(options: Options, device: torch.device, dtype: torch.dtype) -> _Detail:
-    return _Detail(_integrator(options, device, dtype))
+def _detail(config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> _Detail:
+    return _Detail(_integrator(config, device, dtype))
+
+
+def _dense_detail(config: SPProjectorConfig, factorized: _Detail) -> _Detail:
+    (weight,) = cast(FactorizedKernels, factorized.detail_kernel).to_dense()
+    dense = _detail(config, torch.device("meta"), weight.dtype)
+    dense.load_state_dict({"detail_kernel.weight": weight.detach()}, assign=True)
+    return dense
 
 
 def _projector(options: Options, device: torch.device, dtype: torch.dtype) -> SPProjector:
@@ -147,10 +180,26 @@ def _contest(
     dtype: torch.dtype,
     batch: int,
     direction: str,
+    twins: _Twins | None = None,
 ) -> Contest:
+    @cache
+    def small() -> nn.Module | None:
+        return None if twins is None else twins.make(options.device, dtype)
+
     @cache  # gigabytes: made when the first entry is, gone with the contest
     def shared() -> tuple[nn.Module, torch.Tensor]:
-        return build(options.device, dtype), options.features(batch, dtype)
+        module = build(options.device, dtype) if twins is None else twins.to_dense(small())
+        return module, options.features(batch, dtype)
+
+    meta = torch.device("meta")
+    shapes = replace(options, device=meta).features(batch, dtype)
+
+    def factorized(twins: _Twins) -> Entry:
+        module, (_, features) = cast(nn.Module, small()), shared()
+        entry = replace(_entry(module, features, module, direction), work=work(twins.make(meta, dtype), shapes, direction))
+        if direction == PASSES[0]:
+            return entry
+        return replace(entry, result=lambda found: found[:2], num_compared=2)  # the gradients of factors are its own
 
     def convolution(compiled: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Entry:
         module, features = shared()
@@ -161,6 +210,8 @@ def _contest(
         return _entry(run, features, other, direction)
 
     entries: dict[str, Callable[[], Entry]] = {name: partial(_own, shared, name, direction) for name in _backends(options.device)}
+    if twins is not None:
+        entries[FACTORIZED] = partial(factorized, twins)
     entries[AUTHORS] = convolution
     # On a CPU the backward pass took 36 s a run channels last, and over eight minutes to compile: there they run forward only.
     if direction == PASSES[0] or options.device.type == "cuda":
@@ -168,13 +219,11 @@ def _contest(
         if subject == "tokens, cropping" and batch <= 32:  # each batch is compiled anew
             entries["Conv2d, torch.compile"] = partial(convolution, compiled=True)
 
-    meta = torch.device("meta")
-    module, features = build(meta, dtype), replace(options, device=meta).features(batch, dtype)
-    num_bytes, num_flops = work(module, features)
-    factor = 3 if direction != PASSES[0] else 1  # backward reads the weights again and writes their gradients
+    module = build(meta, dtype)
+    num_bytes, num_flops = work(module, shapes, direction)
     return Contest(
         "kernels", subject, _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), AUTHORS,
-        num_bytes=factor * num_bytes, num_flops=factor * num_flops,
+        num_bytes=num_bytes, num_flops=num_flops,
         weights=lambda: [weight.detach() for weight in shared()[0].parameters() if weight.ndim == 2],
         memory=4 * sum(weight.nbytes for weight in module.parameters()) + 2 * activations(options.config, batch, dtype),
     )  # fmt: skip
@@ -189,20 +238,28 @@ def activations(config: SPProjectorConfig, batch: int, dtype: torch.dtype) -> in
     return batch * dtype.itemsize * (2 * unfolded + 6 * tokens)
 
 
-def work(module: nn.Module, features: torch.Tensor) -> tuple[int, int]:
-    """The fewest bytes to move and the operations to do, forward; both on the meta device."""
-    return sum(weight.nbytes for weight in module.parameters()) + features.nbytes, flops_of(module, features)
+def work(module: nn.Module, features: torch.Tensor, direction: str = PASSES[0]) -> tuple[int, int]:
+    """The fewest bytes to move and the operations to do; both arguments are on the meta device."""
+    factor = 1 if direction == PASSES[0] else 3  # backward reads the weights again and writes their gradients
+    num_bytes = sum(weight.nbytes for weight in module.parameters()) + features.nbytes
+    return factor * num_bytes, flops_of(module, features, direction)
 
 
-def flops_of(module: nn.Module, features: torch.Tensor) -> int:
-    """The operations of one forward pass, counted on shapes alone: both are on the meta device."""
+def flops_of(module: nn.Module, features: torch.Tensor, direction: str = PASSES[0]) -> int:
+    """The operations of one pass, counted on shapes alone: both are on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import spatial_tokens.ops.window_linear.flops  # noqa: F401 - registers the operators' counts
 
-    module.requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), using("gemm"):
-        module(features)
+    backward = direction != PASSES[0]
+    module.requires_grad_(backward)
+    features = features.detach().requires_grad_(backward)
+    with torch.set_grad_enabled(backward), sdpa_kernel(SDPBackend.MATH), using("gemm"):
+        module(features)  # makes the cosines of factorized kernels, which are no work of the pass
+        with FlopCounterMode(display=False) as counter:
+            tokens = module(features)
+            if backward:
+                tokens.sum().backward()
     return int(counter.get_total_flops())
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from spatial_tokens.bench import alternatives
 from spatial_tokens.bench.contest import Contest, Entry
-from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.bench.options import DTYPES, Options, factorized
 from spatial_tokens.bench.suites.kernels import TOLERANCE, activations, flops_of, verified
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.grid import crop_sizes
@@ -45,11 +45,15 @@ def builders(config: SPProjectorConfig) -> dict[str, Builder]:
         f"SP, {len(sizes)} token{'s' if len(sizes) > 1 else ''}": partial(_projector, replace(bare, kernel_sizes=sizes))
         for sizes in _token_ablations(config)
     }
+    dense = {
+        "SP cropping": replace(bare, variant="cropping"),
+        "SP pooling": replace(bare, variant="pooling"),
+        "SP cropping + DFI": replace(config, variant="cropping"),
+        "SP pooling + DFI": replace(config, variant="pooling"),
+    }
     return {
-        "SP cropping": partial(_projector, replace(bare, variant="cropping")),
-        "SP pooling": partial(_projector, replace(bare, variant="pooling")),
-        "SP cropping + DFI": partial(_projector, replace(config, variant="cropping")),
-        "SP pooling + DFI": partial(_projector, replace(config, variant="pooling")),
+        **{name: partial(_projector, each) for name, each in dense.items()},
+        **{f"{name}, factorized": partial(_projector, factorized(each)) for name, each in dense.items()},
         **fewer,
         "SP, transformer blocks": partial(_transformer_projector, config),
         "DeCo": partial(_alternative, alternatives.DecoProjector, config),

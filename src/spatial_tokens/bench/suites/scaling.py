@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from spatial_tokens.bench.contest import Contest, Entry
-from spatial_tokens.bench.options import DTYPES, Options
-from spatial_tokens.bench.suites.kernels import PASSES, TOLERANCE, verified
+from spatial_tokens.bench.options import DTYPES, Options, factorized
+from spatial_tokens.bench.suites.kernels import PASSES, TOLERANCE, extractor_of, verified
 from spatial_tokens.config import SPProjectorConfig
-from spatial_tokens.grid import as_size, crop_sizes
-from spatial_tokens.modules import SpatialFeatureExtractor
+from spatial_tokens.grid import crop_sizes
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GRIDS = (16, 20, 24, 32, 40, 48, 64)
@@ -22,19 +21,29 @@ NUM_TOKENS = (1, 2, 3, 6, 12, 24)
 
 
 def contests(options: Options) -> Iterator[Contest]:
-    """Four sweeps, each in each dtype: the subject names what is varied, the setting its value."""
+    """Four sweeps, each in each dtype: the subject names what is varied, the setting its value.
+
+    Dense and factorized kernels are contests of their own, so that the one is measured where the other does not fit.
+    """
     config = replace(options.config, detail_kernel_size=None, detail_stride=None)
     for dtype in options.dtypes:
-        for batch in options.batches or BATCHES:
-            yield _contest(options, "batch", batch, config, batch, dtype)
-        for grid in GRIDS:
-            largest = crop_sizes(grid, 2 if grid > 20 else 1)[-config.num_spatial_tokens :]
-            yield _contest(options, "grid", grid, replace(config, grid_size=(grid, grid), kernel_sizes=largest), 1, dtype)
-        for channels in CHANNELS:
-            yield _contest(options, "channels", channels, replace(config, vision_hidden_size=channels), 1, dtype)
-        for count in NUM_TOKENS:
-            if sizes := _sizes(config, count):
-                yield _contest(options, "tokens", count, replace(config, kernel_sizes=sizes, variant="pooling"), 1, dtype)
+        for swept, value, batch, varied in _sweeps(options, config):
+            for name, each in (("SP", varied), ("SP, factorized", factorized(varied))):
+                yield _contest(options, name, swept, value, each, batch, dtype)
+
+
+def _sweeps(options: Options, config: SPProjectorConfig) -> Iterator[tuple[str, int, int, SPProjectorConfig]]:
+    """What is varied, its value, the batch, and the config."""
+    for batch in options.batches or BATCHES:
+        yield "batch", batch, batch, config
+    for grid in GRIDS:
+        largest = crop_sizes(grid, 2 if grid > 20 else 1)[-config.num_spatial_tokens :]
+        yield "grid", grid, 1, replace(config, grid_size=(grid, grid), kernel_sizes=largest)
+    for channels in CHANNELS:
+        yield "channels", channels, 1, replace(config, vision_hidden_size=channels)
+    for count in NUM_TOKENS:
+        if sizes := _sizes(config, count):
+            yield "tokens", count, 1, replace(config, kernel_sizes=sizes, variant="pooling")
 
 
 def _sizes(config: SPProjectorConfig, count: int) -> tuple[int, ...]:
@@ -43,30 +52,21 @@ def _sizes(config: SPProjectorConfig, count: int) -> tuple[int, ...]:
     return tuple(round(side * (i + 1) / count) for i in range(count)) if count <= side else ()
 
 
-def _contest(options: Options, swept: str, value: int, config: SPProjectorConfig, batch: int, dtype: str) -> Contest:
+def _contest(options: Options, name: str, swept: str, value: int, config: SPProjectorConfig, batch: int, dtype: str) -> Contest:
     itemsize = DTYPES[dtype].itemsize
-    areas = _areas(config)
-    weights = sum(areas) * config.vision_hidden_size * config.spatial_hidden_size * itemsize
+    weights = config.costs(bytes_per_parameter=itemsize)[0].bytes
     features = batch * config.num_patches * config.vision_hidden_size * itemsize
     return Contest(
         "scaling",
         swept,
         {"pass": PASSES[0], "dtype": dtype, swept: value},
-        {"SP": partial(_entry, options, config, batch, DTYPES[dtype])},
+        {name: partial(_entry, options, config, batch, DTYPES[dtype])},
         memory=weights + 4 * features + 2**28,
     )
 
 
-def _areas(config: SPProjectorConfig) -> Iterable[int]:
-    sizes = [as_size(size, "kernel size") for size in config.kernel_sizes]
-    return [height * width for height, width in sizes]
-
-
 def _entry(options: Options, config: SPProjectorConfig, batch: int, dtype: torch.dtype) -> Entry:
-    extractor = SpatialFeatureExtractor(
-        config.vision_hidden_size, config.spatial_hidden_size, grid_size=config.grid_size, kernel_sizes=config.kernel_sizes,
-        variant=config.variant, device=options.device, dtype=dtype,
-    )  # fmt: skip
+    extractor = extractor_of(config, options.device, dtype)
     features = replace(options, config=config).features(batch, dtype)
 
     def run() -> torch.Tensor:

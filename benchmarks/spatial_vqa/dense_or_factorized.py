@@ -1,0 +1,201 @@
+"""The tables and the picture of docs/dense-or-factorized.md, from the committed results; runs that are missing are left out."""
+
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.spatial_vqa.designs import (
+    BINS,
+    CROPPING,
+    DESIGNS,
+    DETAIL,
+    FACTORIZED,
+    FACTORIZED_DETAIL,
+    FACTORIZED_POOLING,
+    FACTORS,
+    MLP,
+    PLACES,
+    POOLING,
+    SIZES,
+    WIDER,
+)
+from benchmarks.spatial_vqa.estimates import ALL, ONE, accuracy
+from benchmarks.spatial_vqa.plans import PLANS, Job
+from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, told_features
+from benchmarks.spatial_vqa.tables import table, told_gain
+from benchmarks.spatial_vqa.training import COMMON, STAGES, KernelRate
+
+NAME = "factorized"
+ORDER = (
+    MLP, PLACES, CROPPING, POOLING, FACTORIZED, FACTORIZED_POOLING, BINS, WIDER, *SIZES, DETAIL[0], FACTORIZED_DETAIL,
+)  # fmt: skip
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"rolled": True, "tuning": 2400},
+    {"rolled": True, "tuning": 800},
+    {"rolled": False, "tuning": 400},
+)
+SAY = {"position": "position", ALL: "mean"}
+
+
+def page() -> str:
+    """All of the page's figures."""
+    if not (COMMITTED / f"{NAME}.json").exists():
+        return "Not run yet.\n"
+    own, full = committed(NAME), committed("full")
+    results = own.with_runs_of(full)
+    parts = [counted(own, full), "![Accuracy against the parameters of the kernels](images/dense-or-factorized.png)\n"]
+    for setting in SETTINGS:
+        parts += [f"### {_title(setting)}\n", designs(results, setting)]
+    parts += ["### Dense kernels that were compressed\n", compressed(results), "### Rates of the kernels\n", rates(results)]
+    return "\n".join(parts)
+
+
+def summary(results: Results) -> str:
+    """In short: the designs in each setting."""
+    return "\n".join(f"{_title(setting)}\n\n{designs(results, setting)}" for setting in SETTINGS)
+
+
+def counted(own: Results, full: Results) -> str:
+    """How many of the plan's runs are in, of what kind, and what is taken from the other plan."""
+    told, done, planned = own.told, Counter(map(_kind, own.told["runs"])), Counter(map(_kind_of, PLANS[NAME].runs))
+    of_each = [f"{done[kind]} of {count} with {kind}" for kind, count in planned.items()]
+    compressions = len(told["compressions"])
+    of_each.append(f"{compressions} of {len(PLANS[NAME].jobs) - len(PLANS[NAME].runs)} compressions")
+    hours = sum(run["seconds"] for run in told["runs"]) / 3600
+    joined = len(own.with_runs_of(full).told["runs"]) > len(told["runs"])
+    repeated, same = own.repeated(full)
+    more = "Rows with a setting of the plan `full` have its runs too: the encoder, the language model and the scenes are the same. "
+    again = f"{repeated} runs of that plan were run again; {same} of them gave the same answers. " if repeated else ""
+    return (
+        f"{len(told['runs']) + compressions} of {told['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}. "
+        f"{(more + again) * joined}{told['machine']['device']}, torch {told['machine']['versions']['torch']}; "
+        f"{hours:.1f} hours of one core for training.\n"
+    )
+
+
+def designs(results: Results, setting: dict[str, Any]) -> str:
+    """Each design in a setting, at the rate that validation prefers, and what it has over dense cropping."""
+    rows: list[list[Any]] = []
+    for name in (each.name for each in ORDER):
+        runs = results.runs(name, **setting)
+        if not runs:
+            continue
+        row = [name, size(results, name), len(runs), _rate(results, name, setting)]
+        for split, asked_for in (("test", "position"), ("test", ALL), ("hard", ALL)):
+            gain = results.gain(name, split, asked_for, over=CROPPING.name, **setting)
+            row += [str(results.estimate(name, split, asked_for, **setting)).removesuffix(ONE)]
+            row += ["" if name == CROPPING.name else told_gain(gain).removesuffix(ONE)]
+        rows.append(row)
+    over = "over dense cropping"
+    return table(
+        ["design", "kernels", "seeds", "their rate", "position, %", over, "mean, %", over, "hard, mean, %", over],
+        rows,
+    )
+
+
+def size(results: Results, name: str) -> str:
+    """The parameters of a design's kernels, or of its embedding of places."""
+    found = parameters(results, name)
+    return "" if not found else f"{found / 1e6:.2f} M" if found >= 1e6 else f"{found / 1e3:.0f} k"
+
+
+def parameters(results: Results, name: str) -> int:
+    """The same as a number; 0 where there are none, or no run tells."""
+    return next(
+        (run["kernel_parameters"] for run in results.told["runs"] if run["design"] == name and "kernel_parameters" in run), 0
+    )
+
+
+def compressed(results: Results) -> str:
+    """Each seed's dense run, and what is left of it: at once, after a brief tuning, and of the dense one after as much tuning."""
+    rows = []
+    for each in results.told.get("compressions", []):
+        of = each["of"]
+        setting = {"rolled": of["rolled"], "tuning": of["schedule"]["steps"][1], "scenes": of["schedule"]["scenes"]}
+        run = results.tried(of["design"], **setting).get(KernelRate(**of["kernel_rate"]), {}).get(of["seed"])
+        if run is None:
+            continue
+        smaller = each["dense_kernel_parameters"] / each["kernel_parameters"]
+        kind = f"{each['frequencies']} x {each['frequencies']}, rank {each['rank']}"
+        row = [of["design"], of["seed"], kind, f"1/{smaller:.0f}", f"{100 * each['unexplained']:.1f}"]
+        for asked_for in SAY:
+            dense = accuracy(run["test"], asked_for)
+            row.append(f"{dense:.1f}")
+            row += [f"{accuracy(each[what]['test'], asked_for) - dense:+.1f}" for what in ("compressed", "tuned", "dense_tuned")]
+        rows.append(row)
+    what = ("compressed", "and tuned", "dense, tuned as long")
+    columns = [f"{SAY[asked_for]}, dense, %" if i == 0 else what[i - 1] for asked_for, i in product(SAY, range(4))]
+    return table(["design", "seed", "kernels", "size", "variance missed, %", *columns], rows)
+
+
+def rates(results: Results) -> str:
+    """Validation at the end of training by the rate of the kernels, in the mean over seeds that all have; bold: chosen."""
+    parts = []
+    for setting in SETTINGS:
+        tried = {each.name: results.compared(each.name, **setting) for each in ORDER}
+        tried = {name: found for name, found in tried.items() if len(found) > 1}
+        columns = sorted({rate for found in tried.values() for rate in found}, key=lambda rate: (rate.by_fan_in, -rate.scale))
+        rows = []
+        for name, found in tried.items():
+            chosen, seeds = results.kernel_rate(name, **setting), len(next(iter(found.values())))
+            rows.append([name, seeds, *(_validated(found.get(rate, []), rate == chosen) for rate in columns)])
+        if rows:
+            parts.append(table([f"{_title(setting)}: validation, %", "seeds", *map(told_rate, columns)], rows))
+    common = ", then ".join(f"{stage.projector_learning_rate:g}" for stage in STAGES)
+    return "\n".join([f"Over the rate of the projector's other layers ({common}).\n", *(parts or [table([], [])])])
+
+
+def told_rate(rate: KernelRate) -> str:
+    """As the tables name it."""
+    return f"x {rate.scale:g}{', by fan-in' * rate.by_fan_in}"
+
+
+def draw(images: Path) -> None:
+    """Accuracy against the parameters of the kernels, on rolled features after the long tuning: each design, with its interval."""
+    if not (COMMITTED / f"{NAME}.json").exists():
+        return
+    from matplotlib import pyplot
+
+    results, setting = committed(NAME).with_runs_of(committed("full")), SETTINGS[0]
+    figure, axes = pyplot.subplots(1, len(SAY), figsize=(12, 4.8), layout="constrained")
+    for axis, (asked_for, said) in zip(axes, SAY.items(), strict=True):
+        for name in (each.name for each in ORDER):
+            if not results.runs(name, **setting):
+                continue
+            found, kernels = results.estimate(name, "test", asked_for, **setting), parameters(results, name)
+            if name == MLP.name:
+                axis.axhline(found.mean, color="grey", linestyle=":", label=MLP.name)
+            elif kernels:
+                half = found.half if found.count > 1 else 0
+                color, marker = f"C{ORDER.index(DESIGNS[name]) % 10}", "o" if DESIGNS[name] in FACTORS else "s"
+                axis.errorbar(kernels, found.mean, half, color=color, marker=marker, capsize=3, label=name)
+            if name == CROPPING.name and found.count > 1:
+                axis.axhspan(found.mean - found.half, found.mean + found.half, color=color, alpha=0.12)
+        axis.set(xscale="log", xlabel="parameters of the kernels", ylabel=f"{said}, test, %", ylim=(None, 100))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(images / "dense-or-factorized.png", dpi=110, metadata={"Software": None})
+
+
+def _validated(found: list[float], chosen: bool) -> str:
+    return f"{'**' * chosen}{mean(found):.1f}{'**' * chosen}" if found else ""
+
+
+def _rate(results: Results, name: str, setting: dict[str, Any]) -> str:
+    if name == MLP.name:
+        return ""
+    chosen, among = results.kernel_rate(name, **setting) or COMMON, len(results.compared(name, **setting))
+    return f"{told_rate(chosen)} (of {among})" if among > 1 else told_rate(chosen)
+
+
+def _title(setting: dict[str, Any]) -> str:
+    return f"{told_features(setting['rolled']).capitalize()} features, {setting['tuning']:,} steps"
+
+
+def _kind(run: dict[str, Any]) -> str:
+    return f"{told_features(run['rolled'])} features and {run['schedule']['steps'][1]:,} steps"
+
+
+def _kind_of(job: Job) -> str:
+    return f"{told_features(job.rolled)} features and {job.schedule.steps[1]:,} steps"
