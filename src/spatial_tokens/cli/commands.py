@@ -166,7 +166,7 @@ def run_serve_export(arguments: argparse.Namespace) -> None:
     out = arguments.output
     changed = serve_export(arguments.base, arguments.adapter, out, link=arguments.link)
     if arguments.json:
-        _print_json({"base": arguments.base, "adapter": arguments.adapter, "output": out, "config": changed})
+        print_json({"base": arguments.base, "adapter": arguments.adapter, "output": out, "config": changed})
         return
     print(f"wrote {out}: {', '.join(changed['architectures'])}")
     print(f"next, where vLLM and this library are installed: vllm serve {out}")
