@@ -183,9 +183,12 @@ def test_weights_that_are_not_the_adapters(folder, references, tmp_path):
     serve_export(folder / QWEN / "base", folder / QWEN / "own", tmp_path / "served", link=True)
     weights = tmp_path / "served" / "spatial_tokens" / "adapter_model.safetensors"
     tensors, metadata = read_safetensors(weights)
-    missing = {name: each for name, each in tensors.items() if name != "spatial_head.fc1.weight"}
-    other = {**tensors, "spatial_head.fc3.weight": torch.zeros(2, 2)}
-    for found, message in ((missing, r"not initialized.*spatial_head.fc1"), (other, r"has no spatial_head\.fc3\.weight")):
+    missing = {name: each for name, each in tensors.items() if name != "spatial_head.fc.weight"}
+    other = {**tensors, "spatial_head.fc9.weight": torch.zeros(2, 2)}
+    for found, message in (
+        (missing, r"the weights of .* lack spatial_head\.fc\.weight"),
+        (other, r"has no spatial_head\.fc9\.weight"),
+    ):
         save_file(found, weights, metadata)
         with pytest.raises(ValueError, match=message), engine(tmp_path / "served"):
             pass

@@ -73,6 +73,9 @@ class SpatialTokensMixin:
         loaded: set[str] = set()
         trained: list[tuple[str, torch.Tensor]] = []
         found: set[str] = super().load_weights(self._of_base(weights, loaded, trained))  # type: ignore[misc]
+        missing = [name for name, _ in self.spatial_tokens.named_parameters() if f"{NAME}.{name}" not in loaded]
+        if loaded and missing:
+            raise SpatialTokensError(f"the weights of {self.adapter.folder} lack {', '.join(missing)}")
         fused = WeightsMapper(orig_to_new_stacked=self.hf_to_vllm_mapper.orig_to_new_stacked)  # they have modules' names already
         found |= AutoWeightsLoader(self).load_weights(trained, mapper=fused)
         return found | loaded
