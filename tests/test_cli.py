@@ -287,7 +287,7 @@ def test_convert_refuses_what_the_released_names_cannot_hold(capsys, tmp_path):
     assert "save_pretrained holds every projector" in run(capsys, "convert", tmp_path / "mlp", tmp_path / "out.bin", code=2)
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "convert"])
+@pytest.mark.parametrize("command", ["demo", "info", "convert", "serve-export"])
 def test_every_command_has_help_with_an_example(capsys, command):
     printed = run(capsys, command, "--help")
     assert f"example:\n  spatial-tokens {command} " in printed

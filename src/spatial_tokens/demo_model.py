@@ -11,7 +11,7 @@ import torch
 from spatial_tokens import visualize
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.adapters.huggingface.api import ATTRIBUTE, attachment_of
-from spatial_tokens.adapters.huggingface.hooks import Resize
+from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava

@@ -112,6 +112,17 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--compile", action="store_true", help="an AOTInductor package, for this kind of machine; a .pt2 file too")
     export.add_argument("--grid", type=_positive, nargs=2, metavar=("H", "W"), help="of factorized kernels: the patch grid to read")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    serve = _command(
+        subparsers,
+        "serve-export",
+        "serve_export:run",
+        "write a base model and an adapter as one folder that `vllm serve` takes",
+        "serve-export llava-1.5-7b-hf my-adapter served && vllm serve served",
+    )
+    serve.add_argument("base", metavar="BASE", help="the base model's folder")
+    serve.add_argument("adapter", metavar="ADAPTER", help="what save_adapter wrote")
+    serve.add_argument("output", metavar="OUT", help="the folder to write; an earlier export is replaced")
+    serve.add_argument("--link", action="store_true", help="link to the base's files instead of copying them")
     return parser
 
 

@@ -37,15 +37,17 @@ class FolderFormat(NamedTuple):
             temporary.write_text(config, encoding="utf-8")
             write_tensors(folder / self.weights_name, tensors, {self.metadata_entry: config})
 
-    def load(self, directory: str | PathLike[str], parse: Callable[[str], Config]) -> tuple[Config, Tensors]:
-        """Reads both files: the config of the weights, parsed, and the weights. Warns if config.json is another.
+    def load(
+        self, directory: str | PathLike[str], parse: Callable[[str], Config], wanted: Callable[[str], bool] = lambda name: True
+    ) -> tuple[Config, Tensors]:
+        """Reads both files: the config of the weights, parsed, and those weights that are wanted. Warns if config.json is another.
 
         Raises:
             SpatialTokensError: If one is missing or damaged.
         """
         folder = as_path(directory)
         config = parse(read_text(folder / self.config_name))
-        tensors, metadata = read_safetensors(folder / self.weights_name)
+        tensors, metadata = read_safetensors(folder / self.weights_name, wanted)
         copy = metadata.get(self.metadata_entry)
         if copy is None:  # of another writer
             return config, tensors

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spatial_tokens.adapters.huggingface.families import FAMILIES, GENERAL, REFUSED
 from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
+from spatial_tokens.serving.families import COMPARED, REFUSED_IN_VLLM
 from tests.adapters.huggingface.exceptions import EXCEPTIONS, FAULTS, NOTES
 from tests.adapters.huggingface.tiny import MODELS
 
@@ -57,6 +58,8 @@ the reserved token is never generated · save and load · detach · deep copy ·
 - **`unit="tile"`**: images are cut into tiles, and each can have spatial tokens of its own.
 - **any size**: images have patch grids of their own: factorized kernels read them as they are, dense ones need `resize="pool"` or
   `"interpolate"`.
+- **vLLM**: "yes" where [vLLM's answers](serving.md) have been compared with those of `generate`; "no" where vLLM computes the
+  family otherwise, with or without spatial tokens, and refuses it with them; else it serves it with a warning.
 """
 
 
@@ -70,19 +73,26 @@ def row(kind: str) -> str:
     names = [name for name, tiny in MODELS.items() if tiny.family == kind]
     if not names:
         state = "not tried" if kind in NOT_TRIED else "cannot"
-        return f"| {kind} | {state} | | | | {NOT_TRIED.get(kind) or CANNOT.get(kind) or REFUSED[kind]} |"
+        return f"| {kind} | {state} | | | | | {NOT_TRIED.get(kind) or CANNOT.get(kind) or REFUSED[kind]} |"
     known = {**EXCEPTIONS, **FAULTS}
     less = [f"{cell}: {reason.why}" for (name, cell), reason in known.items() if name in names]
     less += [NOTES[kind]] if kind in NOTES else []
     family = FAMILIES.get(kind, GENERAL)
     marks = (family.image_mode, family.tiles is not None, family.layout in OF_ANY_SIZE)
     cells = " | ".join("yes" if mark else "" for mark in marks)
-    return f"| {kind} | {'partly' if less else 'works'} | {cells} | {'; '.join(less)} |"
+    return f"| {kind} | {'partly' if less else 'works'} | {cells} | {in_vllm(kind)} | {'; '.join(less)} |"
+
+
+def in_vllm(kind: str) -> str:
+    """Whether vLLM serves it."""
+    return "yes" if kind in COMPARED else "no" if kind in REFUSED_IN_VLLM else ""
 
 
 def page() -> str:
     """The whole page."""
-    head = '| family | state | `mode="image"` | `unit="tile"` | any size | why not, or not all |\n|---|---|---|---|---|---|'
+    head = (
+        '| family | state | `mode="image"` | `unit="tile"` | any size | vLLM | why not, or not all |\n|---|---|---|---|---|---|---|'
+    )
     return "\n".join([INTRODUCTION, head, *map(row, families()), ""])
 
 

@@ -158,7 +158,7 @@ def test_patches_on_another_grid(resize, reference, dtype):
     model, _ = attach(base, None, resize=resize, **FIELDS)
     for size in ((5, 31), (40, 24), (24, 24), (3, 3)):
         patches = torch.randn(*size, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-        found = fitted(patches, attachment_of(model).grid_size, resize)
+        found = fitted(patches, attachment_of(model).to_tokens.grid_size, resize)
         assert found.shape == (24, 24, 24)
         assert found.dtype == dtype
         expected = reference(patches.double(), 24)

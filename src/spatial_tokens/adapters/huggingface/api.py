@@ -14,8 +14,9 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface import placeholders
 from spatial_tokens.adapters.huggingface.families import Family
-from spatial_tokens.adapters.huggingface.hooks import NAME, Attachment, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.hooks import NAME, Attachment, Mode, Unit
 from spatial_tokens.adapters.huggingface.layouts import tiles_of
+from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of, find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN, add_token, with_placeholders, without_placeholders
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken

@@ -30,18 +30,17 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface.around import Around
 from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, Recording, is_ids, length_of
-from spatial_tokens.adapters.huggingface.layouts import fitted, joined, maps_of, packed, thumbnails
-from spatial_tokens.adapters.huggingface.model_parts import ModelParts, device_of
+from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails, tiles_of
+from spatial_tokens.adapters.huggingface.maps_to_tokens import MapsToTokens, Resize
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, find_places, uncounted
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
 from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.grid import Size
 from spatial_tokens.modules import SPProjector
 
 Mode = Literal["own", "image"]
 Unit = Literal["image", "tile"]
-Resize = Literal["pool", "interpolate"]
 NAME = "spatial_tokens"  # of the projector in the model
 CARRIED = "_spatial_features"  # on what get_image_features returns: generate() encodes images before it calls the model
 
@@ -66,10 +65,7 @@ class Attachment:
     ) -> None:  # fmt: skip
         self.parts, self.token, self.mode, self.unit, self.resize = parts, token, mode, unit, resize
         self.num_spatial_tokens = projector.num_spatial_tokens
-        self.any_grid = projector.any_grid
-        own_grid = resize is not None or not self.any_grid
-        self.grid_size: Size | None = getattr(projector.extractor, "grid_size", None) if own_grid else None
-        self.vision_hidden_size: int | None = getattr(projector.extractor, "vision_hidden_size", None)
+        self.to_tokens = MapsToTokens.of(projector, resize)
         self.modules_to_save: list[str] = []  # the base's own modules that train, and are saved, with the spatial tokens
         self.undo: list[Callable[[], Any]] = []  # in order; called from the last to the first
         self.training_warnings = TrainingWarnings(projector, is_new=is_new)
@@ -235,7 +231,7 @@ class Attachment:
             raise SpatialTokensError(f"the {path} that attach() found was not called: it was replaced; detach and attach again")
         maps = maps_of(self.parts.family.layout, recording.inputs, arguments, self.parts.vision_config)
         if self.parts.family.tiles == "anyres" and self.unit == "image":
-            maps = thumbnails(maps, arguments, self.parts.model.config)
+            maps = thumbnails(maps, tiles_of(arguments, self.parts.model.config))
         if self.mode == "image":
             if current.call is not None:
                 current.call.filled = True
@@ -261,7 +257,7 @@ class Attachment:
         current = self.threads.current
         if current.recording is None and not (self.parts.family.own_generate and current.call is not None):
             return
-        inputs = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]
+        inputs = patches_in(args, kwargs)
         if current.recording is not None:
             current.recording.inputs.append(inputs)
         elif current.call is not None:
@@ -327,15 +323,7 @@ class Attachment:
 
     def tokens(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps `(H, W, C)` each to spatial tokens `(maps, K, D)`."""
-        if self.vision_hidden_size not in (None, maps[0].shape[-1]):
-            raise SpatialTokensError(
-                f"the patch features have {maps[0].shape[-1]} channels, the projector's config says "
-                f"{self.vision_hidden_size}; attach with vision_hidden_size of the former"
-            )
-        weight = next(self.projector.parameters())
-        patches, grids = packed([fitted(each, self.grid_size, self.resize) for each in maps])
-        told = () if self.grid_size is not None or not self.any_grid else (grids,)
-        return self.projector(patches.to(device=device_of(self.projector, weight), dtype=weight.dtype), *told)  # type: ignore[no-any-return]
+        return self.to_tokens(self.projector, maps)
 
     def _mask(self, call: Call, embeddings: torch.Tensor, cache: Any) -> torch.Tensor:
         """Where the placeholders are in a sequence `(B, L)`."""
@@ -389,7 +377,12 @@ class Attachment:
 
     def _no_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
         weight = next(self.projector.parameters())
-        channels = self.vision_hidden_size or self.parts.vision_hidden_size or weight.shape[-1]
-        blank = embeddings.new_zeros(*(self.grid_size or self.parts.grid_size or (1, 1)), channels)
+        channels = self.to_tokens.vision_hidden_size or self.parts.vision_hidden_size or weight.shape[-1]
+        blank = embeddings.new_zeros(*(self.to_tokens.grid_size or self.parts.grid_size or (1, 1)), channels)
         own = self.parts.zero(embeddings) if self.modules_to_save else 0  # first, as with images: engines reduce as they come
         return own + self.tokens([blank])[:, :0].sum().to(embeddings)
+
+
+def patches_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The patch features, among what a model's projector is called with."""
+    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else (*args, *kwargs.values())[0]  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from math import isqrt
 from typing import Any
 
@@ -252,13 +253,16 @@ def _after_zeros(layer: Any, count: int, lengths: list[int]) -> Any:
     return torch.cat(joined) if isinstance(layer, torch.Tensor) else joined
 
 
-def thumbnails(maps: Maps, arguments: Arguments, config: Any) -> Maps:
-    """The first tile of each image."""
-    counts = tiles_of(arguments, config)
-    starts = [sum(counts[:i]) for i in range(len(counts))]
+def thumbnails(maps: Maps, counts: Sequence[int], *, last: bool = False) -> Maps:
+    """The first tile, or the last, of each image of so many tiles.
+
+    Raises:
+        SpatialTokensError: If these are not all tiles.
+    """
     if sum(counts) != len(maps):
-        raise SpatialTokensError(f"{len(maps)} tiles were encoded, but image_sizes tell of {sum(counts)}")
-    return [maps[start] for start in starts]
+        raise SpatialTokensError(f"{len(maps)} tiles were encoded, but the images have {sum(counts)}: {list(counts)}")
+    ends = list(accumulate(counts))
+    return [maps[end - 1 if last else end - count] for end, count in zip(ends, counts, strict=True)]
 
 
 def fitted(patches: torch.Tensor, grid: Size | None, resize: str | None) -> torch.Tensor:

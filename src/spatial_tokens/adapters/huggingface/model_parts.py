@@ -90,8 +90,7 @@ class ModelParts:
     @property
     def opening_ids(self) -> list[int]:
         """Tokens that may stand right before an image and belong to it."""
-        names = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
-        return [found for name in names if isinstance(found := getattr(self.model.config, name, None), int)]
+        return opening_ids_of(self.model.config)
 
     @property
     def any_size(self) -> bool:
@@ -116,10 +115,21 @@ def find_parts(model: nn.Module) -> ModelParts:
         raise SpatialTokensError(
             f"spatial tokens cannot be attached to {kind}: {type(base).__name__} has no get_image_features() to take patches from"
         )
-    vision_config = _vision_config(config)
-    family = FAMILIES.get(str(getattr(vision_config, "model_type", ""))) or FAMILIES.get(kind, GENERAL)
+    vision_config, family = vision_config_of(config), family_of(config)
     path, projector = _find_projector(base, family, kind)
-    return ModelParts(model, base, _language_model(model), projector, path, family, vision_config, _image_token_id(config, kind))
+    return ModelParts(model, base, _language_model(model), projector, path, family, vision_config, image_token_id_of(config))
+
+
+def opening_ids_of(config: Any) -> list[int]:
+    """Tokens that may stand right before an image and belong to it, of a model of this config."""
+    names = ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index")
+    return [found for name in names if isinstance(found := getattr(config, name, None), int)]
+
+
+def family_of(config: Any) -> Family:
+    """What is known of the family of a model of this config, which has a vision encoder."""
+    tower = str(getattr(vision_config_of(config), "model_type", ""))
+    return FAMILIES.get(tower) or FAMILIES.get(str(config.model_type), GENERAL)
 
 
 def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
@@ -132,7 +142,12 @@ def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
     return weight.device if found is None else torch.device(found)
 
 
-def _vision_config(config: Any) -> Any:
+def vision_config_of(config: Any) -> Any:
+    """The config of its vision encoder.
+
+    Raises:
+        SpatialTokensError: If it has none.
+    """
     found = getattr(config, "vision_config", None)
     if found is None:
         raise SpatialTokensError(f"{config.model_type} has no vision_config: it has no vision tower to take patches from")
@@ -156,12 +171,17 @@ def _language_model(model: nn.Module) -> nn.Module:
     return decoder  # type: ignore[no-any-return]
 
 
-def _image_token_id(config: Any, kind: str) -> int:
+def image_token_id_of(config: Any) -> int:
+    """The placeholder that image features take the place of.
+
+    Raises:
+        SpatialTokensError: If it has none.
+    """
     for name in ("image_token_id", "image_token_index"):
         found = getattr(config, name, None)
         if isinstance(found, int):
             return found
-    raise SpatialTokensError(f"{kind} has no image_token_id in its config: images have no place in its sequence")
+    raise SpatialTokensError(f"{config.model_type} has no image_token_id in its config: images have no place in its sequence")
 
 
 def _merge(channels: int, hidden_size: int) -> int:

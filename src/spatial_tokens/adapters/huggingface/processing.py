@@ -280,6 +280,11 @@ def placeholder_of(processor: Any) -> str | None:
     return None if found is None else str(found)
 
 
+def tile_length_of(processor: Any) -> int | None:
+    """The image tokens of a tile; None if a processor does not say."""
+    return getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None)
+
+
 def reserved_id_of(processor: Any) -> int | None:
     """The reserved token that a processor puts before images; None if it puts none, or the image's own token."""
     inserter: Inserter | None = getattr(processor, "_inserter", None)
@@ -299,7 +304,7 @@ def with_placeholders(processor: Any, parts: ModelParts, token: ReservedToken, c
         raise SpatialTokensError(
             f"{name} has no image_token to put placeholders before; attach without a processor, and use insert_placeholders()"
         )
-    tile_length = getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None)
+    tile_length = tile_length_of(processor)
     by_sizes = parts.family.tiles == "anyres"
     if per_tile and not by_sizes and tile_length is None:
         raise SpatialTokensError(

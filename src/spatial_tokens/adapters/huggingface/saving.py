@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from spatial_tokens.adapters.huggingface.api import Model, attach, attachment_of, detach, unwrapped
-from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Resize, Unit
+from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Unit
+from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.processing import TOKEN
 from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
@@ -112,7 +113,7 @@ def load_adapter(
             is then as it was.
     """
     folder = hub.folder_of(source, (CONFIG_NAME, WEIGHTS_NAME), revision)
-    values, tensors = FORMAT.load(folder, lambda text: _checked(text, folder))
+    values, tensors = FORMAT.load(folder, partial(_checked, folder=folder))
     config = SPProjectorConfig.from_dict(values["projector"])
     inner = unwrapped(model)
     if inner.config.model_type != values["base_model_type"]:
@@ -135,6 +136,16 @@ def load_adapter(
         detach(model)
         raise
     return model, processor
+
+
+def read_config(directory: str | PathLike[str]) -> dict[str, Any]:
+    """The values of an adapter's `adapter_config.json`, each of its kind; those of the weights, if that is of another save.
+
+    Raises:
+        SpatialTokensError: If a file is missing or damaged.
+    """
+    folder = as_path(directory)
+    return FORMAT.load(folder, partial(_checked, folder=folder), lambda name: False)[0]
 
 
 def _load_modules(inner: Any, paths: list[str], values: dict[str, torch.Tensor], source: str) -> None:

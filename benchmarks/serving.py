@@ -1,0 +1,108 @@
+"""What six more tokens cost in vLLM: requests a second and time to first token, with spatial tokens and without, as ratios.
+
+    python benchmarks/serving.py                                          # a small LLaVA of random weights: 576 image tokens
+    python benchmarks/serving.py --base llava-1.5-7b-hf --adapter my-adapter --requests 64
+
+Both engines are there all the time, each in its own process, and take turns; every request has a picture of its own, and nothing is
+cached. Run it in vLLM's environment.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from spatial_tokens.adapters.huggingface import attach, save_adapter
+from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.serving import hf_overrides
+
+PROMPT = "<image> What is this?"
+
+
+def write_small_llava(folder: Path) -> None:
+    """A LLaVA of 24 layers in all, with an adapter."""
+    import transformers
+
+    _, processor = tiny_llava()
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, **sizes},
+        text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), "max_position_embeddings": 2048, **sizes},
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    attach(model, None, "llava-sp-cropping", spatial_hidden_size=256)
+    save_adapter(model, folder / "adapter")
+
+
+def picture(seed: int):
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def seconds(engine, seeds, tokens: int) -> float:
+    """What requests with these pictures take, all sent at once."""
+    from vllm import SamplingParams
+
+    requests = [{"prompt": PROMPT, "multi_modal_data": {"image": picture(seed)}} for seed in seeds]
+    start = time.perf_counter()
+    engine.generate(requests, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    from vllm import LLM, __version__
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--requests", type=int, default=16, help="sent at once")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as made:
+        base, adapter = given.base, given.adapter
+        if base is None:
+            write_small_llava(Path(made))
+            base, adapter = Path(made) / "base", Path(made) / "adapter"
+        options = {"dtype": given.dtype, "max_model_len": 1024, "enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+        engines = {
+            "without": LLM(str(base), model_impl="transformers", **options),
+            "with": LLM(str(base), hf_overrides=hf_overrides(base, adapter), **options),
+        }
+        rows: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+        for turn in range(-1, given.rounds):  # the first is not counted
+            for name in list(engines)[:: 1 if turn % 2 else -1]:
+                batch = range(1000 * turn, 1000 * turn + given.requests)
+                rate = given.requests / seconds(engines[name], map(abs, batch), given.tokens)
+                first = statistics.mean(seconds(engines[name], [abs(1000 * turn) + 500 + i], 1) for i in range(4))
+                if turn >= 0:
+                    rows[name].append((rate, first))
+
+    columns = {"requests/s": 0, "time to first token, s": 1}
+    report = {"vllm": __version__, "torch": torch.__version__, "machine": platform.processor() or platform.machine(), **vars(given)}
+    for name, column in columns.items():
+        without, with_tokens = ([row[column] for row in rows[which]] for which in ("without", "with"))
+        ratios = [ours / theirs for ours, theirs in zip(with_tokens, without, strict=True)]
+        report[name] = {"without": without, "with": with_tokens, "ratio": statistics.median(ratios)}
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{name}: without {statistics.median(without):.3f}, with {statistics.median(with_tokens):.3f}, ratio "
+              f"{statistics.median(ratios):.3f} ({spread})")  # fmt: skip
+    if given.json is not None:
+        given.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
