@@ -40,7 +40,7 @@ EXTRAS: dict[str, list[list[str]]] = {
         ["python", "{root}/examples/pipeline.py", "llava", "picture.png", "What?"],
     ],
     "torchao": [["pytest", "tests/compression/test_int8.py"]],
-    "onnx": [["pytest", "tests/test_export.py", "-k", "onnx"]],
+    "onnx": [["pytest", "tests/test_export.py", "-k", "onnx_weights"]],
     "bench": [["pytest", "tests/bench", "-k", "not llm and not projectors"]],
     "train": [
         ["pytest", "tests/test_examples.py"],
@@ -97,7 +97,9 @@ def package(session: nox.Session) -> None:
 def extras(session: nox.Session, extra: str) -> None:
     """Each extra runs what it is for, alone in an environment of its own, which shares torch with the one that nox is in."""
     share(session, "torch", *(["torchvision"] if extra in ("timm", "timm,viz", "hf", "train") else []))
-    session.install("." if extra == "core" else f".[{extra}]", "pytest", "hypothesis")
+    session.install(
+        "." if extra == "core" else f".[{extra}]", "pytest", "hypothesis", *(["onnxruntime"] if extra == "onnx" else [])
+    )
     folder, root = Path(session.create_tmp()).resolve(), Path.cwd()
     for command in EXTRAS[extra]:
         with session.chdir(root if command[0] == "pytest" else folder):
