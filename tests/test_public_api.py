@@ -40,7 +40,7 @@ OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
     "triton": {"ops"},
     "vllm": {"serving"},
     "numpy": {"visualize", "bench", "demo"},
-    "PIL": {"pictures", "visualize"},
+    "PIL": {"pictures", "visualize", "adapters"},
     "torchao": {"storage", "compression"},
     "onnx_ir": {"export"},
     "onnxscript": {"export"},
