@@ -172,7 +172,8 @@ def draw(images: Path) -> None:
                 color, marker = f"C{ORDER.index(DESIGNS[name]) % 10}", "o" if DESIGNS[name] in FACTORS else "s"
                 axis.errorbar(kernels, found.mean, half, color=color, marker=marker, capsize=3, label=name)
             if name == CROPPING.name and found.count > 1:
-                axis.axhspan(found.mean - found.half, found.mean + found.half, color=color, alpha=0.12)
+                band = f"{CROPPING.name}, dense: interval of {found.count} seeds"
+                axis.axhspan(found.mean - found.half, found.mean + found.half, color=color, alpha=0.12, label=band)
         axis.set(xscale="log", xlabel="parameters of the kernels", ylabel=f"{said}, test, %", ylim=(None, 100))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(images / "dense-or-factorized.png", dpi=110, metadata={"Software": None})
