@@ -301,7 +301,7 @@ class SPProjector(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | PathLike[str],
+        directory: str | PathLike[str],
         *,
         revision: str | None = None,
         device: torch.device | str | None = None,
@@ -310,7 +310,7 @@ class SPProjector(nn.Module):
         """The projector that `save_pretrained` or `push_to_hub` wrote: on the CPU and in its own dtype, unless told otherwise.
 
         Args:
-            source: A directory, or "user/name" on the Hugging Face Hub.
+            directory: What `save_pretrained` wrote, or "user/name" on the Hugging Face Hub.
             revision: A branch, tag or commit of the repository.
             device: Where it is to be.
             dtype: Of its parameters.
@@ -320,7 +320,7 @@ class SPProjector(nn.Module):
                 not one that parameters can have, or the repository cannot be had.
         """
         checked_factory(device, dtype)
-        folder = hub.folder_of(source, (pretrained.CONFIG_NAME, pretrained.WEIGHTS_NAME), revision)
+        folder = hub.folder_of(directory, (pretrained.CONFIG_NAME, pretrained.WEIGHTS_NAME), revision)
         config, tensors = pretrained.load(folder)
         projector = cls.from_config(config, device="meta")
         pretrained.assign(projector, tensors, str(folder), dtype)

@@ -126,11 +126,12 @@ def _kernel(shard: Sharding, output_layouts: Placement, *, use_local_output: boo
 
 def _require_enough(projector: SPProjector, shard: Sharding, processes: int) -> None:
     """Raises SpatialTokensError if a sharded layer is narrower than the mesh: torch would not compute with parts of it."""
-    counts = {"channels of a head": projector.config.text_hidden_size}
+    counts: dict[str, int] = {}
     if projector.config.rank is None:
         kernels = [module for name, module in projector.named_modules() if "kernel" in name and isinstance(module, nn.Linear)]
         sides = [each.out_features if shard == "output" else each.in_features for each in kernels]
         counts[f"{shard} channels of a kernel"] = min(sides)
+    counts["channels of a head"] = projector.config.text_hidden_size
     for what, count in counts.items():
         if count < processes:
             raise SpatialTokensError(f"{count} {what} cannot be shared out over {processes} processes; use a smaller mesh")

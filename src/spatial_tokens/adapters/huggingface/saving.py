@@ -95,13 +95,13 @@ def is_sharded_model(model: Any) -> bool:
 
 
 def load_adapter(
-    model: Model, source: str | PathLike[str], processor: Any = None, *, revision: str | None = None
+    model: Model, directory: str | PathLike[str], processor: Any = None, *, revision: str | None = None
 ) -> tuple[Model, Any]:
     """Attaches what `save_adapter` or `push_to_hub` wrote to a base model.
 
     Args:
         model: The base model, without spatial tokens.
-        source: The folder of the two files, or "user/name" on the Hugging Face Hub.
+        directory: That of the two files, or "user/name" on the Hugging Face Hub.
         processor: Its processor; the one returned inserts the placeholders.
         revision: A branch, tag or commit of the repository.
 
@@ -112,7 +112,7 @@ def load_adapter(
         SpatialTokensError: If a file is missing or damaged, or does not fit the model, or the repository cannot be had; the model
             is then as it was.
     """
-    folder = hub.folder_of(source, (CONFIG_NAME, WEIGHTS_NAME), revision)
+    folder = hub.folder_of(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
     values, tensors = FORMAT.load(folder, partial(_checked, folder=folder))
     config = SPProjectorConfig.from_dict(values["projector"])
     inner = unwrapped(model)
