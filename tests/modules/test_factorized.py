@@ -395,15 +395,15 @@ def test_an_integrator_of_other_factors_has_no_config():
         made.config
 
 
-def test_tracing_and_functorch_leave_nothing_in_the_cache():
+def test_functorch_leaves_nothing_in_the_cache_and_tracing_finds_one_graph():
     module, patches = (
         FactorizedFeatureExtractor(3, 2, grid_size=(7, 9), kernel_sizes=((3, 5), (7, 9)), rank=2),
         torch.randn(2, 63, 3),
     )
-    before = window_basis._cached.cache_info().currsize
+    window_basis._cached.cache_clear()
     torch.func.grad(lambda x: module(x).sum())(patches)
-    traced = torch.jit.trace(module, patches)
-    assert window_basis._cached.cache_info().currsize == before
+    assert window_basis._cached.cache_info().currsize == 0
+    traced = torch.jit.trace(module, patches)  # which traces twice, and fails where the graphs differ
     assert_close(traced(patches), module(patches))
 
 

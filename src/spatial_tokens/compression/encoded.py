@@ -68,9 +68,10 @@ class EncodedPictures(AbstractContextManager["EncodedPictures"]):
         kept, done = None, 0
         for start in range(0, len(self._paths), BATCH):
             with torch.inference_mode():
-                pixels = [self._transform(read_picture(path)) for path in self._paths[start : start + BATCH]]
+                paths = self._paths[start : start + BATCH]
+                pixels = [self._transform(read_picture(path)) for path in paths]
                 features = self._encoder(torch.stack(pixels).to(self._device)).cpu()
-            for path, each in zip(self._paths[start:], features, strict=False):
+            for path, each in zip(paths, features, strict=True):
                 if not bool(each.isfinite().all()):
                     raise SpatialTokensError(
                         f"the encoder gives NaN or infinity for the picture {path}; look at its weights and dtype"

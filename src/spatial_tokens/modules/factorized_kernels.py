@@ -83,7 +83,8 @@ class FactorizedKernels(nn.Module):
     def _reset(self) -> None:
         weight = self.channel_projection.weight
         weight.copy_(nn.init.orthogonal_(torch.empty(weight.shape, device=weight.device)))  # torch has no QR of 16 bits
-        for values, basis in zip(self.maps, self.bases, strict=False):
+        for i, values in enumerate(self.maps):
+            basis = self.bases[i]
             values.copy_(cosine_maps(basis.map_size, basis.frequencies, values.device))
 
     def forward(self, patches: torch.Tensor, grid_sizes: GridSizes | None = None) -> torch.Tensor:

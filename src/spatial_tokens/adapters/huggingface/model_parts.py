@@ -209,3 +209,8 @@ def _pair(size: Any) -> Size | None:
     if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size):
         return size[0], size[1]
     return None
+
+
+def tile_length_of(processor: Any) -> int | None:
+    """The image tokens of a tile; None if a processor does not say."""
+    return getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None)

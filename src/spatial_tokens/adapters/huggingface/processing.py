@@ -17,7 +17,7 @@ from typing import Any
 
 from spatial_tokens.adapters.huggingface import placeholders
 from spatial_tokens.adapters.huggingface.layouts import tiles_of
-from spatial_tokens.adapters.huggingface.model_parts import ModelParts
+from spatial_tokens.adapters.huggingface.model_parts import ModelParts, tile_length_of
 from spatial_tokens.adapters.huggingface.reserved_token import ReservedToken
 from spatial_tokens.errors import SpatialTokensError, shown
 
@@ -278,11 +278,6 @@ def placeholder_of(processor: Any) -> str | None:
     """What stands for an image in a text that a processor takes; None if there is no such token."""
     found = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
     return None if found is None else str(found)
-
-
-def tile_length_of(processor: Any) -> int | None:
-    """The image tokens of a tile; None if a processor does not say."""
-    return getattr(processor, "image_seq_length", None) or getattr(processor, "image_seq_len", None)
 
 
 def reserved_id_of(processor: Any) -> int | None:

@@ -14,9 +14,8 @@ from vllm.model_executor.models.transformers import MultiModalProcessingInfo, Mu
 from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from spatial_tokens.adapters.huggingface.layouts import tiles_of
-from spatial_tokens.adapters.huggingface.model_parts import image_token_id_of, opening_ids_of
+from spatial_tokens.adapters.huggingface.model_parts import image_token_id_of, opening_ids_of, tile_length_of
 from spatial_tokens.adapters.huggingface.placeholders import find_runs
-from spatial_tokens.adapters.huggingface.processing import tile_length_of
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.serving.adapter import ServedAdapter, adapter_of
 
