@@ -1,6 +1,7 @@
 """Kernels in Tucker's form: maps on the window, a projection of the channels, and a core for each kernel."""
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import cast
 
 import torch
@@ -70,10 +71,10 @@ class FactorizedKernels(nn.Module):
         self._reset()
 
     def reset_parameters(self) -> None:
-        """Initialises `D` with orthonormal rows, and the cores as torch does.
+        """Initializes `D` with orthonormal rows, and the cores so that tokens have the variance that `Conv2d`'s rule gives dense kernels.
 
-        Tokens then have the variance that `Conv2d`'s rule gives those of dense kernels, where what kernels read does not depend on
-        its neighbors. An encoder's features do, and so do bins that overlap: there tokens vary more, those of large windows most.
+        That holds for features that, along each side of a window, are either the same everywhere or independent of their neighbors.
+        A map adds up what is the same, so the weights of the lowest frequency start smaller, the more so the larger the window.
         """
         for core in self.cores:
             cast(nn.Linear, core).reset_parameters()
@@ -86,6 +87,10 @@ class FactorizedKernels(nn.Module):
         for i, values in enumerate(self.maps):
             basis = self.bases[i]
             values.copy_(cosine_maps(basis.map_size, basis.frequencies, values.device))
+        for i, core in enumerate(self.cores):
+            rows, columns = (_scales(side, self.bases[i].frequencies) for side in self.bases[i].map_size)
+            scales = torch.tensor([row * column for row in rows for column in columns])
+            cast(nn.Linear, core).weight.unflatten(1, (-1, self.rank)).mul_(scales[:, None].to(weight))
 
     def forward(self, patches: torch.Tensor, grid_sizes: GridSizes | None = None) -> torch.Tensor:
         """Patch features to `(B, sum of P, S)`."""
@@ -138,3 +143,13 @@ class FactorizedKernels(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}, rank={self.rank}, spatial_basis={self.spatial_basis!r}"
+
+
+def _scales(side: int, frequencies: int) -> list[float]:
+    """What the weights of each frequency start with, over `Linear`'s rule.
+
+    Along a side of `k` patches the frequency 0 reads `sqrt(k)` times what is the same everywhere, and all `F` read once what is
+    independent: with squares `F / k` of the first, and the rest shared by the others, both come out as from a dense kernel.
+    """
+    lowest = frequencies / side
+    return [sqrt(lowest)] + [sqrt((frequencies - lowest) / (frequencies - 1)) for _ in range(1, frequencies)]
