@@ -34,7 +34,7 @@ from spatial_tokens.storage.text import read_text
 from spatial_tokens.training import STAGES, LoRA
 from spatial_tokens.training.checkpoints import last_complete
 from spatial_tokens.training.dataset import Collator, ConversationDataset
-from spatial_tokens.training.prepare import load_trained, prepare
+from spatial_tokens.training.prepare import load_trained, prepare_model
 from spatial_tokens.training.trainer import SpatialTokensTrainer
 
 OF_THE_STAGE = (
@@ -109,7 +109,7 @@ def main(arguments):
     model, processor = build(run)
     if not getattr(model, "is_quantized", False):
         model = model.to(torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32)
-    model = prepare(model, stage)
+    model = prepare_model(model, stage)
     if run.start_from is not None:  # once more, for what was rounded to the model's dtype; and its LoRA, if it has one
         load_trained(model, run.start_from, lora=(Path(run.start_from) / "lora").is_dir())
     checkpoint = last_complete(output_dir)

@@ -24,7 +24,7 @@ from spatial_tokens.modules.inputs import GridSizes, as_grid_list, require_own_g
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
 from spatial_tokens.storage import hub, pretrained, sharded
 from spatial_tokens.storage.int8 import require_plain
-from spatial_tokens.storage.model_card import PAPER, model_card
+from spatial_tokens.storage.model_card import PAPER, render_model_card
 
 _LOADING = """
 import torch
@@ -288,7 +288,7 @@ class SPProjector(nn.Module):
         """
         config = self.config
         card = partial(
-            model_card,
+            render_model_card,
             repo_id,
             config,
             summary=f"A projector that makes visual spatial tokens of patch features, in the design of [LLaVA-SP]({PAPER}).",

@@ -6,7 +6,7 @@ from warnings import warn
 
 from spatial_tokens.adapters.huggingface.api import attach, detach, insert_placeholders, insert_slots
 from spatial_tokens.adapters.huggingface.collator import MaskPlaceholders
-from spatial_tokens.adapters.huggingface.replace_projector import replace_projector
+from spatial_tokens.adapters.huggingface.projector_replacement import replace_projector
 from spatial_tokens.adapters.huggingface.saving import load_adapter, push_to_hub, save_adapter
 from spatial_tokens.adapters.huggingface.trainer import trainer_callback
 from spatial_tokens.adapters.huggingface.training_warnings import PEFT_EXCLUDE_MODULES

@@ -22,7 +22,7 @@ from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage import hub
 from spatial_tokens.storage.folder_format import FolderFormat
-from spatial_tokens.storage.model_card import PAPER, model_card
+from spatial_tokens.storage.model_card import PAPER, render_model_card
 from spatial_tokens.storage.pretrained import assign, require_exactly
 from spatial_tokens.storage.sharded import gathered, is_sharded, shape_of, tensors_of, whole_copy, write
 from spatial_tokens.versions import ENTRY, WRITER, naming_newer_files
@@ -200,7 +200,7 @@ def _card(model: Any, repo_id: str, datasets: Sequence[str]) -> str:
     facts = {"base model": f"[{base}](https://huggingface.co/{base})" if base else f"a `{inner.config.model_type}` model"}
     if attachment.modules_to_save:
         facts["parts of the base that were trained too"] = ", ".join(f"`{path}`" for path in attachment.modules_to_save)
-    return model_card(
+    return render_model_card(
         repo_id,
         getattr(inner, NAME).config,
         summary=f"Visual spatial tokens, in the design of [LLaVA-SP]({PAPER}), for {facts['base model']}.",

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spatial_tokens.bench.alternatives import CAbstractor, DecoProjector, LlavaMLP, PerceiverResampler, QFormer
+from spatial_tokens.bench.baselines import CAbstractor, DecoProjector, LlavaMLP, PerceiverResampler, QFormer
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from tests.tolerances import assert_close
 
