@@ -98,6 +98,8 @@ def test_public_names():
         "SpatialFeatureExtractor",
         "SpatialTokensError",
         "__version__",
+        "list_backends",
+        "list_presets",
     ]
     assert all(hasattr(spatial_tokens, name) for name in spatial_tokens.__all__)
     assert spatial_tokens.__version__ == version("spatial-tokens")
@@ -115,7 +117,9 @@ def test_public_names():
                 "MaskPlaceholders",
                 "insert_placeholders",
                 "insert_slots",
+                "list_families",
                 "load_adapter",
+                "print_trainable_parameters",
                 "push_to_hub",
                 "replace_projector",
                 "save_adapter",

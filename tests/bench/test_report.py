@@ -335,7 +335,7 @@ def suite_rows(suite):
 SUITE_NAMES = ("limits", "kernels", "projectors", "llm", "scaling")
 
 
-def colours(path):
+def colors(path):
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 150
@@ -350,7 +350,7 @@ def test_each_suite_is_a_picture_and_nothing_else_is_touched(tmp_path):
     report = Report("c", MACHINE, [row for suite in SUITE_NAMES for row in suite_rows(suite)])
     paths = plots.draw(report, str(folder))
     assert paths == [str(folder / f"{suite}.png") for suite in SUITE_NAMES]
-    assert all(colours(path) > 10 for path in paths)
+    assert all(colors(path) > 10 for path in paths)
     assert {path.name for path in folder.iterdir()} == {Path(path).name for path in paths} | {"mine.png", "notes.txt"}
     assert (folder / "mine.png").read_bytes() == (folder / "notes.txt").read_bytes() == b"mine"
 
@@ -364,7 +364,7 @@ def test_a_suite_that_failed_has_no_picture(tmp_path):
 @pytest.mark.parametrize("strange", [{"peak_mib": 0.0}, {"peak_mib": -1.0}, {}])
 def test_scaling_without_all_its_figures(tmp_path, strange):
     found = [Row("scaling", "batch", "SP", {"dtype": "a", "batch": 1}, {"ms": 1.0, **strange})]
-    assert colours(plots.draw(Report("c", MACHINE, found), str(tmp_path))[0]) > 10
+    assert colors(plots.draw(Report("c", MACHINE, found), str(tmp_path))[0]) > 10
 
 
 def figure_of(suite):

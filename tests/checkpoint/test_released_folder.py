@@ -324,7 +324,7 @@ def test_tied_embeddings(parts, folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(40, 24), (24, 41), (16, 16)])
-def test_pictures_are_padded_to_squares_of_the_mean_colour(parts, folder, size):
+def test_pictures_are_padded_to_squares_of_the_mean_color(parts, folder, size):
     _, processor = from_released(folder, parts / "base")
     picture = pictures(1, size)[0]
     clip = transformers.CLIPImageProcessor.from_pretrained(parts / "clip")

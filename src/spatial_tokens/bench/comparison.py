@@ -55,7 +55,7 @@ class Comparison:
         baseline: The candidate whose time is divided by the others' in `ratio`.
         num_bytes: The fewest bytes that must be moved.
         num_flops: The operations that must be done, two for a multiply-add.
-        weights: Gives what is read side by side with the candidates, to know the bandwidth at the time; called after they are built.
+        weights: Gives what is read side by side with the candidates, to know the bandwidth at the time; called once all are built.
         memory: Bytes that building and running needs, about; more than is free is not tried.
     """
 

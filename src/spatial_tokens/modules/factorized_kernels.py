@@ -70,7 +70,7 @@ class FactorizedKernels(nn.Module):
         self._reset()
 
     def reset_parameters(self) -> None:
-        """Initialises `D` with orthonormal rows, and the cores as torch does.
+        """Initializes `D` with orthonormal rows, and the cores as torch does.
 
         Tokens then have the variance that `Conv2d`'s rule gives those of dense kernels, where what kernels read does not depend on
         its neighbors. An encoder's features do, and so do bins that overlap: there tokens vary more, those of large windows most.

@@ -42,7 +42,7 @@ def comparisons(options: Options) -> Iterator[Comparison]:
 
 
 def cropping(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
-    """The extractor on centred crops."""
+    """The extractor on centered crops."""
     return _tokens(options, "cropping", dtype, batch, direction)
 
 
