@@ -32,7 +32,8 @@ def main(model, processor, rows, output, *, steps=100, batch=4, learning_rate=1e
     print_trainable_parameters(model)
 
     arguments = TrainingArguments(
-        output_dir=output, max_steps=steps, per_device_train_batch_size=batch, learning_rate=learning_rate, logging_steps=max(1, steps // 5),
+        output_dir=output, max_steps=steps, per_device_train_batch_size=batch, learning_rate=learning_rate,
+        logging_steps=max(1, steps // 5),
         logging_first_step=True,
         remove_unused_columns=False, report_to=[], save_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
     )  # fmt: skip

@@ -3,8 +3,8 @@
 python examples/own_loop.py
 python examples/own_loop.py --model llava-hf/llava-1.5-7b-hf --data data.jsonl --output llava-sp
 
-The first line trains a whole tiny model of random weights, as a frozen one of those cannot answer. Each line of data.jsonl is {"image": "path.jpg", "question": "...",
-"answer": "..."}.
+The first line trains a whole tiny model of random weights, as a frozen one of those cannot answer. Each line of data.jsonl is
+{"image": "path.jpg", "question": "...", "answer": "..."}.
 """
 
 import argparse

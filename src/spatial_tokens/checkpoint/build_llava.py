@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.modules import MLPHead
 from spatial_tokens.storage.hub import in_reach
