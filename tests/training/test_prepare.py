@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
-from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.adapters.huggingface.ready import tiny_llava, tiny_qwen_vl
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, parameter_groups
 from spatial_tokens.training.dataset import Collator, ConversationDataset
 from spatial_tokens.training.prepare import load_trained, parts_of, prepare_model, save_trained
 from tests.adapters.huggingface.test_processing import FAMILIES, GRID_OF_4, gemma3, idefics3, internvl, llava_next
-from tests.test_examples import tiny_qwen
 from tests.tolerances import assert_close, rounding
 
 STAGES = [ALIGNMENT, INSTRUCTION_TUNING]
@@ -268,7 +267,7 @@ TEMPLATE = (
 
 
 def qwen():
-    base, processor = tiny_qwen()
+    base, processor = tiny_qwen_vl()
     return base, processor, "<|vision_start|><|image_pad|><|vision_end|>"
 
 
