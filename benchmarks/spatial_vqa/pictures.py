@@ -63,7 +63,7 @@ def gains(results: Results) -> None:
                 half = gain.half if gain.count > 1 else 0  # of one seed there is no interval
                 axis.errorbar(gain.mean, height, xerr=half, fmt="o" if half else "x", color=f"C{int(gain.is_sure)}", capsize=3)
         axis.axvline(0, color="gray", linewidth=1, linestyle=":")
-        axis.set(title=f"{told_features(rolled)} features, {tuning:,} steps", xlabel="points over the MLP", xlim=(-50, 100))
+        axis.set(title=f"{told_features(rolled)} features, {tuning:,} steps", xlabel="points over the MLP", xlim=(-55, 105))
     axes[0].set_yticks(range(len(names)), names)
     _save(figure, "spatial-vqa-gains.png")
 
