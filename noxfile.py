@@ -36,8 +36,8 @@ EXTRAS: dict[str, list[list[str]]] = {
     "hf": [
         ["pytest", "tests/test_examples.py", "tests/test_demo_model.py"],
         ["python", "-c", SAVE_TINY_LLAVA],
-        ["python", "{root}/examples/attach_llava.py", "llava", "picture.png", "What?"],
-        ["python", "{root}/examples/pipeline.py", "llava", "picture.png", "What?"],
+        ["python", "{root}/examples/own_loop.py", "--steps", "5"],
+        ["python", "{root}/examples/pipeline.py", "--model", "llava", "--image", "picture.png"],
     ],
     "torchao": [["pytest", "tests/compression/test_int8.py"]],
     "onnx": [["pytest", "tests/test_export.py", "-k", "onnx_weights"]],

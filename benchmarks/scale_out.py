@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from spatial_tokens import SPProjector, SPProjectorConfig
-from spatial_tokens.bench.contest import Row
+from spatial_tokens.bench.comparison import Row
 from spatial_tokens.bench.machine import PeakMemory, describe
 from spatial_tokens.bench.report import Report
 from spatial_tokens.training.tensor_parallel import parallelize_projector

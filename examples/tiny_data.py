@@ -1,16 +1,16 @@
 """Draws pictures of shapes, with captions and questions about them in LLaVA's format: something to train a tiny model on.
 
-python examples/tiny_data.py FOLDER [NUMBER]
+python examples/tiny_data.py tiny-data 64
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-COLOURS = ("red", "green", "blue", "yellow")
+COLORS = ("red", "green", "blue", "yellow")
 SHAPES = {"circle": ImageDraw.ImageDraw.ellipse, "square": ImageDraw.ImageDraw.rectangle}
 
 
@@ -20,17 +20,17 @@ def main(folder, number=64, seed=0):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     captions, instructions = [], []
     for index in range(number):
-        colour, shape = chance.choice(COLOURS), chance.choice(list(SHAPES))
+        color, shape = chance.choice(COLORS), chance.choice(list(SHAPES))
         image = Image.new("RGB", (96, 96), "white")
         x, y, size = (chance.randrange(*span) for span in ((0, 48), (0, 48), (24, 48)))
-        SHAPES[shape](ImageDraw.Draw(image), (x, y, x + size, y + size), fill=colour)
+        SHAPES[shape](ImageDraw.Draw(image), (x, y, x + size, y + size), fill=color)
         image.save(folder / "images" / f"{index}.png")
         where = f"{'left' if x + size / 2 < 48 else 'right'}, {'top' if y + size / 2 < 48 else 'bottom'}"
-        captions.append(sample(index, f"{index}.png", ("<image>\nDescribe it.", f"a {colour} {shape}")))
+        captions.append(sample(index, f"{index}.png", ("<image>\nDescribe it.", f"a {color} {shape}")))
         if index % 4 == 3:  # text alone
-            instructions.append(sample(index, None, ("Say the colour.", colour)))
+            instructions.append(sample(index, None, ("Say the color.", color)))
         else:
-            turns = (f"<image>\nWhere is the {shape}?", where), ("Which colour?", colour)
+            turns = (f"<image>\nWhere is the {shape}?", where), ("Which color?", color)
             instructions.append(sample(index, f"{index}.png", *turns))
     write(folder / "alignment.json", captions)
     write(folder / "instructions.json", instructions)
@@ -49,4 +49,9 @@ def write(path, samples):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="tiny-data", help="where they go (default: %(default)s)")
+    parser.add_argument("number", nargs="?", type=int, default=64, help="how many pictures (default: %(default)s)")
+    given = parser.parse_args()
+    main(given.folder, given.number)
+    print(f"wrote {given.folder}; next: python examples/train.py examples/configs/tiny/alignment.yaml")

@@ -4,7 +4,7 @@ python examples/train.py examples/configs/llava-1.5-7b/alignment.yaml
 accelerate launch --config_file examples/engines/zero2.yaml examples/train.py examples/configs/llava-1.5-7b/alignment.yaml --seed 1
 
 A config holds the fields of `Run` and of transformers' TrainingArguments; `--name value` replaces one. The same command again
-resumes from the last whole checkpoint in output_dir. docs/training.md says more.
+resumes from the last whole checkpoint in output_dir. Without a config a tiny model is trained. docs/training.md says more.
 """
 
 import atexit
@@ -34,7 +34,7 @@ from spatial_tokens.storage.text import read_text
 from spatial_tokens.training import STAGES, LoRA
 from spatial_tokens.training.checkpoints import last_complete
 from spatial_tokens.training.dataset import Collator, ConversationDataset
-from spatial_tokens.training.prepare import load_trained, prepare
+from spatial_tokens.training.prepare import load_trained, prepare_model
 from spatial_tokens.training.trainer import SpatialTokensTrainer
 
 OF_THE_STAGE = (
@@ -109,7 +109,7 @@ def main(arguments):
     model, processor = build(run)
     if not getattr(model, "is_quantized", False):
         model = model.to(torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32)
-    model = prepare(model, stage)
+    model = prepare_model(model, stage)
     if run.start_from is not None:  # once more, for what was rounded to the model's dtype; and its LoRA, if it has one
         load_trained(model, run.start_from, lora=(Path(run.start_from) / "lora").is_dir())
     checkpoint = last_complete(output_dir)
@@ -225,11 +225,19 @@ def require_known(path, values):
     for name in values:
         if name not in known:
             close = get_close_matches(name, known, 1)
+            if close and close[0] in OF_THE_STAGE:
+                raise SpatialTokensError(f"{path}: unknown key {name!r}; {of_the_stage(close[0])}")
             raise SpatialTokensError(f"{path}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         if name in OF_THE_STAGE:
-            raise SpatialTokensError(f"{path}: {name} follows from the stage; change its numbers under recipe:")
+            raise SpatialTokensError(f"{path}: {of_the_stage(name)}")
     if values.get("resume_from_checkpoint") is not None:
         raise SpatialTokensError(f"{path}: leave resume_from_checkpoint out; a run resumes from the last checkpoint in output_dir")
+
+
+def of_the_stage(name):
+    """Where a number is changed that transformers has a key for, but the stage decides."""
+    key = {"learning_rate": "projector_learning_rate", "gradient_accumulation_steps": "global_batch_size"}.get(name)
+    return f"{name} follows from the stage; change {key or 'its numbers'} under recipe:"
 
 
 def require_values(path, values):
@@ -335,7 +343,9 @@ def report(trainer, checkpoint, finished, results):
     elif checkpoint is not None:
         print(f"resumed from {checkpoint}")
     told = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "no loss logged"
-    print(f"{trainer.state.global_step} steps, {told}; wrote {trainer.args.output_dir}")
+    folder = trainer.args.output_dir
+    print(f"{trainer.state.global_step} steps, {told}; wrote {folder}")
+    print(f"next: load_adapter(model, '{folder}/spatial_tokens', processor), or the next stage with start_from: {folder}")
     if results:
         print(f"evaluation loss {results['eval_loss']:.4f}")
     for data in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
@@ -343,6 +353,17 @@ def report(trainer, checkpoint, finished, results):
             print(
                 f"{len(bad)} bad samples of {data.path} were left out; {data.bad_samples_file} says which and why", file=sys.stderr
             )
+
+
+def tiny_run():
+    """The arguments of a run without any: a tiny model, on pictures that are drawn for it."""
+    import tiny_data
+
+    config = Path(__file__).parent / "configs" / "tiny" / "alignment.yaml"
+    print(f"no config was given: training a tiny model with {config}; see --help")
+    if not Path("tiny-data").exists():
+        tiny_data.main("tiny-data")
+    return [str(config)]
 
 
 def leave():
@@ -355,12 +376,12 @@ def leave():
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"usage: train.py CONFIG.yaml [--name value ...]\n\n{__doc__}\n{getdoc(Run)}")
+        print(f"usage: train.py [CONFIG.yaml] [--name value ...]\n\n{__doc__}\n{getdoc(Run)}")
         sys.exit()
     try:
-        if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-            raise SpatialTokensError("give a config: python examples/train.py CONFIG.yaml [--name value ...]")
-        main(sys.argv[1:])
+        if sys.argv[1:2] and sys.argv[1].startswith("-"):
+            raise SpatialTokensError("give a config before them: python examples/train.py CONFIG.yaml [--name value ...]")
+        main(sys.argv[1:] or tiny_run())
     except (SpatialTokensError, ImportError) as error:
         sys.exit(f"train.py: error: {reason(error)}")
     except KeyboardInterrupt:

@@ -144,8 +144,8 @@ def gelu(x):
 
 
 def layer_norm(parameters, x):
-    centred = x - x.mean(-1, keepdim=True)
-    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    centered = x - x.mean(-1, keepdim=True)
+    normal = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return normal * parameters["weight"] + parameters.get("bias", 0)
 
 

@@ -13,8 +13,8 @@ def within(grid):
     return st.tuples(*(st.integers(1, side) for side in grid))
 
 
-def centred_in(grid):
-    """Kernels that fit a grid and can be cropped from its centre."""
+def centered_in(grid):
+    """Kernels that fit a grid and can be cropped from its center."""
     return st.tuples(*(st.integers(0, (side - 1) // 2).map(lambda margin, side=side: side - 2 * margin) for side in grid))
 
 
@@ -23,7 +23,7 @@ def fields(draw):
     """The fields of a valid config, in canonical form."""
     grid = draw(sizes)
     variant = draw(st.sampled_from(["cropping", "pooling"]))
-    drawn = draw(st.lists((centred_in if variant == "cropping" else within)(grid), min_size=1, max_size=5, unique=True))
+    drawn = draw(st.lists((centered_in if variant == "cropping" else within)(grid), min_size=1, max_size=5, unique=True))
     kernels = [min(drawn)]
     for kernel in sorted(drawn):
         if kernel != kernels[-1] and kernel[1] >= kernels[-1][1]:

@@ -92,8 +92,8 @@ def test_demo_leaves_the_random_state_alone(capsys, tmp_path):
 def test_demo_scales_sixteen_bits(capsys, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("spatial_tokens.demo._run_stages", lambda picture, *rest: (seen.append(picture), (picture, None))[1])
-    Image.new("I;16", (20, 10), 128 * 256).save(tmp_path / "grey.png")
-    run(capsys, "demo", tmp_path / "grey.png", "--output", tmp_path, "--json")
+    Image.new("I;16", (20, 10), 128 * 256).save(tmp_path / "gray.png")
+    run(capsys, "demo", tmp_path / "gray.png", "--output", tmp_path, "--json")
     assert seen[0].getpixel((0, 0)) == (128, 128, 128)
 
 

@@ -126,7 +126,7 @@ def test_kernel_sizes_fit_the_grid(variant, kernel):
     ],
 )
 def test_cropped_kernels_have_the_parity_of_the_grid(grid, kernels, reason):
-    refused(f"cannot be cropped to a centred {reason}", grid_size=grid, kernel_sizes=kernels)
+    refused(f"cannot be cropped to a centered {reason}", grid_size=grid, kernel_sizes=kernels)
     assert SPProjectorConfig(**{**GOOD, "grid_size": grid, "kernel_sizes": kernels, "variant": "pooling"}).kernel_sizes
 
 
@@ -134,7 +134,7 @@ def test_the_parity_error_in_full():
     with pytest.raises(SpatialTokensError) as caught:
         SPProjectorConfig(**{**GOOD, "grid_size": (27, 27)})
     assert str(caught.value) == (
-        "grid_size (27, 27) cannot be cropped to a centred 4 x 4 window: 27 - 4 is odd; use kernel sizes 3, 7, 11, ..."
+        "grid_size (27, 27) cannot be cropped to a centered 4 x 4 window: 27 - 4 is odd; use kernel sizes 3, 7, 11, ..."
     )
 
 

@@ -61,9 +61,9 @@ def is_valid(f):
     if any(after == before or after[0] < before[0] or after[1] < before[1] for before, after in pairwise(windows)):
         return False
     if f["variant"] == "cropping":
-        centred = all((grid[0] - h) % 2 == (grid[1] - w) % 2 == 0 for h, w in windows)
+        centered = all((grid[0] - h) % 2 == (grid[1] - w) % 2 == 0 for h, w in windows)
     else:
-        centred = f["variant"] == "pooling"
+        centered = f["variant"] == "pooling"
     if f["detail_kernel_size"] is None:
         detail = f["detail_stride"] is None
     else:
@@ -75,7 +75,7 @@ def is_valid(f):
     head = type(f["spatial_head_bias"]) is bool and (f["spatial_head"], f["spatial_head_bias"]) in heads
     widths = (f[name] for name in ("vision_hidden_size", "text_hidden_size", "spatial_hidden_size"))
     patch_head = f["patch_head"] is None or (type(f["patch_head"]) is str and f["patch_head"] == "mlp")
-    return bool(centred and detail and head and patch_head and all(map(is_count, widths)) and has_valid_factors(f, windows))
+    return bool(centered and detail and head and patch_head and all(map(is_count, widths)) and has_valid_factors(f, windows))
 
 
 def has_valid_factors(f, windows):

@@ -100,9 +100,9 @@ def test_crop_sizes_refuse_a_stride(stride):
 def test_crop_window_is_the_only_one_with_equal_margins(fitted):
     grid, (height, width) = fitted
     every = (Window(*corner, height, width) for corner in product(range(grid[0] - height + 1), range(grid[1] - width + 1)))
-    centred = [w for w in every if margins(w, grid)[0] == margins(w, grid)[1] and margins(w, grid)[2] == margins(w, grid)[3]]
-    if centred:
-        assert [crop_window(grid, (height, width))] == centred
+    centered = [w for w in every if margins(w, grid)[0] == margins(w, grid)[1] and margins(w, grid)[2] == margins(w, grid)[3]]
+    if centered:
+        assert [crop_window(grid, (height, width))] == centered
     else:
         with pytest.raises(SpatialTokensError, match="is odd; use kernel sizes"):
             crop_window(grid, (height, width))
@@ -111,12 +111,12 @@ def test_crop_window_is_the_only_one_with_equal_margins(fitted):
 @pytest.mark.parametrize(
     ("grid", "kernel", "message"),
     [
-        (27, 4, "grid_size (27, 27) cannot be cropped to a centred 4 x 4 window: 27 - 4 is odd; use kernel sizes 3, 7, 11, ..."),
-        (5, 2, "grid_size (5, 5) cannot be cropped to a centred 2 x 2 window: 5 - 2 is odd; use kernel sizes 1, 5"),
+        (27, 4, "grid_size (27, 27) cannot be cropped to a centered 4 x 4 window: 27 - 4 is odd; use kernel sizes 3, 7, 11, ..."),
+        (5, 2, "grid_size (5, 5) cannot be cropped to a centered 2 x 2 window: 5 - 2 is odd; use kernel sizes 1, 5"),
         (
             (8, 13),
             (4, 6),
-            "grid_size (8, 13) cannot be cropped to a centred 4 x 6 window: 13 - 6 is odd; use kernel sizes (4, 9), (8, 13)",
+            "grid_size (8, 13) cannot be cropped to a centered 4 x 6 window: 13 - 6 is odd; use kernel sizes (4, 9), (8, 13)",
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_kernel_sizes_must_increase(kernels):
         ("48", "cropping", "kernel_sizes must be a non-empty tuple such as (4, 8, 12), got '48'"),
         ((4, 0), "cropping", "each of kernel_sizes must be a positive integer or a (height, width) pair of them, got 0"),
         ((4, 8), "cropped", "variant must be 'cropping' or 'pooling', got 'cropped'"),
-        ((4, 7), "cropping", "cannot be cropped to a centred 7 x 7 window: 24 - 7 is odd"),
+        ((4, 7), "cropping", "cannot be cropped to a centered 7 x 7 window: 24 - 7 is odd"),
     ],
 )
 def test_kernel_sizes_that_are_none_are_refused(kernels, variant, message):

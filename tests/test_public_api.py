@@ -1,4 +1,5 @@
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-FLOORS = [  # ground first; a room is a top-level name of the package
+LAYERS = [  # lowest first; each holds top-level names of the package
     {"errors", "checks", "grid", "versions"},
     {"config", "presets", "pictures", "ops", "storage"},
     {"modules"},
@@ -23,13 +24,13 @@ FLOORS = [  # ground first; a room is a top-level name of the package
     {"demo", "demo_model", "cli"},
     {"__main__"},
 ]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-FORBIDDEN = {  # what a room must not know although it lies below
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+FORBIDDEN = {  # what a package must not import although it is in a lower layer
     "ops": {"spatial_tokens.config", "spatial_tokens.storage"},
     "storage": {"spatial_tokens.ops"},
     "config": {"spatial_tokens.ops", "spatial_tokens.storage"},
 }
-OPTIONAL = {  # libraries beyond the core's, and the rooms that are about them
+OPTIONAL = {  # libraries beyond the core's, and the packages that may import them
     "timm": {"adapters", "bench"},
     "torchvision": {"adapters"},
     "transformers": {"adapters", "bench", "checkpoint", "training", "serving"},
@@ -84,7 +85,7 @@ def imports(path):
                 yield (submodule if submodule in MODULES else node.module), at_import
 
 
-def room(module):
+def top_level(module):
     return module.split(".")[1] if "." in module else ""
 
 
@@ -97,6 +98,8 @@ def test_public_names():
         "SpatialFeatureExtractor",
         "SpatialTokensError",
         "__version__",
+        "list_backends",
+        "list_presets",
     ]
     assert all(hasattr(spatial_tokens, name) for name in spatial_tokens.__all__)
     assert spatial_tokens.__version__ == version("spatial-tokens")
@@ -114,7 +117,9 @@ def test_public_names():
                 "MaskPlaceholders",
                 "insert_placeholders",
                 "insert_slots",
+                "list_families",
                 "load_adapter",
+                "print_trainable_parameters",
                 "push_to_hub",
                 "replace_projector",
                 "save_adapter",
@@ -144,10 +149,22 @@ def test_public_names():
         ("spatial_tokens.modules.ablations", {"SlidingWindowExtractor", "TransformerExtractor"}),
     ],
 )
-def test_names_of_the_rooms(module, names):
+def test_names_of_the_packages(module, names):
     exported = __import__(module, fromlist=["__all__"])
     assert set(exported.__all__) == names
     assert all(hasattr(exported, name) for name in names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_has_the_name_of_what_it_defines(module):
+    """An attribute of a package is one of the two, and API pages show that one."""
+    path = MODULES[module]
+    defined = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    assert path.stem not in defined
+    if path.stem == "__init__":
+        package = importlib.import_module(module) if "vllm" not in module else None
+        submodules = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == module}
+        assert not submodules & set(getattr(package, "__all__", ()))
 
 
 def test_errors_are_value_errors():
@@ -179,23 +196,24 @@ def test_the_package_and_the_command_are_imported_without_torch():
         spatial_tokens.projector
 
 
-@pytest.mark.parametrize("room_name", ["errors", "checks", "grid", "versions", "presets", "config", "pictures"])
-def test_what_is_counted_and_checked_needs_no_torch(room_name):
-    for module, _ in imports(PACKAGE / f"{room_name}.py"):
+@pytest.mark.parametrize("name", ["errors", "checks", "grid", "versions", "presets", "config", "pictures"])
+def test_what_is_counted_and_checked_needs_no_torch(name):
+    allowed = {"", "errors", "checks", "grid", "versions", "presets", "config"}
+    for module, _ in imports(PACKAGE / f"{name}.py"):
         root = module.split(".")[0]
-        known = root in sys.stdlib_module_names or room(module) in {"", "errors", "checks", "grid", "versions", "presets", "config"}
-        assert known or (room_name, root) == ("pictures", "PIL")
+        known = root in sys.stdlib_module_names or top_level(module) in allowed
+        assert known or (name, root) == ("pictures", "PIL")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
     if module == "spatial_tokens":
         return
-    assert room(module) in FLOOR_OF, "a new room: give it a floor"
+    assert top_level(module) in LAYER_OF, "a new top-level name: add it to LAYERS"
     for imported, _ in imports(MODULES[module]):
-        if imported.split(".")[0] == "spatial_tokens" and room(imported):
-            assert FLOOR_OF[room(imported)] <= FLOOR_OF[room(module)], f"{module} imports {imported}, from a higher floor"
-            assert not any(imported.startswith(name) for name in FORBIDDEN.get(room(module), ()))
+        if imported.split(".")[0] == "spatial_tokens" and top_level(imported):
+            assert LAYER_OF[top_level(imported)] <= LAYER_OF[top_level(module)], f"{module} imports {imported}, from a higher layer"
+            assert not any(imported.startswith(name) for name in FORBIDDEN.get(top_level(module), ()))
 
 
 def test_imports_make_no_circle():
@@ -210,13 +228,13 @@ def test_imports_make_no_circle():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_optional_libraries_stay_in_their_rooms(module):
+def test_optional_libraries_stay_in_their_packages(module):
     for imported, at_import in imports(MODULES[module]):
         library = imported.split(".")[0]
         if library in CORE or library in sys.stdlib_module_names:
             continue
-        assert room(module) in OPTIONAL[library], f"{module} imports {library}"
-        if module not in SUBCLASSES and room(module) != "ops":
+        assert top_level(module) in OPTIONAL[library], f"{module} imports {library}"
+        if module not in SUBCLASSES and top_level(module) != "ops":
             assert not at_import, f"{module} imports {library} with itself, not where it is used"
 
 

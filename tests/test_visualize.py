@@ -1,4 +1,4 @@
-"""The figures are looked at by their parts: where rectangles lie and which colours they have."""
+"""The figures are looked at by their parts: where rectangles lie and which colors they have."""
 
 import sys
 
@@ -20,7 +20,7 @@ def panels(figure, count):
     return figure.axes[:count]
 
 
-def test_cropping_outlines_the_centred_windows():
+def test_cropping_outlines_the_centered_windows():
     figure = visualize.draw_windows(visualize.sample_picture(), (24, 24), (4, 8, 24), "cropping")
     drawn = [rectangles(axis) for axis in panels(figure, 3)]
     assert drawn == [[(10, 10, 4, 4)], [(8, 8, 8, 8)], [(0, 0, 24, 24)]]
@@ -29,14 +29,14 @@ def test_cropping_outlines_the_centred_windows():
 
 def test_cropping_shows_the_picture_inside_the_window():
     picture = Image.new("RGB", (80, 40), "black")
-    picture.paste("white", (20, 10, 60, 30))  # the centre half of a 4 x 8 grid
+    picture.paste("white", (20, 10, 60, 30))  # the center half of a 4 x 8 grid
     figure = visualize.draw_windows(picture, (4, 8), ((2, 4), (4, 8)), "cropping")
     inside = figure.axes[0].images[1]
     assert list(inside.get_extent()) == [2, 6, 3, 1]
     assert inside.get_array().min() == 255
 
 
-def test_pooling_shows_each_bins_mean_colour():
+def test_pooling_shows_each_bins_mean_color():
     red_then_blue = Image.new("RGB", (40, 40), "red")
     red_then_blue.paste("blue", (20, 0, 40, 40))
     figure = visualize.draw_windows(red_then_blue, (4, 4), (1, 2, 4), "pooling")
@@ -52,7 +52,7 @@ def test_overlapping_bins_are_dashed(size, style):
     assert figure.axes[0].patches[1].get_linestyle() in {"solid": ("-", "solid"), "dashed": ("--", "dashed")}[style]
 
 
-def test_attention_lies_at_the_centres_of_its_windows():
+def test_attention_lies_at_the_centers_of_its_windows():
     attention = torch.rand(2, 25)
     figure = visualize.draw_attention(visualize.sample_picture(), attention, (24, 24), 16, 2)
     for axis, row in zip(panels(figure, 2), attention, strict=True):

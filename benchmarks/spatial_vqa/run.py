@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
             found = collect(options.plan, work)
             if fresh:
                 found |= {"minutes": (time.monotonic() - began) / 60, "workers": options.workers}  # that all of it took
-            write_text(results, json.dumps(found))
+            write_text(results, json.dumps(found, separators=(",", ":")))
     if found is None:
         print(f"0 of {len(options.plan.jobs)} runs are done")
         return

@@ -54,6 +54,12 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def front_page() -> str:
+    """What stands beside the verdict: how much was run, and each setting."""
+    results = committed("full")
+    return "\n".join([setting(results), overview(results)])
+
+
 def setting(results: Results) -> str:
     """On what, and how much."""
     told, machine, plan = results.told, results.told["machine"], results.told["plan"]

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from spatial_tokens.config import SPProjectorConfig
     from spatial_tokens.errors import SpatialTokensError
     from spatial_tokens.modules import DetailFeatureIntegrator, FactorizedFeatureExtractor, SpatialFeatureExtractor, SPProjector
+    from spatial_tokens.ops.backends import list_backends
+    from spatial_tokens.presets import list_presets
 
 __all__ = [
     "DetailFeatureIntegrator",
@@ -16,15 +18,20 @@ __all__ = [
     "SpatialFeatureExtractor",
     "SpatialTokensError",
     "__version__",
+    "list_backends",
+    "list_presets",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not TYPE_CHECKING:  # a type checker would believe that every name is there
 
     def __getattr__(name):
         """Imports the library, and torch, when a name is first asked for, so that the command starts before torch is imported."""
-        homes = {"SPProjectorConfig": "config", "SpatialTokensError": "errors"}
+        homes = {
+            "SPProjectorConfig": "config", "SpatialTokensError": "errors", "list_backends": "ops.backends",
+            "list_presets": "presets",
+        }  # fmt: skip
         if name in ("config", "errors", "grid", "modules", "ops", "presets", "storage"):
             return import_module(f"{__name__}.{name}")
         if name not in __all__:

@@ -99,10 +99,10 @@ def _cropped(grid: Size, stride: int, steps: int) -> KernelSize:
 
 
 def crop_window(grid_size: KernelSize, kernel_size: KernelSize) -> Window:
-    """The window of `kernel_size` patches at the centre of the grid.
+    """The window of `kernel_size` patches at the center of the grid.
 
     Raises:
-        SpatialTokensError: If the window is larger than the grid, or cannot be centred because a difference is odd.
+        SpatialTokensError: If the window is larger than the grid, or cannot be centered because a difference is odd.
 
     >>> crop_window((24, 24), 4)
     Window(top=10, left=10, height=4, width=4)
@@ -115,7 +115,7 @@ def crop_window(grid_size: KernelSize, kernel_size: KernelSize) -> Window:
             sizes = [str(_cropped(grid, 2, steps)) for steps in range(most, max(most - 3, -1), -1)]
             proposal = ", ".join(sizes) + (", ..." if most > 2 else "")
             raise SpatialTokensError(
-                f"grid_size {grid} cannot be cropped to a centred {kernel[0]} x {kernel[1]} window: "
+                f"grid_size {grid} cannot be cropped to a centered {kernel[0]} x {kernel[1]} window: "
                 f"{length} - {k} is odd; use kernel sizes {proposal}"
             )
     return Window((grid[0] - kernel[0]) // 2, (grid[1] - kernel[1]) // 2, *kernel)
@@ -192,7 +192,7 @@ def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], varia
 
     Raises:
         SpatialTokensError: If there is none, or one is not positive, not larger than the one before, larger than the grid, or
-            (when cropping) cannot be centred.
+            (when cropping) cannot be centered.
 
     >>> check_kernel_sizes((24, 24), [4, (8, 8)], "cropping")
     (4, 8)

@@ -48,3 +48,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patch_head": None,
     },
 }  # fmt: skip
+
+
+def list_presets() -> tuple[str, ...]:
+    """The names of the presets, for `SPProjectorConfig.from_preset` and `attach`.
+
+    Example:
+        >>> list_presets()[:2]
+        ('llava-sp-cropping', 'llava-sp-pooling')
+    """
+    return tuple(PRESETS)

@@ -31,7 +31,7 @@ ACCENT = "#e4572e"
 def draw_windows(image: Image, grid_size: KernelSize, kernel_sizes: Sequence[KernelSize], variant: Variant) -> Figure:
     """Figure 3: for each spatial token, the part of the picture that it covers.
 
-    Cropping shows the centred window bright and its surroundings dim; pooling shows the picture averaged over each bin, with the
+    Cropping shows the centered window bright and its surroundings dim; pooling shows the picture averaged over each bin, with the
     bins' borders (dashed where bins overlap).
 
     Args:
@@ -62,8 +62,8 @@ def draw_attention(
 ) -> Figure:
     """Figure 5: what each spatial token looked up in the detail map, laid on the picture.
 
-    A position of the detail map saw a whole window of patches; it is drawn as a cell of one stride at its window's centre. The
-    window that a token looked at most is outlined. All panels share one colour scale; titles give the ratio of the largest to the
+    A position of the detail map saw a whole window of patches; it is drawn as a cell of one stride at its window's center. The
+    window that a token looked at most is outlined. All panels share one color scale; titles give the ratio of the largest to the
     smallest attention (1 is uniform).
 
     Args:
@@ -91,7 +91,7 @@ def draw_attention(
     for i, (axis, row) in enumerate(zip(axes, weights, strict=True)):
         axis.set_title(f"token {i + 1}: max / min = {(row.max() / row.min()).item():.3g}", fontsize=9)
         _show_picture(axis, image, grid, brightness=0.6)
-        cells = [_centre_cell(window, step) for window in windows]
+        cells = [_center_cell(window, step) for window in windows]
         drawn = _draw_cells(axis, cells, row.tolist(), low, high)
         best = windows[int(row.argmax())]
         axis.add_patch(_rectangle(best, fill=False, edgecolor=ACCENT, linewidth=1.5))
@@ -110,7 +110,7 @@ def save(figure: Figure, path: str | PathLike[str], *, dpi: int = 120) -> None:
 
 
 def sample_picture(size: Size = (336, 336)) -> Image:
-    """A picture to try things on: shapes of several colours and sizes, on sky and grass."""
+    """A picture to try things on: shapes of several colors and sizes, on sky and grass."""
     try:
         from PIL import Image, ImageDraw
     except ImportError as error:
@@ -206,8 +206,8 @@ def _draw_cells(axis: Axes, cells: list[tuple[float, float, float, float]], valu
     return axis.add_collection(collection)
 
 
-def _centre_cell(window: Window, step: Size) -> tuple[float, float, float, float]:
-    """The cell of one stride at a window's centre, as x, y, width, height."""
+def _center_cell(window: Window, step: Size) -> tuple[float, float, float, float]:
+    """The cell of one stride at a window's center, as x, y, width, height."""
     x, y = (window.left + window.right) / 2, (window.top + window.bottom) / 2
     return x - step[1] / 2, y - step[0] / 2, step[1], step[0]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
-from spatial_tokens.adapters.beside import WithSpatialTokens
 from spatial_tokens.adapters.internvl import UndoPixelShuffle, add_spatial_tokens
+from spatial_tokens.adapters.prepend import PrependSpatialTokens
 from tests import reference
 from tests.adapters.codebases import load, spatial_tokens
 from tests.modules.checks import assert_equals_reference
@@ -378,7 +378,7 @@ def test_features_of_another_shape(shape):
 def test_a_patch_head_of_its_own():
     config = SPProjectorConfig(vision_hidden_size=3, text_hidden_size=5, grid_size=8, kernel_sizes=(4,), detail_kernel_size=None)
     with pytest.raises(SpatialTokensError, match="the model projects its patches itself; give patch_head=None"):
-        WithSpatialTokens(nn.Linear(3, 5), SPProjector.from_config(config))
+        PrependSpatialTokens(nn.Linear(3, 5), SPProjector.from_config(config))
     for parts in ((nn.Linear(3, 5), None), (None, SPProjector.from_config(config))):
         with pytest.raises(SpatialTokensError, match="a projector and an SPProjector are needed, got "):
-            WithSpatialTokens(*parts)
+            PrependSpatialTokens(*parts)

@@ -369,7 +369,7 @@ def test_built_in_the_default_dtype(llava):
     [
         ({"mm_spatial_tokens": {"text_hidden_size": 4}}, "text_hidden_size is 4, but the model's is 5; leave it out"),
         ({"mm_spatial_tokens": {"kernel_size": [4]}}, r"unknown field 'kernel_size' \(did you mean 'kernel_sizes'\?\)"),
-        ({"mm_spatial_tokens": {"kernel_sizes": [5]}}, "cannot be cropped to a centred 5 x 5 window"),
+        ({"mm_spatial_tokens": {"kernel_sizes": [5]}}, "cannot be cropped to a centered 5 x 5 window"),
         ({"mm_spatial_tokens": {"name": 1}}, "unknown field 'name'"),
         ({"mm_spatial_tokens": "pooling"}, "fields of an SPProjectorConfig are given as a dict, got 'pooling'"),
         ({"mm_hidden_size": 0}, "vision_hidden_size must be a positive integer"),

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.adapters.beside import WithSpatialTokens
 from spatial_tokens.adapters.nanovlm import add_spatial_tokens
+from spatial_tokens.adapters.prepend import PrependSpatialTokens
 from tests import reference
 from tests.adapters.codebases import load, spatial_tokens
 from tests.modules.checks import assert_equals_reference
@@ -193,7 +193,7 @@ def test_image_tokens_take_the_images_place(nanovlm):
 
 def test_the_loaders_count_what_the_model_gives(nanovlm, original):
     text, model = nanovlm.main(TOKENIZER)
-    assert isinstance(model.MP, WithSpatialTokens)
+    assert isinstance(model.MP, PrependSpatialTokens)
     assert text.count("@") == 3 * 70
     assert model(ids(text.count("@")), pictures(3)).shape == (1, 212, 5)
     text, model = original.main(TOKENIZER)
@@ -258,7 +258,7 @@ def test_what_does_not_fit_leaves_the_model_alone(nanovlm):
     model = nanovlm.Model(nanovlm.VLMConfig())
     with pytest.raises(SpatialTokensError, match="text_hidden_size is 896, but the model's is 5; leave it out"):
         add_spatial_tokens(model, "internvit-300m-448", text_hidden_size=896)
-    assert not isinstance(model.MP, WithSpatialTokens)
+    assert not isinstance(model.MP, PrependSpatialTokens)
     assert (model.cfg.mp_image_token_length, model.cfg.mp_spatial_tokens) == (64, None)
 
 

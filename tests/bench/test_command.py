@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from spatial_tokens import SpatialTokensError
-from spatial_tokens.bench import command, show
-from spatial_tokens.bench.contest import Contest, Entry, Row
+from spatial_tokens.bench import command, console
+from spatial_tokens.bench.comparison import Candidate, Comparison, Row
 from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.report import Report, read_report
 from spatial_tokens.bench.suites import SUITES
@@ -47,21 +47,21 @@ def nothing_runs(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(command, "run_contest", fail)
+    monkeypatch.setattr(command, "run_comparison", fail)
     for suite in SUITES:
         monkeypatch.setitem(SUITES, suite, fail)
 
 
 def made_up(monkeypatch, **suites):
-    """In the place of all suites: each a function of its options that gives contests."""
+    """In the place of all suites: each a function of its options that gives comparisons."""
     for suite in list(SUITES):
         monkeypatch.delitem(SUITES, suite)
-    for suite, contests in suites.items():
-        monkeypatch.setitem(SUITES, suite, contests)
+    for suite, comparisons in suites.items():
+        monkeypatch.setitem(SUITES, suite, comparisons)
 
 
-def contest(suite, name="a", work=lambda: torch.ones(1), **setting):
-    return Contest(suite, "subject", {"dtype": "float32", **setting}, {name: lambda: Entry(work)})
+def comparison(suite, name="a", work=lambda: torch.ones(1), **setting):
+    return Comparison(suite, "subject", {"dtype": "float32", **setting}, {name: lambda: Candidate(work)})
 
 
 def no_such_gpu(*_):
@@ -88,14 +88,14 @@ def test_a_suite_is_shown_written_and_drawn(capsys, tmp_path, suite):
 
 
 def test_without_a_suite_all_run_one_after_another(capsys, tmp_path, monkeypatch):
-    made_up(monkeypatch, one=lambda options: iter([contest("one")]), two=lambda options: iter([contest("two")]))
+    made_up(monkeypatch, one=lambda options: iter([comparison("one")]), two=lambda options: iter([comparison("two")]))
     run(capsys, "--json", tmp_path / "r.json")
     assert [row.suite for row in read_report(tmp_path / "r.json").rows] == ["one", "two"]
 
 
 def test_without_options_the_suite_chooses(capsys, monkeypatch):
     seen = []
-    made_up(monkeypatch, one=lambda options: (seen.append(options), iter([contest("one")]))[1])
+    made_up(monkeypatch, one=lambda options: (seen.append(options), iter([comparison("one")]))[1])
     run(capsys)
     assert seen[0].dtypes == ("float32", "bfloat16")
     assert seen[0].batches == ()
@@ -103,7 +103,7 @@ def test_without_options_the_suite_chooses(capsys, monkeypatch):
 
 
 def test_the_random_state_is_left_alone(capsys, monkeypatch):
-    made_up(monkeypatch, one=lambda options: iter([contest("one", work=lambda: torch.rand(3))]))
+    made_up(monkeypatch, one=lambda options: iter([comparison("one", work=lambda: torch.rand(3))]))
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -124,8 +124,8 @@ def test_a_contest_is_gone_before_the_next_is_made(capsys, monkeypatch):
 
     def holding(number):
         shared = cache(make)
-        entries = {"a": lambda: Entry(lambda: shared().sum())}
-        return Contest("one", "subject", {"batch": number}, entries, weights=lambda: [shared()])
+        candidates = {"a": lambda: Candidate(lambda: shared().sum())}
+        return Comparison("one", "subject", {"batch": number}, candidates, weights=lambda: [shared()])
 
     made_up(monkeypatch, one=lambda options: map(holding, range(3)))
     run(capsys)
@@ -147,7 +147,7 @@ def table(capsys, monkeypatch, rows, width):
     monkeypatch.setenv("COLUMNS", str(width))
     from rich.console import Console
 
-    Console(width=width).print(show.subject_table(rows))
+    Console(width=width).print(console.subject_table(rows))
     return capsys.readouterr().out
 
 
@@ -163,7 +163,7 @@ def test_no_figure_is_cut(capsys, monkeypatch, width, names):
     printed = table(capsys, monkeypatch, rows, width)
     assert "…" not in printed
     assert "..." not in printed
-    cells = [cell for heading in show.COLUMNS if (cell := show._cell(rows[0], heading))]
+    cells = [cell for heading in console.COLUMNS if (cell := console._cell(rows[0], heading))]
     shown = [line for line in lines(printed) if all(cell in line for cell in cells)]
     assert len(shown) == 2
     assert all(len(line) <= width for line in lines(printed))
@@ -207,7 +207,7 @@ def test_a_failure_is_shown_and_the_rest_goes_on(capsys, tmp_path, monkeypatch):
     def fail():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    made_up(monkeypatch, one=lambda options: iter([contest("one", "bad", fail), contest("one", "good", batch=2)]))
+    made_up(monkeypatch, one=lambda options: iter([comparison("one", "bad", fail), comparison("one", "good", batch=2)]))
     printed = run(capsys, "--json", tmp_path / "r.json")
     assert "bad failed: out of memory" in printed
     assert [row.failure for row in read_report(tmp_path / "r.json").rows] == ["out of memory", None]
@@ -217,7 +217,7 @@ def test_where_nothing_could_be_run_it_says_so(capsys, monkeypatch):
     def fail():
         raise RuntimeError("x")
 
-    made_up(monkeypatch, one=lambda options: iter([contest("one", "bad", fail)]))
+    made_up(monkeypatch, one=lambda options: iter([comparison("one", "bad", fail)]))
     assert "nothing could be run" in run(capsys, code=2)
 
 
@@ -342,9 +342,9 @@ def interrupted():
 def test_an_interrupt_keeps_the_finished_suites(capsys, tmp_path, monkeypatch):
     made_up(
         monkeypatch,
-        one=lambda options: iter([contest("one", "a"), contest("one", "b", batch=2)]),
-        two=lambda options: iter([contest("two", "c"), contest("two", "d", interrupted, batch=2)]),
-        three=lambda options: iter([contest("three", "e")]),
+        one=lambda options: iter([comparison("one", "a"), comparison("one", "b", batch=2)]),
+        two=lambda options: iter([comparison("two", "c"), comparison("two", "d", interrupted, batch=2)]),
+        three=lambda options: iter([comparison("three", "e")]),
     )
     printed = run(capsys, "--json", tmp_path / "r.json", "--plots", tmp_path / "plots", code=130)
     assert [row.implementation for row in read_report(tmp_path / "r.json").rows][:2] == ["a", "b"]
@@ -355,7 +355,7 @@ def test_an_interrupt_keeps_the_finished_suites(capsys, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_before_the_first_row_leaves_what_was_there(capsys, tmp_path, monkeypatch):
-    made_up(monkeypatch, one=lambda options: iter([contest("one", "a", interrupted)]))
+    made_up(monkeypatch, one=lambda options: iter([comparison("one", "a", interrupted)]))
     path = tmp_path / "r.json"
     run(capsys, "--json", path, code=130)
     assert not path.exists() or read_report(path).rows == []
@@ -446,8 +446,8 @@ def test_the_report_is_json_after_every_suite(capsys, tmp_path, monkeypatch):
 
     def second(options):
         seen.append(json.loads((tmp_path / "r.json").read_text()))
-        yield contest("two")
+        yield comparison("two")
 
-    made_up(monkeypatch, one=lambda options: iter([contest("one")]), two=second)
+    made_up(monkeypatch, one=lambda options: iter([comparison("one")]), two=second)
     run(capsys, "--json", tmp_path / "r.json")
     assert len(seen[0]["rows"]) == 1

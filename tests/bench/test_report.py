@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spatial_tokens.bench import plots, show
-from spatial_tokens.bench.contest import Row
+from spatial_tokens.bench import console, plots
+from spatial_tokens.bench.comparison import Row
 from spatial_tokens.bench.plots import exponent
-from spatial_tokens.bench.report import Report, comparison, read_report, settings_of
+from spatial_tokens.bench.report import Report, paired_rows, read_report, settings_of
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 
 MACHINE = {"device": "a CPU", "cores": 2, "versions": {"torch": "2.9"}, "date": "2025-01-02"}
@@ -87,7 +87,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def message_of(path):
     with pytest.raises(SpatialTokensError) as caught:
-        comparison(read_report(path), read_report(path))
+        paired_rows(read_report(path), read_report(path))
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 600
@@ -180,7 +180,7 @@ def fails_in_one_line(path):
     caught = None
     try:
         report = read_report(path)
-        pairs = comparison(report, report)
+        pairs = paired_rows(report, report)
     except SpatialTokensError as error:
         caught = str(error)
     if caught is not None:
@@ -221,7 +221,7 @@ def test_fuzzed_values(tmp_path_factory, place, value):
 def test_comparison_is_the_seconds_time_over_the_firsts():
     before = Report("", MACHINE, [row(2.0, batch=1), row(4.0, batch=2), row(1.0, batch=3), row(failure="x", batch=4)])
     after = Report("", MACHINE, [row(2.0, batch=2), row(3.0, batch=1), row(failure="x", batch=3), row(9.0, batch=4), row(1.0)])
-    pairs = comparison(before, after)
+    pairs = paired_rows(before, after)
     assert [(a.setting, b.setting, ratio) for a, b, ratio in pairs] == [
         ({"batch": 2}, {"batch": 2}, 0.5),
         ({"batch": 1}, {"batch": 1}, 1.5),
@@ -231,17 +231,17 @@ def test_comparison_is_the_seconds_time_over_the_firsts():
 @pytest.mark.parametrize("other", [{"suite": "x"}, {"subject": "x"}, {"implementation": "x"}, {"batch": 2}, {"dtype": "x"}])
 def test_rows_of_anything_else_are_not_the_same(other):
     with pytest.raises(SpatialTokensError, match="no timed row in common"):
-        comparison(Report("", {}, [row(batch=1)]), Report("", {}, [row(**{"batch": 1, **other})]))
+        paired_rows(Report("", {}, [row(batch=1)]), Report("", {}, [row(**{"batch": 1, **other})]))
 
 
 def test_the_order_of_settings_does_not_matter():
     first, second = row(1.0, batch=1, dtype="a"), row(2.0, dtype="a", batch=1)
-    assert comparison(Report("", {}, [first]), Report("", {}, [second])) == [(first, second, 2.0)]
+    assert paired_rows(Report("", {}, [first]), Report("", {}, [second])) == [(first, second, 2.0)]
 
 
 def test_empty_reports_have_nothing_in_common():
     with pytest.raises(SpatialTokensError, match="no timed row in common"):
-        comparison(Report("", {}), Report("", {}))
+        paired_rows(Report("", {}), Report("", {}))
 
 
 def test_settings_in_the_order_in_which_they_come():
@@ -285,7 +285,7 @@ def test_each_cell_says_what_its_heading_says():
         "tokens": 144, "image_tokens": 582, "tokens_per_s": 1530, "parameters": 24800, "gflop_per_image": 2.45, "peak_mib": 1234.4,
         "held_mib": 480.6,
     }  # fmt: skip
-    assert {heading: cell(values) for heading, cell in show.COLUMNS.items()} == {
+    assert {heading: cell(values) for heading, cell in console.COLUMNS.items()} == {
         "ms": "1.5", "p20-p80": "1.25-2.5", "faster": "4.00x", "of limit": "87%", "GB/s": "18.9", "TFLOP/s": "0.0421",
         "tokens": "144", "image tokens": "582", "tokens/s": "1.53k", "params": "24.8k", "FLOP": "2.45G", "held MiB": "481",
         "peak MiB": "1,234",
@@ -296,14 +296,14 @@ def test_each_cell_says_what_its_heading_says():
 def test_milliseconds_are_never_in_scientific_notation(ms):
     values = {"ms": ms, "p20_ms": ms, "p80_ms": ms}
     for heading in ("ms", "p20-p80"):
-        assert "e+" not in show.COLUMNS[heading](values)
+        assert "e+" not in console.COLUMNS[heading](values)
 
 
 @given(st.floats(1, 1e14))
 @example(999.7)
 @example(999_999.0)
 def test_short_numbers_are_numbers(number):
-    text = show._short(number)
+    text = console._short(number)
     assert "e+" not in text
     size = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}.get(text[-1])
     assert float(text[:-1] if size else text) * (size or 1) == pytest.approx(number, rel=6e-3)
@@ -313,7 +313,7 @@ def test_short_numbers_are_numbers(number):
     ("number", "text"), [(923550208, "924M"), (28.3e6, "28.3M"), (5, "5"), (1.5e12, "1.5T"), (7090000, "7.09M")]
 )
 def test_short(number, text):
-    assert show._short(number) == text
+    assert console._short(number) == text
 
 
 # Pictures
@@ -335,7 +335,7 @@ def suite_rows(suite):
 SUITE_NAMES = ("limits", "kernels", "projectors", "llm", "scaling")
 
 
-def colours(path):
+def colors(path):
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 150
@@ -350,7 +350,7 @@ def test_each_suite_is_a_picture_and_nothing_else_is_touched(tmp_path):
     report = Report("c", MACHINE, [row for suite in SUITE_NAMES for row in suite_rows(suite)])
     paths = plots.draw(report, str(folder))
     assert paths == [str(folder / f"{suite}.png") for suite in SUITE_NAMES]
-    assert all(colours(path) > 10 for path in paths)
+    assert all(colors(path) > 10 for path in paths)
     assert {path.name for path in folder.iterdir()} == {Path(path).name for path in paths} | {"mine.png", "notes.txt"}
     assert (folder / "mine.png").read_bytes() == (folder / "notes.txt").read_bytes() == b"mine"
 
@@ -364,7 +364,7 @@ def test_a_suite_that_failed_has_no_picture(tmp_path):
 @pytest.mark.parametrize("strange", [{"peak_mib": 0.0}, {"peak_mib": -1.0}, {}])
 def test_scaling_without_all_its_figures(tmp_path, strange):
     found = [Row("scaling", "batch", "SP", {"dtype": "a", "batch": 1}, {"ms": 1.0, **strange})]
-    assert colours(plots.draw(Report("c", MACHINE, found), str(tmp_path))[0]) > 10
+    assert colors(plots.draw(Report("c", MACHINE, found), str(tmp_path))[0]) > 10
 
 
 def figure_of(suite):
@@ -431,7 +431,10 @@ def without(monkeypatch, library):
 
 
 def test_missing_libraries_name_the_extra(monkeypatch, tmp_path):
-    for library, use in (("matplotlib", lambda: plots.draw(Report("c", {}, [row()]), str(tmp_path))), ("rich", show.require_rich)):
+    for library, use in (
+        ("matplotlib", lambda: plots.draw(Report("c", {}, [row()]), str(tmp_path))),
+        ("rich", console.require_rich),
+    ):
         with monkeypatch.context() as patch:
             without(patch, library)
             with pytest.raises(MissingExtraError) as caught:

@@ -1,4 +1,4 @@
-"""Contests of made-up entries: what is timed, what is not and why, and the figures that follow from the times."""
+"""Comparisons of made-up candidates: what is timed, what is not and why, and the figures that follow from the times."""
 
 import math
 
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spatial_tokens.bench import measure, runner
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.measure import Times, peak_bytes, side_by_side
-from spatial_tokens.bench.runner import run_contest
+from spatial_tokens.bench.runner import run_comparison
 from spatial_tokens.errors import SpatialTokensError
 from tests.bench.tiny import CPU
 
@@ -28,24 +28,24 @@ def two_rounds(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The names of the entries, each as often as it was timed."""
+    """The names of the candidates, each as often as it was timed."""
     timed = []
     monkeypatch.setattr(measure, "seconds_of", lambda work, device: (timed.append(work()), 1.0)[1])
     return timed
 
 
 def named(name, result):
-    """An entry whose timed work gives its name, checked by the result."""
+    """An candidate whose timed work gives its name, checked by the result."""
     tensors = result if isinstance(result, list) else [result]
-    return lambda: Entry(lambda: name, lambda outcome: tensors)
+    return lambda: Candidate(lambda: name, lambda outcome: tensors)
 
 
-def contest(entries, **fields):
-    return Contest("suite", "subject", {"dtype": "float32"}, entries, **fields)
+def comparison(candidates, **fields):
+    return Comparison("suite", "subject", {"dtype": "float32"}, candidates, **fields)
 
 
-def run(entries, peak=None, **fields):
-    return {row.implementation: row for row in run_contest(contest(entries, **fields), CPU, peak)}
+def run(candidates, peak=None, **fields):
+    return {row.implementation: row for row in run_comparison(comparison(candidates, **fields), CPU, peak)}
 
 
 def rising(*errors):
@@ -107,8 +107,8 @@ def test_another_shape_or_number_of_tensors_is_a_failed_row(runs, expected, foun
 
 
 def test_within_the_tolerance_is_right_and_the_error_is_told(runs):
-    entries = {"right": named("right", EXPECTED), "near": named("near", EXPECTED * 1.005), "far": named("far", EXPECTED * 1.02)}
-    rows = run(entries, reference="right", tolerance=1e-2)
+    candidates = {"right": named("right", EXPECTED), "near": named("near", EXPECTED * 1.005), "far": named("far", EXPECTED * 1.02)}
+    rows = run(candidates, reference="right", tolerance=1e-2)
     assert rows["near"].failure is None
     assert rows["near"].values["error"] == pytest.approx(0.005, rel=1e-3)
     assert "error" not in rows["right"].values
@@ -124,7 +124,7 @@ def test_zeros_that_agree_are_right(runs):
 @pytest.mark.parametrize(("second", "wrong"), [(EXPECTED, False), (EXPECTED * 2, True)])
 def test_an_entry_that_shares_some_tensors_with_the_reference_is_held_to_those(runs, second, wrong):
     def some():
-        return Entry(lambda: "some", lambda outcome: [EXPECTED, second], num_compared=2)
+        return Candidate(lambda: "some", lambda outcome: [EXPECTED, second], num_compared=2)
 
     rows = run({"right": named("right", [EXPECTED, EXPECTED, torch.ones(5)]), "some": some}, reference="right")
     assert bool(rows["some"].failure) == wrong
@@ -155,7 +155,7 @@ def test_what_an_entry_raises_is_its_rows_to_tell(runs, error, line, when):
     def fail(*_):
         raise error
 
-    bad = {"built": fail, "run": lambda: Entry(fail), "checked": lambda: Entry(lambda: "bad", fail)}[when]
+    bad = {"built": fail, "run": lambda: Candidate(fail), "checked": lambda: Candidate(lambda: "bad", fail)}[when]
     rows = run({"first": named("first", EXPECTED), "bad": bad, "last": named("last", EXPECTED)}, reference="first")
     assert rows["bad"].failure == line
     assert rows["bad"].values == {}
@@ -190,7 +190,7 @@ def test_an_entry_that_fails_while_it_is_timed(monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return left.pop()
 
-    rows = run({"a": lambda: Entry(work), "b": named("b", EXPECTED), "c": rising(ValueError("c's own"))})
+    rows = run({"a": lambda: Candidate(work), "b": named("b", EXPECTED), "c": rising(ValueError("c's own"))})
     assert rows["a"].failure == "out of memory"
     assert rows["c"].failure == "ValueError: c's own"
     assert all(row.values == {} for row in rows.values() if row.failure)
@@ -206,15 +206,18 @@ def test_more_memory_than_there_is_is_not_tried(monkeypatch):
 
 
 def test_rows_come_in_the_entries_order_whatever_is_checked_first(runs):
-    entries = {
+    candidates = {
         "last": named("last", EXPECTED),
         "bad": rising(ValueError("x")),
         "reference": named("reference", EXPECTED),
         "wrong": named("wrong", -EXPECTED),
         "first": named("first", EXPECTED),
     }
-    assert [row.implementation for row in run_contest(contest(entries, reference="reference"), CPU, None)] == list(entries)
-    assert all(row.suite == "suite" and row.setting == {"dtype": "float32"} for row in run_contest(contest(entries), CPU, None))
+    rows = run_comparison(comparison(candidates, reference="reference"), CPU, None)
+    assert [row.implementation for row in rows] == list(candidates)
+    assert all(
+        row.suite == "suite" and row.setting == {"dtype": "float32"} for row in run_comparison(comparison(candidates), CPU, None)
+    )
 
 
 @pytest.fixture
@@ -229,15 +232,15 @@ def clock(monkeypatch):
 
 
 def taking(seconds, **fields):
-    return lambda: Entry(lambda: seconds, lambda outcome: [EXPECTED], **fields)
+    return lambda: Candidate(lambda: seconds, lambda outcome: [EXPECTED], **fields)
 
 
 def test_ratio_finish_and_values(clock):
-    entries = {
+    candidates = {
         "slow": taking(2.0),
         "fast": taking(0.25, values={"parameters": 7}, finish=lambda seconds: {"tokens_per_s": 10 / seconds}),
     }
-    rows = run(entries, baseline="slow", reference="slow")
+    rows = run(candidates, baseline="slow", reference="slow")
     assert rows["slow"].values["ratio"] == 1
     assert rows["fast"].values["ratio"] == 8
     assert rows["fast"].values["tokens_per_s"] == 40

@@ -10,10 +10,10 @@ from torch import nn
 
 from spatial_tokens import DetailFeatureIntegrator, SpatialFeatureExtractor, SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.bench import measure
-from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
 from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.options import factorized as with_factors
-from spatial_tokens.bench.runner import run_contest
+from spatial_tokens.bench.reference_conv import ConvDetail, ConvExtractor
+from spatial_tokens.bench.runner import run_comparison
 from spatial_tokens.bench.suites import SUITES, factorized, kernels, limits, llm, projectors, scaling
 from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.ops.window_linear import gemm
@@ -29,8 +29,8 @@ def small(monkeypatch):
     shrink(monkeypatch)
 
 
-def rows_of(contests, peak=1e9):
-    return [row for contest in contests for row in run_contest(contest, CPU, peak)]
+def rows_of(comparisons, peak=1e9):
+    return [row for comparison in comparisons for row in run_comparison(comparison, CPU, peak)]
 
 
 def failures(rows):
@@ -44,8 +44,8 @@ def test_every_row_of_every_suite_runs(suite):
     if suite == "projectors":
         pytest.importorskip("transformers")
         pytest.importorskip("timm")
-    contests = list(SUITES[suite](options("float32", "bfloat16")))
-    rows = rows_of(contests)
+    comparisons = list(SUITES[suite](options("float32", "bfloat16")))
+    rows = rows_of(comparisons)
     assert failures(rows) == []
     assert all(row.suite == suite and row.values.keys() >= TIMED for row in rows)
     assert all(row.values["p20_ms"] <= row.values["ms"] <= row.values["p80_ms"] for row in rows)
@@ -69,8 +69,10 @@ def test_limits_count_what_is_moved_and_done(monkeypatch):
 
 
 def test_limits_measure_each_dtype():
-    products = [contest for contest in limits.contests(options("float32", "bfloat16")) if contest.subject == "matrix product"]
-    assert [contest.setting for contest in products] == [{"width": 32, "dtype": name} for name in ("float32", "bfloat16")]
+    products = [
+        comparison for comparison in limits.comparisons(options("float32", "bfloat16")) if comparison.subject == "matrix product"
+    ]
+    assert [comparison.setting for comparison in products] == [{"width": 32, "dtype": name} for name in ("float32", "bfloat16")]
 
 
 # What the authors wrote. In float64, where no library's choice of algorithm is in the way: oneDNN's weight gradient is wrong in
@@ -123,8 +125,8 @@ def test_the_authors_projector_is_ours(memory_format, config):
 
 def kernel_contests(config=TINY, **fields):
     return {
-        (contest.subject, *contest.setting.values()): contest
-        for contest in kernels.contests(options(config=config, batches=(3,), **fields))
+        (comparison.subject, *comparison.setting.values()): comparison
+        for comparison in kernels.comparisons(options(config=config, batches=(3,), **fields))
     }
 
 
@@ -132,7 +134,7 @@ def test_kernels_compare_every_operator_and_backend_with_the_authors_convolution
     found = kernel_contests()
     subjects = ("tokens, cropping", "tokens, pooling", "detail map", "integrator", "projector")
     assert set(found) == {(subject, direction, "float32", 3) for subject in subjects for direction in kernels.PASSES}
-    for (subject, direction, *_), contest in found.items():
+    for (subject, direction, *_), comparison in found.items():
         names = ["naive", "gemm"]
         if subject not in ("integrator", "projector"):
             names += ["factorized"]
@@ -142,9 +144,9 @@ def test_kernels_compare_every_operator_and_backend_with_the_authors_convolution
             names += ["Conv2d, channels last"]
         if (subject, direction) == ("tokens, cropping", "forward"):
             names += ["Conv2d, torch.compile"]
-        assert list(contest.entries) == names
-        assert contest.reference == "naive"
-        assert contest.baseline == ("naive" if subject == "integrator" else "Conv2d (authors)")
+        assert list(comparison.candidates) == names
+        assert comparison.reference == "naive"
+        assert comparison.baseline == ("naive" if subject == "integrator" else "Conv2d (authors)")
 
 
 def test_kernels_without_an_integrator_have_no_detail_map():
@@ -154,7 +156,7 @@ def test_kernels_without_an_integrator_have_no_detail_map():
 
 
 def test_kernels_values():
-    for row in rows_of(kernels.contests(options(batches=(2,)))):
+    for row in rows_of(kernels.comparisons(options(batches=(2,)))):
         expected = TIMED | {"ratio"}
         if row.implementation != "naive":
             expected |= {"error"}
@@ -168,8 +170,8 @@ def test_kernels_values():
 @pytest.mark.parametrize("direction", kernels.PASSES)
 def test_forward_makes_no_graph_and_backward_all_gradients(direction):
     found = kernel_contests()["tokens, cropping", direction, "float32", 3]
-    entry = found.entries["gemm"]()
-    outcome = entry.run()
+    candidate = found.candidates["gemm"]()
+    outcome = candidate.run()
     if direction == "forward":
         assert not outcome.requires_grad
         assert outcome.shape == (3, 3, 16)
@@ -204,20 +206,20 @@ def test_work_is_what_the_config_counts(direction, head):
         ("detail map", parts["integrator detail map"].multiply_adds, parts["integrator detail map"].parameters),
         ("projector", sum(part.multiply_adds for part in parts.values()), config.num_parameters),
     ]:
-        contest = found[subject, direction, "float32", batch]
-        assert contest.num_flops == factor * 2 * batch * operations
-        assert contest.num_bytes == factor * (4 * parameters + features)
-        weights = sum(weight.numel() for weight in contest.weights())
+        comparison = found[subject, direction, "float32", batch]
+        assert comparison.num_flops == factor * 2 * batch * operations
+        assert comparison.num_bytes == factor * (4 * parameters + features)
+        weights = sum(weight.numel() for weight in comparison.weights())
         assert parameters * 0.95 < weights <= parameters
-        assert contest.memory >= 4 * weights + features
-        assert not any(weight.requires_grad for weight in contest.weights())
+        assert comparison.memory >= 4 * weights + features
+        assert not any(weight.requires_grad for weight in comparison.weights())
 
 
 @pytest.mark.parametrize("direction", kernels.PASSES)
 def test_the_work_of_factorized_kernels_is_their_own(direction):
     batch, small = 3, costs(options().factorized)
     for subject, part in [("tokens, cropping", "extractor"), ("detail map", "integrator detail map")]:
-        num_bytes, num_flops = kernel_contests()[subject, direction, "float32", batch].entries["factorized"]().work
+        num_bytes, num_flops = kernel_contests()[subject, direction, "float32", batch].candidates["factorized"]().work
         features, parameters, forward = 4 * batch * 144 * 16, 4 * small[part].parameters, 2 * batch * small[part].multiply_adds
         assert num_bytes == (1 if direction == "forward" else 3) * (parameters + features)
         if direction == "forward":
@@ -246,7 +248,7 @@ def test_factorized_kernels_that_are_wrong_are_a_row_that_says_so(monkeypatch):
 
 def test_work_in_half_precision_is_half_the_bytes():
     full, half = (kernel_contests()["projector", "forward", "float32", 3],
-                  {c.subject: c for c in kernels.contests(options("bfloat16", batches=(3,)))
+                  {c.subject: c for c in kernels.comparisons(options("bfloat16", batches=(3,)))
                    if c.setting["pass"] == "forward"}["projector"])  # fmt: skip
     assert full.num_bytes == 2 * half.num_bytes
     assert full.num_flops == half.num_flops
@@ -261,7 +263,7 @@ def test_flops_of_a_linear_layer():
 def test_a_broken_backend_is_a_row_that_says_so(monkeypatch):
     sound = gemm.window_linear
     monkeypatch.setattr(gemm, "window_linear", lambda *arguments: 1.01 * sound(*arguments))
-    rows = rows_of(kernels.contests(options(batches=(1,))))
+    rows = rows_of(kernels.comparisons(options(batches=(1,))))
     broken = [row for row in rows if row.subject != "integrator" and row.implementation == "gemm"]
     assert len(broken) == 8
     assert all(row.failure.startswith("wrong: off by ") and row.values == {} for row in broken)
@@ -306,7 +308,7 @@ def test_what_does_not_fit_is_a_row_and_is_not_tried(monkeypatch, suite):
 
 @pytest.mark.parametrize("suite", ["kernels", "factorized", "projectors", "scaling"])
 def test_one_contest_is_gone_before_the_next_is_made(monkeypatch, suite):
-    """At the paper's size each holds gigabytes: whoever lets go of a contest must have let go of its tensors."""
+    """At the paper's size each holds gigabytes: whoever lets go of a comparison must have let go of its tensors."""
     made, alive, features = [], [], Options.features
 
     def recorded(*arguments):
@@ -318,13 +320,13 @@ def test_one_contest_is_gone_before_the_next_is_made(monkeypatch, suite):
         return tensor
 
     monkeypatch.setattr(Options, "features", recorded)
-    contests = SUITES[suite](options(batches=(1,)))
+    comparisons = SUITES[suite](options(batches=(1,)))
     for _ in range(3):
-        contest = next(contests)
+        comparison = next(comparisons)
         assert not any(reference() for reference in made)
-        run_contest(contest, CPU, None)
-        del contest
-    if suite == "kernels":  # its features are the contest's, not an entry's
+        run_comparison(comparison, CPU, None)
+        del comparison
+    if suite == "kernels":  # its features are the comparison's, not an candidate's
         assert alive == [[]] * 3
 
 
@@ -332,36 +334,36 @@ def test_one_contest_is_gone_before_the_next_is_made(monkeypatch, suite):
 
 
 def factorized_contests(*dtypes, config=TINY):
-    found = factorized.contests(options(*dtypes, batches=(3,), config=config))
-    return {(contest.subject, *contest.setting.values()): contest for contest in found}
+    found = factorized.comparisons(options(*dtypes, batches=(3,), config=config))
+    return {(comparison.subject, *comparison.setting.values()): comparison for comparison in found}
 
 
 def test_factorized_measures_what_the_targets_name():
     timed, names = ("tokens, cropping", "detail map"), ["dense", "factorized", "factorized, in cache"]
     found = factorized_contests()
     assert set(found) == {*((s, d, "float32", 3) for s in timed for d in kernels.PASSES), ("training step", "float32", 3)}
-    for (subject, direction, *_), contest in found.items():
+    for (subject, direction, *_), comparison in found.items():
         expected = names[:2] if subject == "training step" else [*names, "Conv2d (authors)"] if direction == "forward" else names
-        assert list(contest.entries) == expected
-        assert contest.baseline == "dense"
-        assert contest.suite == "factorized"
-    entries = found["tokens, cropping", "forward", "float32", 3].entries
-    assert [name for name, build in entries.items() if build().in_cache] == ["factorized, in cache"]
+        assert list(comparison.candidates) == expected
+        assert comparison.baseline == "dense"
+        assert comparison.suite == "factorized"
+    candidates = found["tokens, cropping", "forward", "float32", 3].candidates
+    assert [name for name, build in candidates.items() if build().in_cache] == ["factorized, in cache"]
     bare = factorized_contests(config=replace(TINY, detail_kernel_size=None, detail_stride=None))
     assert {subject for subject, *_ in bare} == {"tokens, cropping", "training step"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_training_step_trains_and_tells_what_it_holds(dtype):
-    contest = factorized_contests(dtype)["training step", dtype, 3]
-    rows = {row.implementation: row.values for row in rows_of([contest])}
+    comparison = factorized_contests(dtype)["training step", dtype, 3]
+    rows = {row.implementation: row.values for row in rows_of([comparison])}
     for name, config in (("dense", TINY), ("factorized", options().factorized)):
         assert rows[name]["parameters"] == config.num_parameters
         weights_and_moments = 3 * config.num_parameters * (4 if dtype == "float32" else 2)
         assert 0 <= 2**20 * rows[name]["held_mib"] - weights_and_moments < 500  # and a step number for each parameter
     assert rows["factorized"]["parameters"] < rows["dense"]["parameters"] / 2
-    entry = contest.entries["factorized"]()
-    first, second = entry.run(), entry.run()
+    candidate = comparison.candidates["factorized"]()
+    first, second = candidate.run(), candidate.run()
     assert not torch.equal(first, second)
     assert second.isfinite().all()
 
@@ -373,7 +375,7 @@ def test_projectors_values(monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("timm")
     monkeypatch.setattr(measure, "seconds_of", lambda work, device: (work(), 0.5)[1])
-    rows = rows_of(projectors.contests(options(batches=(2,))))
+    rows = rows_of(projectors.comparisons(options(batches=(2,))))
     assert failures(rows) == []
     by_name = {row.implementation: row.values for row in rows}
     assert next(iter(by_name)) == "LLaVA MLP"
@@ -425,15 +427,15 @@ def test_projectors_at_the_papers_size_are_the_papers(monkeypatch):
 def test_a_projector_that_differs_from_its_specification_is_not_timed(monkeypatch):
     sound = gemm.window_linear
     monkeypatch.setattr(gemm, "window_linear", lambda *arguments: sound(*arguments) * float("nan"))
-    contest = next(contest for contest in projectors.contests(options()) if contest.subject == "SP cropping")
-    rows = {row.implementation: row for row in run_contest(contest, CPU, None)}
+    comparison = next(comparison for comparison in projectors.comparisons(options()) if comparison.subject == "SP cropping")
+    rows = {row.implementation: row for row in run_comparison(comparison, CPU, None)}
     assert "wrong: off by nan" in rows["SP cropping"].failure
     assert rows["LLaVA MLP"].failure is None
 
 
 def test_a_missing_library_is_its_projectors_row(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    found = [contest for contest in projectors.contests(options()) if contest.subject in ("C-Abstractor", "DeCo")]
+    found = [comparison for comparison in projectors.comparisons(options()) if comparison.subject in ("C-Abstractor", "DeCo")]
     rows = rows_of(found)
     assert [(row.implementation, "spatial-tokens[timm]" in row.failure) for row in rows if row.failure] == [("C-Abstractor", True)]
 
@@ -443,16 +445,16 @@ def test_a_missing_library_is_its_projectors_row(monkeypatch):
 
 def test_scaling_varies_only_what_it_says(monkeypatch):
     seen = []
-    monkeypatch.setattr(scaling, "_entry", lambda options, config, batch, dtype: seen.append((config, batch, dtype)) or 1 / 0)
+    monkeypatch.setattr(scaling, "_candidate", lambda options, config, batch, dtype: seen.append((config, batch, dtype)) or 1 / 0)
     for sizes in ({"BATCHES": (1, 512)}, {"GRIDS": (16, 24, 64)}, {"CHANNELS": (768, 4096)}, {"NUM_TOKENS": (1, 2, 3, 6, 12, 24)}):
         monkeypatch.setattr(scaling, *next(iter(sizes.items())))
     monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: None)
     paper = SPProjectorConfig.from_preset("llava-sp-cropping")
     bare = replace(paper, detail_kernel_size=None, detail_stride=None)
-    contests = list(scaling.contests(options(config=paper)))
-    rows_of(contests)
-    told = [(contest.subject, contest.setting[contest.subject]) for contest in contests[::2]]
-    assert [next(iter(contest.entries)) for contest in contests] == ["SP", "SP, factorized"] * len(told)
+    comparisons = list(scaling.comparisons(options(config=paper)))
+    rows_of(comparisons)
+    told = [(comparison.subject, comparison.setting[comparison.subject]) for comparison in comparisons[::2]]
+    assert [next(iter(comparison.candidates)) for comparison in comparisons] == ["SP", "SP, factorized"] * len(told)
     assert told == [
         *(("batch", n) for n in (1, 512)), *(("grid", n) for n in (16, 24, 64)),
         *(("channels", n) for n in (768, 4096)), *(("tokens", n) for n in (1, 2, 3, 6, 12, 24)),
@@ -474,8 +476,8 @@ def test_scaling_varies_only_what_it_says(monkeypatch):
 
 
 def test_scaling_takes_the_batches_it_is_given():
-    contests = list(scaling.contests(options("float32", "bfloat16", batches=(3,))))
-    taken = [(c.setting["dtype"], c.setting["batch"]) for c in contests if c.subject == "batch" and "SP" in c.entries]
+    comparisons = list(scaling.comparisons(options("float32", "bfloat16", batches=(3,))))
+    taken = [(c.setting["dtype"], c.setting["batch"]) for c in comparisons if c.subject == "batch" and "SP" in c.candidates]
     assert taken == [("float32", 3), ("bfloat16", 3)]
 
 
@@ -492,8 +494,8 @@ def test_scaling_sizes_are_as_many_as_asked_and_grow(side):
 def test_scaling_shows_a_size_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(scaling, "CHANNELS", (8, 2**30))
     monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 2**32)
-    contests = scaling.contests(options())
-    rows = {(row.subject, row.setting[row.subject], row.implementation): row for row in rows_of(contests)}
+    comparisons = scaling.comparisons(options())
+    rows = {(row.subject, row.setting[row.subject], row.implementation): row for row in rows_of(comparisons)}
     assert rows["channels", 2**30, "SP"].failure.startswith("needs about ")
     assert rows["channels", 8, "SP"].failure is rows["channels", 8, "SP, factorized"].failure is None
 
@@ -501,7 +503,7 @@ def test_scaling_shows_a_size_that_does_not_fit(monkeypatch):
 def test_scaling_measures_factorized_kernels_where_dense_ones_do_not_fit(monkeypatch):
     monkeypatch.setattr(scaling, "GRIDS", (24,))
     monkeypatch.setattr("spatial_tokens.bench.runner.free_memory", lambda device: 2**28 + 2**20)
-    rows = {row.implementation: row for row in rows_of(scaling.contests(options())) if row.subject == "grid"}
+    rows = {row.implementation: row for row in rows_of(scaling.comparisons(options())) if row.subject == "grid"}
     assert rows["SP"].failure.startswith("needs about ")
     assert rows["SP, factorized"].failure is None
 
@@ -524,7 +526,7 @@ def test_llm_takes_the_largest_model_that_fits_and_says_which(monkeypatch, free_
 
 
 def test_llm_labels_what_is_scaled_down():
-    shown = [llm.contest(options(), model, "float32", 1).subject for model in MODELS]
+    shown = [llm.comparison(options(), model, "float32", 1).subject for model in MODELS]
     assert shown == ["LLaVA-1.5 7B", "LLaVA-1.5 1.3B (7B does not fit)", "LLaVA-1.5 0.1B (7B does not fit)"]
 
 
@@ -546,7 +548,7 @@ def test_llm_model_is_the_size_it_says(transformers):
 def test_llm_ratio_is_tokens_a_second_with_over_without(transformers, monkeypatch):
     taken = iter([0.5, 0.8, 1.0])
     monkeypatch.setattr(measure, "seconds_of", lambda work, device: next(taken))
-    rows = {row.implementation: row for row in rows_of(llm.contests(options("bfloat16", batches=(2,))))}
+    rows = {row.implementation: row for row in rows_of(llm.comparisons(options("bfloat16", batches=(2,))))}
     assert list(rows) == ["LLaVA-1.5", "SP cropping + DFI", "SP pooling + DFI"]
     assert failures(rows.values()) == []
     rates = {name: row.values["tokens_per_s"] for name, row in rows.items()}
@@ -558,7 +560,7 @@ def test_llm_ratio_is_tokens_a_second_with_over_without(transformers, monkeypatc
 
 def test_llm_image_tokens(transformers):
     paper = replace(SPProjectorConfig.from_preset("llava-sp-cropping"), vision_hidden_size=8, spatial_hidden_size=2)
-    rows = rows_of(llm.contests(options("float32", config=paper)))
+    rows = rows_of(llm.comparisons(options("float32", config=paper)))
     assert failures(rows) == []
     assert [row.values["image_tokens"] for row in rows] == [576, 582, 582]
 
@@ -567,10 +569,10 @@ def test_llm_has_one_model_for_all_three(transformers, monkeypatch):
     made = []
     build = llm._llava
     monkeypatch.setattr(llm, "_llava", lambda *arguments: (made.append(1), build(*arguments))[1])
-    rows_of(llm.contests(options()))
+    rows_of(llm.comparisons(options()))
     assert made == [1]
 
 
 def test_llm_without_transformers_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert all("spatial-tokens[hf]" in row.failure for row in rows_of(llm.contests(options())))
+    assert all("spatial-tokens[hf]" in row.failure for row in rows_of(llm.comparisons(options())))

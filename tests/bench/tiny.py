@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from spatial_tokens import SPProjectorConfig
-from spatial_tokens.bench import alternatives, measure
+from spatial_tokens.bench import baselines, measure
 from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.suites import kernels, limits, llm, scaling
 
@@ -30,7 +30,7 @@ def options(*dtypes, batches=(), config=TINY):
 
 
 def shrink(monkeypatch, rounds=1):
-    """Makes every suite small, and each contest a round or a few; nothing is compiled."""
+    """Makes every suite small, and each comparison a round or a few; nothing is compiled."""
     monkeypatch.setattr(measure, "LEAST_ROUNDS", rounds)
     monkeypatch.setattr(measure, "MOST_ROUNDS", rounds)
     monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # a fifth of a second each, with all that pytest keeps
@@ -44,4 +44,4 @@ def shrink(monkeypatch, rounds=1):
     monkeypatch.setattr(llm, "MODELS", (LLAVA,))
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     for name, sizes in SMALL.items():
-        monkeypatch.setattr(alternatives, name, partial(getattr(alternatives, name), **sizes))
+        monkeypatch.setattr(baselines, name, partial(getattr(baselines, name), **sizes))

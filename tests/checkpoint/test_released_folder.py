@@ -25,7 +25,7 @@ from spatial_tokens.checkpoint.released_folder import convert_released
 from spatial_tokens.cli import main
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 from spatial_tokens.training.conversations import parse, render
-from spatial_tokens.training.prepare import prepare
+from spatial_tokens.training.prepare import prepare_model
 from tests.adapters.huggingface.models import pictures
 from tests.checkpoint.test_llava_sp import Payload, released, run_released, without
 from tests.tolerances import assert_close
@@ -324,7 +324,7 @@ def test_tied_embeddings(parts, folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(40, 24), (24, 41), (16, 16)])
-def test_pictures_are_padded_to_squares_of_the_mean_colour(parts, folder, size):
+def test_pictures_are_padded_to_squares_of_the_mean_color(parts, folder, size):
     _, processor = from_released(folder, parts / "base")
     picture = pictures(1, size)[0]
     clip = transformers.CLIPImageProcessor.from_pretrained(parts / "clip")
@@ -505,7 +505,7 @@ def test_a_step_lowers_the_loss(parts, folder, tmp_path):
     plain = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     model, processor = load_adapter(plain, tmp_path / "out" / "spatial_tokens", processor)
-    model = prepare(model, INSTRUCTION_TUNING).train()
+    model = prepare_model(model, INSTRUCTION_TUNING).train()
     inputs = inputs_for(processor)
     labels = inputs["input_ids"].clone()
     labels[:, :-10] = -100
@@ -799,7 +799,7 @@ def test_a_new_llava_takes_spatial_tokens_and_trains(parts):
     model, processor = attach(model.float(), processor, kernel_sizes=KERNELS, detail_kernel_size=4, spatial_hidden_size=S)
     inputs = processor(images=pictures(1), text="USER: <image>\nWhat? ASSISTANT: that", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
-    model = prepare(model.train(), ALIGNMENT)
+    model = prepare_model(model.train(), ALIGNMENT)
     optimizer = torch.optim.AdamW((each for each in model.parameters() if each.requires_grad), lr=1e-3)
     losses = []
     for _ in range(5):

@@ -198,7 +198,7 @@ def test_a_plot_that_fails_does_not_cost_the_weights(capsys, tmp_path, projector
     def fails(report):
         raise ValueError("no such scale")
 
-    monkeypatch.setattr("spatial_tokens.cli.compress.plot", fails)
+    monkeypatch.setattr("spatial_tokens.cli.compress.plot_report", fails)
     printed = run(capsys, tmp_path / "dense", tmp_path / "small", "--features", tmp_path / "features.safetensors", "--rank", 2)
     assert "no compression.png: no such scale\n" in printed.err
     assert SPProjector.from_pretrained(tmp_path / "small").config.rank == 2

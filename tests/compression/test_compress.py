@@ -11,7 +11,7 @@ from torch import nn
 
 from spatial_tokens import FactorizedFeatureExtractor, SpatialFeatureExtractor, SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.compression import compress, fit
-from spatial_tokens.compression.plot import plot
+from spatial_tokens.compression.plot import plot_report
 from spatial_tokens.modules import LinearHead, MLPHead
 from spatial_tokens.visualize import save
 from tests.tolerances import FLOAT64, assert_close
@@ -288,8 +288,8 @@ def test_the_report_is_json_a_table_and_a_plot(tmp_path):
     assert values["dense_parameters"] == C * S * (8 + 24 + 48 + 12)
     lines = str(report).splitlines()
     assert [line.split("  ")[0] for line in lines[3:]] == ["kernel 2x4", "kernel 4x6", "kernel 6x8", "detail map"]
-    save(plot(report), tmp_path / "plot.png")
-    save(plot(replace(report, unexplained=0.0, curve=(replace(report.curve[0], unexplained=0.0),))), tmp_path / "exact.png")
+    save(plot_report(report), tmp_path / "plot.png")
+    save(plot_report(replace(report, unexplained=0.0, curve=(replace(report.curve[0], unexplained=0.0),))), tmp_path / "exact.png")
     with pytest.raises(ValueError, match="JSON"):
         replace(report, unexplained=float("inf")).to_json()
     assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"

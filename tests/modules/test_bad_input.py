@@ -159,7 +159,7 @@ def test_grids(built, value):
         ((2, 0), "cropping", f"each of kernel_sizes {PAIR} 0"),
         ((2, 8), "cropping", TOO_LARGE),
         ((2, 8), "pooling", TOO_LARGE),
-        ((2, 3), "cropping", "cannot be cropped to a centred 3 x 3 window: 6 - 3 is odd; use kernel sizes (2, 4), (6, 8)"),
+        ((2, 3), "cropping", "cannot be cropped to a centered 3 x 3 window: 6 - 3 is odd; use kernel sizes (2, 4), (6, 8)"),
         ((4, 2), "cropping", "kernel_sizes must increase, got (4, 2); sort them and drop repeated ones"),
         ((2, (2, 2)), "pooling", "kernel_sizes must increase, got (2, 2); sort them and drop repeated ones"),
         (((2, 6), (4, 4)), "cropping", "kernel_sizes must increase, got ((2, 6), 4)"),

@@ -29,8 +29,8 @@ def run(backend, eps=EPS):
 def reference(eps=EPS):
     def project(features, parameters, one_eps):
         norm_weight, norm_bias, weight, bias = parameters
-        centred = features - features.mean(-1, keepdim=True)
-        normal = centred / (centred.square().mean(-1, keepdim=True) + one_eps).sqrt()
+        centered = features - features.mean(-1, keepdim=True)
+        normal = centered / (centered.square().mean(-1, keepdim=True) + one_eps).sqrt()
         return (normal * norm_weight + norm_bias) @ weight.T + bias
 
     def call(x, detail, *p):

@@ -31,7 +31,7 @@ class Answer:
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
-    """Coloured squares."""
+    """Colored squares."""
     squares = torch.randint(0, 256, (4, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(squares.numpy()).resize((width, height), Image.Resampling.NEAREST)
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
-from spatial_tokens.modules.ablations import SlidingWindowExtractor
 from spatial_tokens.storage import files
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
@@ -345,14 +344,13 @@ def test_wrapped_parts_are_not_saved(tmp_path, place, head):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("extractor", SlidingWindowExtractor(5, 3, grid_size=8, kernel_size=4)),
         ("integrator", Foreign()),
         ("spatial_head", Foreign()),
         ("patch_head", nn.Linear(5, 7)),
         ("patch_head", nn.Identity()),
     ],
 )
-def test_parts_that_no_config_describes_are_not_saved(tmp_path, name, part):
+def test_parts_that_nothing_describes_are_not_saved(tmp_path, name, part):
     projector = build()
     setattr(projector, name, part)
     with pytest.raises(SpatialTokensError, match=f"no SPProjectorConfig describes a projector with a {type(part).__name__}"):

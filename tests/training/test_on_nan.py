@@ -17,7 +17,7 @@ from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
 from spatial_tokens.training import ALIGNMENT
 from spatial_tokens.training.checkpoints import checkpoints_in
-from spatial_tokens.training.prepare import prepare, save_trained
+from spatial_tokens.training.prepare import prepare_model, save_trained
 from spatial_tokens.training.trainer import SpatialTokensTrainer
 from tests.test_examples import example
 from tests.training.script import ROOT, TWO, losses, run, small
@@ -147,7 +147,7 @@ def test_float16_gradients_that_overflow_are_scaled_down(tmp_path, scale, skippe
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
-    model = prepare(attach(*tiny_llava(), spatial_hidden_size=8)[0], ALIGNMENT)
+    model = prepare_model(attach(*tiny_llava(), spatial_hidden_size=8)[0], ALIGNMENT)
     save_trained(model, tmp_path)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.bias[3] = value

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter
-from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.adapters.huggingface.ready import tiny_llava, tiny_qwen_vl
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, parameter_groups
 from spatial_tokens.training.dataset import Collator, ConversationDataset
-from spatial_tokens.training.prepare import load_trained, parts_of, prepare, save_trained
+from spatial_tokens.training.prepare import load_trained, parts_of, prepare_model, save_trained
 from tests.adapters.huggingface.test_processing import FAMILIES, GRID_OF_4, gemma3, idefics3, internvl, llava_next
-from tests.test_examples import tiny_qwen
 from tests.tolerances import assert_close, rounding
 
 STAGES = [ALIGNMENT, INSTRUCTION_TUNING]
@@ -29,7 +28,7 @@ def made(stage, dtype=torch.float32):
     torch.manual_seed(0)
     base, processor = tiny_llava()
     model, processor = attach(base.to(dtype), processor, spatial_hidden_size=8)
-    return prepare(model, stage), processor
+    return prepare_model(model, stage), processor
 
 
 def trained(model):
@@ -118,8 +117,8 @@ def test_detaching_restores_the_mlp(dtype):
     mlp = base.model.multi_modal_projector
     own = {name: each.clone() for name, each in mlp.state_dict().items()}
     hooks = len(mlp._forward_hooks), len(mlp._forward_pre_hooks)
-    model = same_values(prepare(attach(base, processor, spatial_hidden_size=8)[0], ALIGNMENT))
-    copied = deepcopy(prepare(model, ALIGNMENT))  # once more, which changes nothing
+    model = same_values(prepare_model(attach(base, processor, spatial_hidden_size=8)[0], ALIGNMENT))
+    copied = deepcopy(prepare_model(model, ALIGNMENT))  # once more, which changes nothing
     for each in (copied, model):
         for weight in each.model.multi_modal_projector.parameters():
             weight.grad = torch.ones_like(weight)
@@ -141,10 +140,10 @@ def test_a_quantized_mlp_is_refused_and_the_model_stays_as_it_was():
         r"^model.multi_modal_projector.linear_2.weight is quantized .*skip_modules=\['model.multi_modal_projector', 'lm_head'\]\)$"
     )
     with pytest.raises(SpatialTokensError, match=said):
-        prepare(model, INSTRUCTION_TUNING)
+        prepare_model(model, INSTRUCTION_TUNING)
     assert {name: (each.dtype, each.requires_grad) for name, each in model.named_parameters()} == before
     layer.weight = torch.nn.Parameter(torch.ones(64, 64))
-    assert prepare(model, ALIGNMENT) is model
+    assert prepare_model(model, ALIGNMENT) is model
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -161,8 +160,8 @@ def test_a_base_in_4_bits(stage, batch, tmp_path):
         return attach(base, processor, spatial_hidden_size=8)[0]
 
     with pytest.raises(SpatialTokensError, match=r"multi_modal_projector.linear_1.weight is quantized"):
-        prepare(loaded(), stage)
-    model = prepare(loaded(llm_int8_skip_modules=["model.multi_modal_projector", "lm_head"]), stage)
+        prepare_model(loaded(), stage)
+    model = prepare_model(loaded(llm_int8_skip_modules=["model.multi_modal_projector", "lm_head"]), stage)
     model(**batch).loss.backward()
     assert {each.dtype for each in trained(model).values()} == {torch.float32}
     assert all(each.grad.isfinite().all() for each in trained(model).values())
@@ -170,7 +169,7 @@ def test_a_base_in_4_bits(stage, batch, tmp_path):
 
 def test_a_stage_is_expected():
     with pytest.raises(SpatialTokensError, match="stage must be a Stage, such as ALIGNMENT, got 'alignment'"):
-        prepare(attach(*tiny_llava(), spatial_hidden_size=8)[0], "alignment")
+        prepare_model(attach(*tiny_llava(), spatial_hidden_size=8)[0], "alignment")
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -205,7 +204,7 @@ def test_load_refuses_what_is_not_the_models(tmp_path):
     with pytest.raises(SpatialTokensError, match="lora"):
         load_trained(model, tmp_path)
     other, _ = attach(*tiny_llava(), spatial_hidden_size=16)
-    save_trained(prepare(other, ALIGNMENT), tmp_path)
+    save_trained(prepare_model(other, ALIGNMENT), tmp_path)
     with pytest.raises(SpatialTokensError, match="wrongly shaped"):
         load_trained(made(ALIGNMENT)[0], tmp_path)
 
@@ -213,13 +212,13 @@ def test_load_refuses_what_is_not_the_models(tmp_path):
 def test_preparing_twice_changes_nothing():
     model, _ = made(INSTRUCTION_TUNING)
     names = list(trained(model))
-    assert prepare(model, INSTRUCTION_TUNING) is model
+    assert prepare_model(model, INSTRUCTION_TUNING) is model
     assert list(trained(model)) == names
 
 
 def test_a_model_without_spatial_tokens():
     with pytest.raises(SpatialTokensError, match="attach"):
-        prepare(tiny_llava()[0], ALIGNMENT)
+        prepare_model(tiny_llava()[0], ALIGNMENT)
 
 
 def test_an_adapter_brings_the_trained_mlp_and_detaching_takes_it_away(tmp_path):
@@ -238,7 +237,7 @@ def test_an_adapter_brings_the_trained_mlp_and_detaching_takes_it_away(tmp_path)
     detach(base)
     assert torch.equal(base.model.multi_modal_projector.linear_1.weight, own)
     base, _ = load_adapter(base.bfloat16(), tmp_path, processor)
-    detach(same_values(prepare(base, ALIGNMENT)))  # after which what was loaded is neither
+    detach(same_values(prepare_model(base, ALIGNMENT)))  # after which what was loaded is neither
     assert torch.equal(base.model.multi_modal_projector.linear_1.weight, own.bfloat16())
 
 
@@ -268,7 +267,7 @@ TEMPLATE = (
 
 
 def qwen():
-    base, processor = tiny_qwen()
+    base, processor = tiny_qwen_vl()
     return base, processor, "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -301,7 +300,7 @@ def test_other_families(family, tmp_path):
         end = processor.tokenizer.eos_token_id
         assert [each for each in item["labels"][shown].tolist() if each != end] == expected
         assert (item["labels"] == end).sum() == len(answers)
-    model = prepare(model.train(), ALIGNMENT)
+    model = prepare_model(model.train(), ALIGNMENT)
     loss = model(**Collator(processor.tokenizer.pad_token_id)(items)).loss
     loss.backward()
     assert loss.isfinite()

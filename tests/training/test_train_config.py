@@ -31,7 +31,8 @@ from tests.training.script import CONFIGS, ROOT, SCRIPT, small
         ({"max_steps": "abc"}, "max_steps"),
         ({"seed": "abc"}, "seed must be an integer"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be an integer, greater than 0, got 0"),
-        ({"learning_rate": 1}, "learning_rate follows from the stage"),
+        ({"learning_rate": 1}, "learning_rate follows from the stage; change projector_learning_rate under recipe:"),
+        ({"lerning_rate": 1}, "unknown key 'lerning_rate'; learning_rate follows from the stage; change projector_learning_rate"),
         ({"eval_strategy": "steps", "eval_data": "null"}, "eval_strategy and eval_on_start need eval_data"),
         ({"eval_on_start": "true", "eval_data": "null"}, "eval_strategy and eval_on_start need eval_data"),
         ({"adam_beta1": 1}, "adam_beta1 must be a finite number from 0.0 to below 1.0, got 1"),
@@ -90,13 +91,21 @@ def as_command(monkeypatch, *words):
 
 def test_the_command_says_so_in_one_line(there, monkeypatch):
     assert re.fullmatch("train.py: error: .*unknown key 'max_step'.*", as_command(monkeypatch, *small("never", max_step=1)))
-    for words in ((), ("--seed", "1")):
-        assert as_command(monkeypatch, *words).startswith("train.py: error: give a config")
+    assert as_command(monkeypatch, "--seed", "1").startswith("train.py: error: give a config")
+
+
+def test_without_a_config_it_draws_pictures_for_a_tiny_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    (config,) = example("train").tiny_run()
+    assert Path(config).samefile(SCRIPT.parent / "configs" / "tiny" / "alignment.yaml")
+    assert (tmp_path / "tiny-data" / "alignment.json").is_file()
+    assert capsys.readouterr().out.startswith("no config was given: ")
 
 
 def test_help_is_a_text_and_no_error(monkeypatch, capsys):
     assert not as_command(monkeypatch, "--help")
-    assert re.match(r"usage: train.py CONFIG.yaml \[--name value ...\]\n(.*\n)+ +on_bad_sample", capsys.readouterr().out)
+    assert re.match(r"usage: train.py \[CONFIG.yaml\] \[--name value ...\]\n(.*\n)+ +on_bad_sample", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

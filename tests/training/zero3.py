@@ -13,7 +13,7 @@ from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface.saving import trained_tensors
 from spatial_tokens.storage.sharded import gathered, is_sharded, tensors_of, whole
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA
-from spatial_tokens.training.prepare import load_trained, prepare, require_finite, save_trained
+from spatial_tokens.training.prepare import load_trained, prepare_model, require_finite, save_trained
 from tests.training.on_cpu import import_deepspeed
 from tests.training.workers import ROWS, mean, optimizer_of, zero_steps
 
@@ -85,7 +85,7 @@ def zero3_files(case, rank, world):
         base, plain = llava()
         mlp = {name: each.clone() for name, each in base.model.multi_modal_projector.state_dict().items()}
         case.attach_to(base, plain)
-        model = prepare(case.model, stage)
+        model = prepare_model(case.model, stage)
         with torch.no_grad():
             for each in (each for each in model.parameters() if each.requires_grad):
                 each.add_(torch.randn_like(each))
@@ -99,7 +99,7 @@ def zero3_files(case, rank, world):
         found["detach"] = same(gathered(tensors_of(parts)), mlp)
 
         case.attach_to(in_parts(llava()[0]), plain)
-        model = prepare(case.model, stage)
+        model = prepare_model(case.model, stage)
         load_trained(model, one)
         optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1e-2)
         engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=ZERO3)
@@ -125,14 +125,14 @@ def zero3_files(case, rank, world):
 
 
 def in_bfloat16(case, rank, world):
-    """Losses of `prepare`d models whose weights DeepSpeed casts (its `bf16`): ZeRO-2; ZeRO-3, attached before and after."""
+    """Losses of prepared models whose weights DeepSpeed casts (its `bf16`): ZeRO-2; ZeRO-3, attached before and after."""
     from tests.adapters.huggingface.models import llava
 
     losses = []
     for stage, make in ((2, lambda base: base), (3, lambda base: base), (3, in_parts)):
         base, plain = llava()
         case.attach_to(make(base.to(torch.bfloat16)), plain)
-        model = prepare(case.model, ALIGNMENT)
+        model = prepare_model(case.model, ALIGNMENT)
         settings = {**ZERO3, "bf16": {"enabled": True}, "zero_optimization": {**ZERO3["zero_optimization"], "stage": stage}}
         optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1e-2)
         engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)

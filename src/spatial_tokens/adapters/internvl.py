@@ -8,17 +8,17 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from spatial_tokens.adapters.beside import WithSpatialTokens
-from spatial_tokens.adapters.host import fitted, require
+from spatial_tokens.adapters.fit_config import fitted, require
+from spatial_tokens.adapters.prepend import PrependSpatialTokens
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size
 from spatial_tokens.ops.dense import check_dense
 
 
-def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTokens:
+def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> PrependSpatialTokens:
     """Gives an InternVLChatModel K spatial tokens a tile, before the tile's own tokens.
 
-    `model.mlp1` becomes a `WithSpatialTokens`, `model.num_image_token` grows by K, and `model.config.spatial_tokens` remembers
+    `model.mlp1` becomes a `PrependSpatialTokens`, `model.num_image_token` grows by K, and `model.config.spatial_tokens` remembers
     what was added, so that a patched model is rebuilt from its `config.json`.
 
     Args:
@@ -57,7 +57,7 @@ def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTok
     )
     factor = int(1 / model.downsample_ratio)
     unmerge = UndoPixelShuffle((side, side), config.vision_hidden_size, factor, transposed=model.ps_version == "v1")
-    model.mlp1 = projector = WithSpatialTokens.from_config(model.mlp1, config, unmerge, (side, side))
+    model.mlp1 = projector = PrependSpatialTokens.from_config(model.mlp1, config, unmerge, (side, side))
     model.num_image_token += projector.num_spatial_tokens
     model.config.spatial_tokens = {"preset": preset, **fields}
     return projector

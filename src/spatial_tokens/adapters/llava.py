@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spatial_tokens.adapters.host import fitted, require
+from spatial_tokens.adapters.fit_config import fitted, require
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.presets import PRESETS

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from spatial_tokens.adapters.beside import WithSpatialTokens
-from spatial_tokens.adapters.host import fitted, require
+from spatial_tokens.adapters.fit_config import fitted, require
+from spatial_tokens.adapters.prepend import PrependSpatialTokens
 
 
-def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTokens:
+def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> PrependSpatialTokens:
     """Gives a nanoVLM VisionLanguageModel K spatial tokens a picture (or tile of one), before its own tokens.
 
-    `model.MP` becomes a `WithSpatialTokens`, `model.cfg.mp_image_token_length` counts the K tokens too, and
+    `model.MP` becomes a `PrependSpatialTokens`, `model.cfg.mp_image_token_length` counts the K tokens too, and
     `model.cfg.mp_spatial_tokens` remembers what was added, so that a patched model is rebuilt from its `config.json`.
 
     Args:
@@ -47,7 +47,7 @@ def add_spatial_tokens(model: Any, preset: str, **fields: Any) -> WithSpatialTok
         grid_size=(side, side),
         patch_head=None,
     )
-    model.MP = projector = WithSpatialTokens.from_config(model.MP, config, grid_size=(side, side))
+    model.MP = projector = PrependSpatialTokens.from_config(model.MP, config, grid_size=(side, side))
     cfg.mp_image_token_length = (side // cfg.mp_pixel_shuffle_factor) ** 2 + projector.num_spatial_tokens
     cfg.mp_spatial_tokens = {"preset": preset, **fields}
     return projector

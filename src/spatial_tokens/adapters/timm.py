@@ -81,7 +81,7 @@ class TimmPatchEncoder(nn.Module):
         return create_transform(**{**resolve_model_data_config(self.model), "input_size": (3, *self.image_size)})
 
     def picture(self, pixels: torch.Tensor) -> Image:
-        """Undoes the normalisation of `transform()`: pixels `(3, height, width)` to the picture that the encoder saw."""
+        """Undoes the normalization of `transform()`: pixels `(3, height, width)` to the picture that the encoder saw."""
         from torchvision.transforms.functional import to_pil_image
 
         check_dense(pixels, "pixels", "(3, height, width)", 3)

@@ -20,8 +20,8 @@ class Options:
 
     Args:
         device: Where.
-        dtypes: Names of `DTYPES`, one contest each.
-        batches: Images at once, one contest each; the suite's own choice when empty.
+        dtypes: Names of `DTYPES`, one comparison each.
+        batches: Images at once, one comparison each; the suite's own choice when empty.
         config: The sizes: the paper's.
     """
 

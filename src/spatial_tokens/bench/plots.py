@@ -1,4 +1,4 @@
-"""Pictures of a report: times of the contests, log-log lines with their fitted exponents for the scaling suite."""
+"""Pictures of a report: times of the comparisons, log-log lines with their fitted exponents for the scaling suite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import log
 from typing import TYPE_CHECKING
 
-from spatial_tokens.bench.contest import Row, label
+from spatial_tokens.bench.comparison import Row, label
 from spatial_tokens.bench.report import Report
 from spatial_tokens.errors import MissingExtraError
 from spatial_tokens.storage.files import make_directory

@@ -9,7 +9,7 @@ from math import isfinite
 from os import PathLike
 from typing import Any
 
-from spatial_tokens.bench.contest import Row
+from spatial_tokens.bench.comparison import Row
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.storage.files import write_text
 from spatial_tokens.storage.text import read_text
@@ -81,7 +81,7 @@ def _row(fields: dict[str, Any]) -> Row:
     return Row(str(fields["suite"]), str(fields["subject"]), str(fields["implementation"]), setting, values, failure)
 
 
-def comparison(before: Report, after: Report) -> list[tuple[Row, Row, float]]:
+def paired_rows(before: Report, after: Report) -> list[tuple[Row, Row, float]]:
     """Rows that both reports timed, with the second's time over the first's.
 
     Raises:

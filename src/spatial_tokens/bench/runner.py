@@ -1,4 +1,4 @@
-"""Runs a contest: builds, checks, then times its entries, and says what went wrong with those that could not."""
+"""Runs a comparison: builds, checks, then times its candidates, and says what went wrong with those that could not."""
 
 from __future__ import annotations
 
@@ -9,58 +9,58 @@ from typing import Any
 
 import torch
 
-from spatial_tokens.bench.contest import Contest, Entry, Row
+from spatial_tokens.bench.comparison import Candidate, Comparison, Row
 from spatial_tokens.bench.machine import free_memory
 from spatial_tokens.bench.measure import Times, peak_bytes, side_by_side
 from spatial_tokens.errors import SpatialTokensError, reason
 
 READ = "read the weights"
-BUDGET = 2.0  # seconds a contest
+BUDGET = 2.0  # seconds a comparison
 
 
-def run_contest(contest: Contest, device: torch.device, peak_flops: float | None, budget: float = BUDGET) -> list[Row]:
-    """The rows of a contest, in its entries' order.
+def run_comparison(comparison: Comparison, device: torch.device, peak_flops: float | None, budget: float = BUDGET) -> list[Row]:
+    """The rows of a comparison, in its candidates' order.
 
     Args:
-        contest: What to compare.
+        comparison: What to compare.
         device: Where.
-        peak_flops: The device's measured operations a second for this dtype, if the contest has a limit.
+        peak_flops: The device's measured operations a second for this dtype, if the comparison has a limit.
         budget: Seconds to spend on timing.
     """
     free = free_memory(device)
-    if free is not None and contest.memory > free:
-        lack = f"needs about {contest.memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        return [_row(contest, name, failure=lack) for name in contest.entries]
+    if free is not None and comparison.memory > free:
+        lack = f"needs about {comparison.memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return [_row(comparison, name, failure=lack) for name in comparison.candidates]
 
-    ready, failures, errors = _build(contest)
-    works = {name: entry.run for name, entry in ready.items()}
+    ready, failures, errors = _build(comparison)
+    works = {name: candidate.run for name, candidate in ready.items()}
     try:
-        weights = contest.weights() if ready else ()
+        weights = comparison.weights() if ready else ()
         if weights:
             works[READ] = lambda: [_read(weight) for weight in weights]
             works[READ]()
-        in_cache = [name for name, entry in ready.items() if entry.in_cache]
+        in_cache = [name for name, candidate in ready.items() if candidate.in_cache]
         times = side_by_side(works, device, budget, in_cache) if ready else {}
-        peaks = {name: peak_bytes(entry.run, device) for name, entry in ready.items()}
+        peaks = {name: peak_bytes(candidate.run, device) for name, candidate in ready.items()}
     except Exception as error:  # what ran once, alone, may still not run beside the others
-        return [_row(contest, name, failure=failures.get(name, failure_of(error))) for name in contest.entries]
+        return [_row(comparison, name, failure=failures.get(name, failure_of(error))) for name in comparison.candidates]
     rows = []
-    for name in contest.entries:
+    for name in comparison.candidates:
         if name in failures:
-            rows.append(_row(contest, name, failure=failures[name]))
+            rows.append(_row(comparison, name, failure=failures[name]))
             continue
-        entry = ready[name]
-        values = {**_timed(times[name]), **entry.values, **entry.finish(times[name].median)}
-        if contest.baseline in times:
-            values["ratio"] = times[contest.baseline].median / times[name].median
+        candidate = ready[name]
+        values = {**_timed(times[name]), **candidate.values, **candidate.finish(times[name].median)}
+        if comparison.baseline in times:
+            values["ratio"] = times[comparison.baseline].median / times[name].median
         if name in errors:
             values["error"] = errors[name]
-        work = entry.work or (contest.num_bytes, contest.num_flops)
+        work = candidate.work or (comparison.num_bytes, comparison.num_flops)
         values.update(_limits(work, sum(weight.nbytes for weight in weights), times, name, peak_flops))
         peak = peaks[name]
         if peak is not None:
             values["peak_mib"] = peak / 2**20
-        rows.append(_row(contest, name, values))
+        rows.append(_row(comparison, name, values))
     ready.clear()
     works.clear()
     gc.collect()
@@ -69,34 +69,34 @@ def run_contest(contest: Contest, device: torch.device, peak_flops: float | None
     return rows
 
 
-def _build(contest: Contest) -> tuple[dict[str, Entry], dict[str, str], dict[str, float]]:
+def _build(comparison: Comparison) -> tuple[dict[str, Candidate], dict[str, str], dict[str, float]]:
     """Entries that run and give the reference's result; why the others do not; how far each is from the reference."""
-    entry: Entry | None
+    candidate: Candidate | None
     found: Any
-    ready: dict[str, Entry] = {}
+    ready: dict[str, Candidate] = {}
     failures: dict[str, str] = {}
     errors: dict[str, float] = {}
     expected = None
-    names = sorted(contest.entries, key=lambda name: name != contest.reference)
+    names = sorted(comparison.candidates, key=lambda name: name != comparison.reference)
     for name in names:
         try:
-            entry = contest.entries[name]()
-            found = entry.result(entry.run())
-            if name == contest.reference:
+            candidate = comparison.candidates[name]()
+            found = candidate.result(candidate.run())
+            if name == comparison.reference:
                 expected = found
             elif expected is not None:
-                errors[name] = _distance(found, expected[: entry.num_compared])
-                if not errors[name] <= contest.tolerance:  # NaN never passes
+                errors[name] = _distance(found, expected[: candidate.num_compared])
+                if not errors[name] <= comparison.tolerance:  # NaN never passes
                     failures[name] = f"wrong: off by {errors[name]:.1e} of the reference's norm"
                     continue
-            ready[name] = entry
+            ready[name] = candidate
         except Exception as error:  # whatever a competitor raises is its row's to tell
             failures[name] = failure_of(error)
-            if name == contest.reference:
+            if name == comparison.reference:
                 unchecked = f"not checked, as {name} failed"
                 return {}, {**dict.fromkeys(names, unchecked), **failures}, {}
         finally:
-            entry = found = None
+            candidate = found = None
     return ready, failures, errors
 
 
@@ -154,5 +154,5 @@ def _timed(times: Times) -> dict[str, float]:
     return {**{name: 1000 * seconds for name, seconds in values.items()}, "rounds": len(times.seconds)}
 
 
-def _row(contest: Contest, name: str, values: Mapping[str, float] | None = None, failure: str | None = None) -> Row:
-    return Row(contest.suite, contest.subject, name, contest.setting, values or {}, failure)
+def _row(comparison: Comparison, name: str, values: Mapping[str, float] | None = None, failure: str | None = None) -> Row:
+    return Row(comparison.suite, comparison.subject, name, comparison.setting, values or {}, failure)

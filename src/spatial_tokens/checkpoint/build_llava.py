@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
+from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
+from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.modules import MLPHead
 from spatial_tokens.storage.hub import in_reach
 
@@ -41,7 +42,7 @@ answers to the user's questions. " }}
 
 
 def llava_from_parts(base: str | PathLike[str], vision: str | PathLike[str]) -> tuple[Any, Any]:
-    """A LLaVA-1.5 that has seen nothing yet, where the paper's training starts: its MLP is new, as torch initialises it.
+    """A LLaVA-1.5 that has seen nothing yet, where the paper's training starts: its MLP is new, as torch initializes it.
 
     Args:
         base: A Llama and its tokenizer, such as Vicuna: a folder, or a name on the hub.
@@ -80,7 +81,7 @@ def assembled(
         base: Where the tokenizer is.
         vision: Where the image processor is.
         layer: The tower's layer whose patches are taken.
-        pad: Whether pictures are padded to squares of their mean colour, as LLaVA-1.5 does.
+        pad: Whether pictures are padded to squares of their mean color, as LLaVA-1.5 does.
     """
     model = _llava(transformers, llama, tower, mlp, layer)
     tokenizer = _tokenizer(transformers, model, base)
@@ -215,7 +216,7 @@ def _tokenizer(transformers: Any, model: Any, base: str | PathLike[str]) -> Any:
 
 
 def _image_processor(transformers: Any, vision: str | PathLike[str], *, pad: bool) -> Any:
-    """CLIP's own; where the released model pads pictures to squares of the mean colour first, LLaVA's with CLIP's values."""
+    """CLIP's own; where the released model pads pictures to squares of the mean color first, LLaVA's with CLIP's values."""
     with saying(f"cannot load the image processor of {vision}"):
         if pad:
             return transformers.LlavaImageProcessor.from_pretrained(vision, do_pad=True)
@@ -239,22 +240,3 @@ def saying(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # what transformers raises depends on what is wrong with the files, and on its version
         raise SpatialTokensError(f"{what}: {reason(error)}") from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """Gives transformers, without its warnings and progress bars while the block runs: what they tell of is checked here."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
-    logging: Any = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -20,13 +20,13 @@ from torch import nn
 
 from spatial_tokens.adapters.huggingface.api import attach
 from spatial_tokens.adapters.huggingface.hooks import NAME
+from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
 from spatial_tokens.checkpoint.build_llava import (
     assembled,
     found_base,
     found_vision,
     language_model,
-    quiet_transformers,
     saying,
     text_config,
     vision_config,

@@ -19,7 +19,7 @@ from spatial_tokens.cli.convert import is_own_format, require_own_files
 from spatial_tokens.cli.output import print_json
 from spatial_tokens.compression import CompressionReport, compress, quantize_int8
 from spatial_tokens.compression.encoded import EncodedPictures, pictures_in
-from spatial_tokens.compression.plot import plot
+from spatial_tokens.compression.plot import plot_report
 from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.directories import new_directory
@@ -118,7 +118,7 @@ def _encoder(name: str, layer: int) -> TimmPatchEncoder | TransformersPatchEncod
 
 def _plot(report: CompressionReport, path: Path) -> bool:
     try:
-        save(plot(report), path)
+        save(plot_report(report), path)
     except Exception as error:  # matplotlib raises what it likes, and the weights are worth more than their plot
         print(f"no {path.name}: {reason(error)}", file=sys.stderr)
         return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from spatial_tokens.compression.report import CompressionReport
 from spatial_tokens.errors import MissingExtraError
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot(report: CompressionReport) -> Figure:
+def plot_report(report: CompressionReport) -> Figure:
     """The share of the tokens' variance that is missed, against the parameters of the kernels; whitened and plain.
 
     Raises:
@@ -48,3 +49,10 @@ def plot(report: CompressionReport) -> Figure:
 
 def _shown(share: float) -> float:
     return max(share, LEAST)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot":
+        warnings.warn("compression.plot.plot is called plot_report now", FutureWarning, stacklevel=2)
+        return plot_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

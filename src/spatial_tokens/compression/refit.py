@@ -101,7 +101,7 @@ def fit_core(prior: Factors, fitted: Products, held_out: Products) -> Fit:
 def solver(prior: Factors, products: Products) -> Callable[[float], torch.Tensor]:
     """For any ridge the core `(S, M * R)` that gives the tokens best, drawn towards that of the factors.
 
-    It minimises `|tokens - core @ inputs|^2 + ridge * |(core - prior) moments^(1/2)|^2` in the mean over samples, with the inputs'
+    It minimizes `|tokens - core @ inputs|^2 + ridge * |(core - prior) moments^(1/2)|^2` in the mean over samples, with the inputs'
     second moments as those of channels and places tell them: a ridge without end leaves what is best for these.
     """
     core = prior.core.flatten(1)

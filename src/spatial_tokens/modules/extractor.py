@@ -16,7 +16,7 @@ from spatial_tokens.ops.pyramid import pyramid
 class SpatialFeatureExtractor(nn.Module):
     """One spatial token from each scale of the patch grid (equations 2 and 3).
 
-    Each scale is a window of the grid: its centre (cropping) or all of it, averaged to fewer bins (pooling). The paper's
+    Each scale is a window of the grid: its center (cropping) or all of it, averaged to fewer bins (pooling). The paper's
     convolution covers its whole window, so it is a linear map of the window's patches, and is held as one:
     `kernels[i].weight[s]` is the convolution's kernel `s` with its rows, columns and then channels in order.
 
@@ -74,7 +74,7 @@ class SpatialFeatureExtractor(nn.Module):
         return len(self.kernel_sizes)
 
     def reset_parameters(self) -> None:
-        """Initialises the kernels as `Conv2d` initialises its own."""
+        """Initializes the kernels as `Conv2d` initializes its own."""
         reset(self.kernels)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:

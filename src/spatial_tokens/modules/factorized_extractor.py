@@ -119,7 +119,7 @@ class FactorizedFeatureExtractor(nn.Module):
         return self.kernels.spatial_basis
 
     def reset_parameters(self) -> None:
-        """Initialises the factors so that tokens have the variance that `SpatialFeatureExtractor` gives them."""
+        """Initializes the factors so that tokens have the variance that `SpatialFeatureExtractor` gives them."""
         reset(self.kernels)
 
     def forward(self, patches: torch.Tensor, grid_sizes: GridSizes | None = None) -> torch.Tensor:

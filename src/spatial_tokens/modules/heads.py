@@ -44,7 +44,7 @@ class MLPHead(nn.Module):
         self.fc2 = nn.Linear(out_features, out_features, **factory)
 
     def reset_parameters(self) -> None:
-        """Initialises both layers as torch does."""
+        """Initializes both layers as torch does."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
 
@@ -86,11 +86,12 @@ class LinearHead(nn.Module):
         check_bool(bias=bias)
         self.in_features = in_features
         self.out_features = out_features
+        self.bias = bias
         self.act = nn.GELU()
         self.fc = nn.Linear(in_features, out_features, bias=bias, **checked_factory(device, dtype))
 
     def reset_parameters(self) -> None:
-        """Initialises the layer as torch does."""
+        """Initializes the layer as torch does."""
         self.fc.reset_parameters()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where and in what dtype parameters are made, and initialising what a module is made of."""
+"""Where and in what dtype parameters are made, and initializing what a module is made of."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ from torch.nn.modules import module as hooks
 
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.grid import Size, as_size
-from spatial_tokens.ops.autocast import autocasts
+from spatial_tokens.ops.autocasting import autocasts
 from spatial_tokens.ops.dense import check_dense
 
 GridSizes = Size | Sequence[Size]

@@ -143,7 +143,7 @@ class DetailFeatureIntegrator(nn.Module):
         return 2 * self.spatial_hidden_size
 
     def reset_parameters(self) -> None:
-        """Initialises the kernel as `Conv2d` does, or its factors to the same variance, the norms and linears as torch does."""
+        """Initializes the kernel as `Conv2d` does, or its factors to the same variance, the norms and linears as torch does."""
         for part in self.children():
             reset(part)
 

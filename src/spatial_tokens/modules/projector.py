@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from types import NoneType
@@ -22,9 +22,10 @@ from spatial_tokens.modules.heads import LinearHead, MLPHead
 from spatial_tokens.modules.initialization import checked_factory, reset
 from spatial_tokens.modules.inputs import GridSizes, as_grid_list, require_own_grid
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
+from spatial_tokens.modules.parts import OWN, PARTS, build, describe
 from spatial_tokens.storage import hub, pretrained, sharded
 from spatial_tokens.storage.int8 import require_plain
-from spatial_tokens.storage.model_card import PAPER, model_card
+from spatial_tokens.storage.model_card import PAPER, render_model_card
 
 _LOADING = """
 import torch
@@ -40,7 +41,7 @@ class SPProjector(nn.Module):
 
     Most people call `SPProjector.from_config`. The constructor composes parts of your own: any extractor that maps `(B, N, C)`
     to `(B, K, S)` (those of `modules.ablations`, say), an integrator or None, and two heads. `num_spatial_tokens` is the
-    extractor's: give one of your own an attribute of that name.
+    extractor's: give one of your own an attribute of that name. docs/own-parts.md shows how parts of your own are saved.
 
     Args:
         extractor: Patch features `(B, N, C)` to spatial tokens `(B, K, S)`.
@@ -86,7 +87,7 @@ class SPProjector(nn.Module):
     def from_config(
         cls, config: SPProjectorConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> SPProjector:
-        """The projector that a config describes, freshly initialised; `device="meta"` allocates nothing.
+        """The projector that a config describes, freshly initialized; `device="meta"` allocates nothing.
 
         Raises:
             SpatialTokensError: If it is not an SPProjectorConfig.
@@ -126,6 +127,38 @@ class SPProjector(nn.Module):
         )
         patch_head = None if config.patch_head is None else MLPHead(c, d, **factory)
         return cls(extractor, integrator, spatial_head, patch_head)
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], parts: Sequence[type[nn.Module]] = (), *, device: torch.device | str | None = None
+    ) -> SPProjector:
+        """The projector that `to_dict` describes, freshly initialized.
+
+        Args:
+            values: What `to_dict` gave.
+            parts: The classes of parts that are not this library's.
+            device: Where it is made.
+
+        Raises:
+            SpatialTokensError: If the values describe no projector, or a class is missing.
+        """
+        if isinstance(values, Mapping) and PARTS in values:
+            return cls(**build(values, parts, device=device))  # type: ignore[arg-type]  # the constructor checks them
+        return cls.from_config(SPProjectorConfig.from_dict(dict(values)), device=device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What builds this projector again, as plain values: the fields of its config, or the class and arguments of each part.
+
+        Raises:
+            SpatialTokensError: If an argument of a part cannot be read off it.
+        """
+        return self.config.to_dict() if self._has_config() else describe(self)
+
+    def _has_config(self) -> bool:
+        try:
+            return bool(self.config)
+        except SpatialTokensError:
+            return False
 
     @property
     def num_spatial_tokens(self) -> int:
@@ -180,12 +213,12 @@ class SPProjector(nn.Module):
             if found != expected:
                 raise SpatialTokensError(
                     f"no SPProjectorConfig describes an integrator of rank, frequencies and spatial_basis {found} with this "
-                    f"extractor, whose would be {expected}; save its state_dict() instead"
+                    f"extractor, whose would be {expected}; to_dict() does"
                 )
         return config
 
     def reset_parameters(self) -> None:
-        """Initialises every part anew."""
+        """Initializes every part anew."""
         for part in self.children():
             reset(part)
 
@@ -247,7 +280,8 @@ class SPProjector(nn.Module):
         Raises:
             SpatialTokensError: If a tensor is missing, unexpected or wrongly shaped (they are listed), or quantized otherwise.
         """
-        expected = SPProjector.from_config(self.config, device="meta").state_dict()
+        classes = [type(part) for part in self.children() if type(part) not in OWN]
+        expected = SPProjector.from_dict(self.to_dict(), list(dict.fromkeys(classes)), device="meta").state_dict()
         tensors = sharded.tensors_of(self)
         require_plain(tensors, "this projector cannot be saved", int8=True)
         pretrained.require_exactly(
@@ -264,13 +298,13 @@ class SPProjector(nn.Module):
         writes.
 
         Raises:
-            SpatialTokensError: If no config describes this projector (its parts are others, or wrapped), its parameters are on
-                the meta device, or the files cannot be written.
+            SpatialTokensError: If the arguments of a part cannot be read off it (it is wrapped, say), parameters are on the meta
+                device, or the files cannot be written.
         """
         folder = as_path(directory, "directory")
         tensors = sharded.gathered(self.exact_state_dict())
         if tensors:
-            pretrained.save(folder, self.config, tensors)
+            pretrained.save(folder, self.to_dict(), tensors)
 
     def push_to_hub(self, repo_id: str, *, datasets: Sequence[str] = (), **options: Any) -> str:
         """Uploads what `save_pretrained` writes, with a model card, to the Hugging Face Hub; see `storage.hub.push`.
@@ -288,7 +322,7 @@ class SPProjector(nn.Module):
         """
         config = self.config
         card = partial(
-            model_card,
+            render_model_card,
             repo_id,
             config,
             summary=f"A projector that makes visual spatial tokens of patch features, in the design of [LLaVA-SP]({PAPER}).",
@@ -306,6 +340,7 @@ class SPProjector(nn.Module):
         revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        parts: Sequence[type[nn.Module]] = (),
     ) -> SPProjector:
         """The projector that `save_pretrained` or `push_to_hub` wrote: on the CPU and in its own dtype, unless told otherwise.
 
@@ -314,6 +349,7 @@ class SPProjector(nn.Module):
             revision: A branch, tag or commit of the repository.
             device: Where it is to be.
             dtype: Of its parameters.
+            parts: The classes of parts that are not this library's.
 
         Raises:
             SpatialTokensError: If a file is missing or damaged, the tensors are not exactly the config's, the device or dtype is
@@ -321,15 +357,15 @@ class SPProjector(nn.Module):
         """
         checked_factory(device, dtype)
         folder = hub.folder_of(directory, (pretrained.CONFIG_NAME, pretrained.WEIGHTS_NAME), revision)
-        config, tensors = pretrained.load(folder)
-        projector = cls.from_config(config, device="meta")
+        values, tensors = pretrained.load(folder)
+        projector = cls.from_dict(values, parts, device=None if PARTS in values else "meta")
         pretrained.assign(projector, tensors, str(folder), dtype)
         return projector.to(device=device)
 
 
 def _not_described(part: nn.Module) -> SpatialTokensError:
     kind = type(part).__name__
-    return SpatialTokensError(f"no SPProjectorConfig describes a projector with a {kind}; save its state_dict() instead")
+    return SpatialTokensError(f"no SPProjectorConfig describes a projector with a {kind}; to_dict() does")
 
 
 def _before_patches(tokens: torch.Tensor, patches: torch.Tensor, grid_sizes: GridSizes | None) -> torch.Tensor:

@@ -34,6 +34,18 @@ TRITON = _release("triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def list_backends() -> tuple[str, ...]:
+    """The names of the backends that this installation can run, for `using` and `SPATIAL_TOKENS_BACKEND`.
+
+    Triton's is among them if Triton is installed and there is a GPU that its kernels run on, or its interpreter is on.
+
+    Example:
+        >>> list_backends()[:3]
+        ('auto', 'naive', 'gemm')
+    """
+    return tuple(name for name in BACKENDS if name != "triton" or _has_triton())
+
+
 def resolve(backend: str, features: torch.Tensor) -> str:
     """The backend that runs for these features: the one that is named, else the environment's, else the fastest measured.
 
@@ -98,6 +110,12 @@ def _require_triton(features: torch.Tensor, source: str) -> None:
         problem = "the GPU is older than compute capability 8.0"
     if problem:
         raise SpatialTokensError(f"{source}='triton' cannot run: {problem}; use 'auto' or 'gemm'")
+
+
+def _has_triton() -> bool:
+    if TRITON is None or TRITON < (3, 3):
+        return False
+    return _interprets() or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0))
 
 
 def _interprets() -> bool:

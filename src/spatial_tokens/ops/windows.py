@@ -14,7 +14,7 @@ def cut(patch_map: torch.Tensor, window: Window) -> torch.Tensor:
 
 
 def crop(patch_map: torch.Tensor, size: Size) -> torch.Tensor:
-    """The centred window: `(B, H, W, C)` to `(B, h, w, C)` for a size `(h, w)` (section 3.2, "cropping"). A view."""
+    """The centered window: `(B, H, W, C)` to `(B, h, w, C)` for a size `(h, w)` (section 3.2, "cropping"). A view."""
     return cut(patch_map, crop_window((patch_map.shape[1], patch_map.shape[2]), size))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spatial_tokens.checks import as_path
 from spatial_tokens.storage.files import writing
-from spatial_tokens.storage.staging import OLD, staging, sync
+from spatial_tokens.storage.staging import OLD, staging_folder, sync
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def new_directory(path: str | os.PathLike[str], check: Callable[[Path], None]) -
         check(target)
     with ExitStack() as stack:
         with writing(target):
-            folder = stack.enter_context(staging(target))
+            folder = stack.enter_context(staging_folder(target))
             new = folder / "new"
             new.mkdir()
         yield new

@@ -16,7 +16,7 @@ from spatial_tokens.checks import as_path
 from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.storage.contents import described
 from spatial_tokens.storage.int8 import flattened, require_plain, restored
-from spatial_tokens.storage.staging import staging, sync
+from spatial_tokens.storage.staging import staging_folder, sync
 from spatial_tokens.storage.text import read_text
 
 Tensors = dict[str, torch.Tensor]
@@ -53,7 +53,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         SpatialTokensError: If the file cannot be written; what was at `path` is still there.
     """
     target = as_path(path)
-    with writing(target), staging(target) as folder:
+    with writing(target), staging_folder(target) as folder:
         temporary = folder / f"new{target.suffix}"
         temporary.touch()
         permissions = temporary.stat().st_mode
@@ -90,7 +90,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = as_path(path)
     if os.path.isdir(target):
         raise SpatialTokensError(f"cannot write {target}: it is a directory")
-    with writing(target), staging(target):
+    with writing(target), staging_folder(target):
         pass
 
 

@@ -53,7 +53,7 @@ LLaVA-SP ([paper]({paper}), [the authors' code](https://github.com/CnFaker/LLaVA
 """
 
 
-def model_card(
+def render_model_card(
     repo_id: str,
     config: SPProjectorConfig,
     *,

@@ -1,8 +1,10 @@
 """The library's own format: a directory with `config.json` and `model.safetensors`, strict both ways."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from spatial_tokens.storage.files import Tensors, require_values
 from spatial_tokens.storage.folder_format import FolderFormat
 from spatial_tokens.storage.int8 import cast, is_quantized
 from spatial_tokens.storage.sharded import shape_of
+from spatial_tokens.versions import ENTRY, WRITER
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -27,22 +30,33 @@ _QUANTIZED = {
 }
 
 
-def save(directory: str | PathLike[str], config: SPProjectorConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes both files; whenever the process is killed, `load` gives what was there before, or this, whole.
+def save(directory: str | PathLike[str], values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a projector's description and tensors; if the process is killed, `load` gives the old state or the new one, whole.
 
     Raises:
         SpatialTokensError: If they cannot be written; a file that was not replaced is as it was.
     """
-    _FORMAT.save(directory, config.to_json(), tensors)
+    _FORMAT.save(directory, json.dumps({ENTRY: WRITER, **values}, indent=2) + "\n", tensors)
 
 
-def load(directory: str | PathLike[str]) -> tuple[SPProjectorConfig, Tensors]:
-    """Reads both files; if they are of different saves, the weights and the config in them, with a warning.
+def load(directory: str | PathLike[str]) -> tuple[dict[str, Any], Tensors]:
+    """Reads both files; if they are of different saves, the weights and the description in them, with a warning.
 
     Raises:
         SpatialTokensError: If one is missing or damaged.
     """
-    return _FORMAT.load(directory, SPProjectorConfig.from_json)
+    return _FORMAT.load(directory, _description)
+
+
+def _description(text: str) -> dict[str, Any]:
+    """The fields of a config, checked, or the description of parts that no config describes."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None  # of which the config's own reader says what is wrong
+    if isinstance(values, dict) and "parts" in values:
+        return {"parts": values["parts"]}
+    return SPProjectorConfig.from_json(text).to_dict()
 
 
 def assign(module: nn.Module, tensors: Tensors, source: str, dtype: torch.dtype | None = None) -> None:

@@ -27,7 +27,7 @@ _DAY = 24 * 60 * 60
 
 
 @contextmanager
-def staging(target: Path) -> Iterator[Path]:
+def staging_folder(target: Path) -> Iterator[Path]:
     """Gives an empty folder beside a target, removed when the block ends; removes those of writers that were killed.
 
     Raises:

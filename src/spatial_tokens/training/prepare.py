@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -26,7 +27,7 @@ from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze, quantized
 SPATIAL, LORA = "spatial_tokens", "lora"  # the folders of what was trained
 
 
-def prepare(model: Any, stage: Stage) -> Any:
+def prepare_model(model: Any, stage: Stage) -> Any:
     """Makes a model that `attach` gave spatial tokens ready for a stage.
 
     What trains is the projector (the spatial tokens and the model's own MLP of the patches, as in the paper) and, where the stage
@@ -100,7 +101,7 @@ def _restore(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def parts_of(model: Any) -> Parts:
-    """The modules that train in a model that `prepare` made ready, as they declare themselves."""
+    """The modules that train in a model that `prepare_model` made ready, as they declare themselves."""
     inner, attachment = unwrapped(model), attachment_of(model)
     projector = [attachment.projector, *(inner.get_submodule(path) for path in attachment.modules_to_save)]
     kernels = _kernels(cast(SPProjector, attachment.projector))
@@ -203,3 +204,10 @@ def _lora_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def _is_peft(model: Any) -> bool:
     return hasattr(model, "get_base_model")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "prepare":
+        warnings.warn("training.prepare.prepare is called prepare_model now", FutureWarning, stacklevel=2)
+        return prepare_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

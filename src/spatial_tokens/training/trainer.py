@@ -30,7 +30,7 @@ LEAST_SCALE = 1e-4  # fairseq's: a float16 loss that overflows at this scale is 
 
 
 class SpatialTokensTrainer(Trainer):
-    """Trains a model that `prepare` made ready for a stage.
+    """Trains a model that `prepare_model` made ready for a stage.
 
     Learning rates, schedule and weight decay are the stage's, whatever the `TrainingArguments` say; all else is theirs. A
     checkpoint holds what trains (`spatial_tokens/`, `lora/`), the optimizer's and the random state, not the base; a list of its

@@ -2,8 +2,7 @@
 
 import torch
 
-from spatial_tokens.adapters.huggingface.ready import tiny_llava
-from tests.test_examples import tiny_qwen
+from spatial_tokens.adapters.huggingface.ready import tiny_llava, tiny_qwen_vl
 
 FIELDS = {"spatial_hidden_size": 16}
 
@@ -16,7 +15,8 @@ def llava(seed=0):
 
 def qwen(seed=0):
     torch.manual_seed(seed)
-    return tiny_qwen()
+    model, processor = tiny_qwen_vl()
+    return model.eval(), processor
 
 
 def pictures(count, size=(336, 336), seed=0):

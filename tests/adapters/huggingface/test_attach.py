@@ -137,11 +137,11 @@ def pooled(patches, size):
 
 
 def weights(length, size):
-    """Bilinear interpolation along a side, antialiased: a triangle as wide as the scale, at each cell's centre."""
+    """Bilinear interpolation along a side, antialiased: a triangle as wide as the scale, at each cell's center."""
     scale = max(1.0, length / size)
-    centres = (torch.arange(size, dtype=torch.float64) + 0.5) * length / size
+    centers = (torch.arange(size, dtype=torch.float64) + 0.5) * length / size
     places = torch.arange(length, dtype=torch.float64) + 0.5
-    made = (1 - (places[None] - centres[:, None]).abs() / scale).clamp(min=0)
+    made = (1 - (places[None] - centers[:, None]).abs() / scale).clamp(min=0)
     return made / made.sum(1, keepdim=True)
 
 

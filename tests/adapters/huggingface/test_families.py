@@ -219,7 +219,7 @@ def check_among_image_tokens(case: Case) -> None:
 
 @contextmanager
 def patch_by_patch(model: nn.Module) -> Iterator[None]:
-    """What is computed for a patch depends on it alone: attention gives nothing, convolutions look at no neighbour."""
+    """What is computed for a patch depends on it alone: attention gives nothing, convolutions look at no neighbor."""
 
     def nothing(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, torch.Tensor):
@@ -407,14 +407,14 @@ def check_never_generated(case: Case) -> None:
     if run_forward(model, inputs).shape[-1] <= token_id:
         return  # the head has no row for it
 
-    def favour(module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
+    def favor(module: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
         return logits.index_fill(-1, torch.tensor([token_id]), 1e4)
 
     head = model.get_output_embeddings()
-    hook = head.register_forward_hook(favour)
+    hook = head.register_forward_hook(favor)
     assert (generate(model, inputs, suppress_tokens=others) == token_id).all()  # it would be, were it not for attach()
     hook.remove()
-    head.register_forward_hook(favour, prepend=True)
+    head.register_forward_hook(favor, prepend=True)
     with torch.no_grad():
         given = {key: each for key, each in inputs.items() if key != "decoder_input_ids"}
         assert not (model.generate(**given, max_new_tokens=STEPS, do_sample=False)[:, -STEPS:] == token_id).any()

@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
-from spatial_tokens.adapters.huggingface import attach
-from spatial_tokens.adapters.huggingface.families import FAMILIES, REFUSED
+from spatial_tokens.adapters.huggingface import attach, list_families
+from spatial_tokens.adapters.huggingface.families import FAMILIES, REFUSED, TESTED
 from spatial_tokens.errors import SpatialTokensError
 from tests.adapters.huggingface.exceptions import EXCEPTIONS, FAULTS
 from tests.adapters.huggingface.table import CANNOT, NOT_TRIED, PAGE, families, page
@@ -22,6 +22,11 @@ def test_it_is_written():
 
 def test_every_family_of_transformers_is_in_it():
     assert set(MAPPING) <= set(families())
+
+
+def test_the_tested_families_are_listed():
+    assert sorted(TESTED) == sorted({tiny.family for tiny in MODELS.values()})
+    assert list_families().keys() == set(TESTED)
 
 
 def test_a_family_is_in_one_state():

@@ -6,8 +6,10 @@ from warnings import warn
 
 from spatial_tokens.adapters.huggingface.api import attach, detach, insert_placeholders, insert_slots
 from spatial_tokens.adapters.huggingface.collator import MaskPlaceholders
-from spatial_tokens.adapters.huggingface.replace_projector import replace_projector
+from spatial_tokens.adapters.huggingface.families import list_families
+from spatial_tokens.adapters.huggingface.projector_replacement import replace_projector
 from spatial_tokens.adapters.huggingface.saving import load_adapter, push_to_hub, save_adapter
+from spatial_tokens.adapters.huggingface.summary import print_trainable_parameters
 from spatial_tokens.adapters.huggingface.trainer import trainer_callback
 from spatial_tokens.adapters.huggingface.training_warnings import PEFT_EXCLUDE_MODULES
 
@@ -18,7 +20,9 @@ __all__ = [
     "detach",
     "insert_placeholders",
     "insert_slots",
+    "list_families",
     "load_adapter",
+    "print_trainable_parameters",
     "push_to_hub",
     "replace_projector",
     "save_adapter",

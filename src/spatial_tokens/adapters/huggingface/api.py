@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.modules import SPProjector
 
 ATTRIBUTE = "_spatial_attachment"
+LOGGER = logging.getLogger(__name__)
 
 Model = TypeVar("Model")  # the caller's own class, which comes back
 
@@ -47,7 +49,7 @@ def attach(
 
     The model is changed in place: it gains a submodule `spatial_tokens` (an SPProjector without a patch head) and hooks. Its
     weights, its vocabulary and its own image tokens stay as they are, bit for bit. `detach` restores it. The processor is copied.
-    torch.compile's caches are reset, as compiled code does not look for new hooks.
+    torch.compile's caches are reset, as compiled code does not look for new hooks. What was added is logged, at the level INFO.
 
     Args:
         model: A transformers model with `get_image_features`, such as `LlavaForConditionalGeneration`; or one that PEFT,
@@ -84,6 +86,8 @@ def attach(
     if "config" in fields:
         warnings.warn("attach takes projector= now, instead of config=", FutureWarning, stacklevel=2)
         projector = fields.pop("config")
+    if "preset" in fields:
+        raise SpatialTokensError(f"a preset is given as the projector: attach(model, processor, {shown(fields['preset'])})")
     if not isinstance(projector, (SPProjector, SPProjectorConfig, str)):
         raise SpatialTokensError(
             f"projector must be a preset's name, an SPProjectorConfig or an SPProjector, got {shown(projector)}"
@@ -123,7 +127,28 @@ def attach(
     attachment.install()
     attachment.replace(inner, ATTRIBUTE, attachment)
     _forget_compiled_code()
+    _log(attachment, made)
     return model, copied
+
+
+def _log(attachment: Attachment, projector: SPProjector) -> None:
+    """What was added, as PEFT's `print_trainable_parameters` says it: how much, and where the tokens go."""
+    weights = list(projector.parameters())
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    grid = attachment.to_tokens.grid_size
+    LOGGER.info(
+        "attached %d spatial tokens to %s: %s parameters (%.1f MiB in %s), patch grid %s; they go before each %s, marked by %s "
+        "(id %d)",
+        attachment.num_spatial_tokens,
+        attachment.parts.model.config.model_type,
+        f"{sum(weight.numel() for weight in weights):,}",
+        size / 2**20,
+        str(weights[0].dtype).removeprefix("torch.") if weights else "no dtype",
+        "any" if grid is None else "{} x {}".format(*grid),
+        attachment.unit,
+        attachment.token.text if attachment.mode == "own" else "the model's image token",
+        attachment.token_id,
+    )
 
 
 def detach(model: Model, processor: Any = None) -> Model:
@@ -309,11 +334,11 @@ def _grid_fields(parts: ModelParts, preset: SPProjectorConfig, resize: Resize | 
 
 
 def _sizes(grid: Any, count: int) -> Any:
-    """The largest centred crops of a grid, two patches inward at a time as in the paper, or one where it is too small."""
+    """The largest centered crops of a grid, two patches inward at a time as in the paper, or one where it is too small."""
     for stride in (2, 1):
         if len(sizes := crop_sizes(grid, stride)) >= count:
             return sizes[-count:]
-    raise SpatialTokensError(f"a grid of {grid[0]}x{grid[1]} patches has no {count} centred crops; give kernel_sizes=")
+    raise SpatialTokensError(f"a grid of {grid[0]}x{grid[1]} patches has no {count} centered crops; give kernel_sizes=")
 
 
 def _require_transformers() -> None:

@@ -120,3 +120,27 @@ REFUSED: dict[str, str] = {
     "kosmos-2.5": "it encodes images in its own forward, and its language model is given token ids",
     "mllama": "its images are looked at by cross-attention and have no place in the sequence",
 }
+
+# Those that the tests run on a tiny model; docs/families.md says what each can do.
+TESTED = (
+    "aria", "aya_vision", "blip-2", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl",
+    "deepseek_vl_hybrid", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "florence2", "gemma3", "gemma3n",
+    "gemma4", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2",
+    "idefics2", "idefics3", "inkling2", "instructblip", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr",
+    "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
+    "minimax_m3_vl", "mistral3", "mistral_large4", "muse_glimmer", "muse_spark", "ovis2", "paddleocr_vl", "paligemma",
+    "perception_lm", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
+    "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "shieldgemma2", "smolvlm", "step3p7",
+    "video_llama_3", "video_llava", "vipllava",
+)  # fmt: skip
+
+
+def list_families() -> dict[str, Family]:
+    """The families of models that spatial tokens have been tested in, by `model.config.model_type`, and what is known of each.
+
+    Example:
+        >>> families = list_families()
+        >>> "llava" in families, families["qwen2_5_vl"].layout, "mllama" in families
+        (True, 'grid of windows', False)
+    """
+    return {name: FAMILIES.get(name, GENERAL) for name in TESTED}

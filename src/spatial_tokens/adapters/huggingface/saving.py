@@ -20,9 +20,10 @@ from spatial_tokens.checks import as_path
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, reason, shown
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.modules.parts import PARTS
 from spatial_tokens.storage import hub
 from spatial_tokens.storage.folder_format import FolderFormat
-from spatial_tokens.storage.model_card import PAPER, model_card
+from spatial_tokens.storage.model_card import PAPER, render_model_card
 from spatial_tokens.storage.pretrained import assign, require_exactly
 from spatial_tokens.storage.sharded import gathered, is_sharded, shape_of, tensors_of, whole_copy, write
 from spatial_tokens.versions import ENTRY, WRITER, naming_newer_files
@@ -70,7 +71,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
         "token": attachment.token.text,
         "token_id": attachment.token_id,
         "modules_to_save": attachment.modules_to_save,
-        "projector": getattr(inner, NAME).config.to_dict(),
+        "projector": getattr(inner, NAME).to_dict(),
     }
     text = json.dumps(values, indent=2) + "\n"
     if (as_path(directory) / "config.json").is_file():
@@ -95,7 +96,12 @@ def is_sharded_model(model: Any) -> bool:
 
 
 def load_adapter(
-    model: Model, directory: str | PathLike[str], processor: Any = None, *, revision: str | None = None
+    model: Model,
+    directory: str | PathLike[str],
+    processor: Any = None,
+    *,
+    revision: str | None = None,
+    parts: Sequence[type[nn.Module]] = (),
 ) -> tuple[Model, Any]:
     """Attaches what `save_adapter` or `push_to_hub` wrote to a base model.
 
@@ -104,6 +110,7 @@ def load_adapter(
         directory: That of the two files, or "user/name" on the Hugging Face Hub.
         processor: Its processor; the one returned inserts the placeholders.
         revision: A branch, tag or commit of the repository.
+        parts: The classes of the projector's parts that are not this library's.
 
     Returns:
         The model and a copy of the processor, as `attach` gives them.
@@ -114,7 +121,6 @@ def load_adapter(
     """
     folder = hub.folder_of(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
     values, tensors = FORMAT.load(folder, partial(_checked, folder=folder))
-    config = SPProjectorConfig.from_dict(values["projector"])
     inner = unwrapped(model)
     if inner.config.model_type != values["base_model_type"]:
         raise SpatialTokensError(
@@ -123,7 +129,7 @@ def load_adapter(
     tensors = {name: each for name, each in tensors.items() if not name.startswith(ROW)}
     modules = {name.removeprefix(MODULE): tensors.pop(name) for name in list(tensors) if name.startswith(MODULE)}
     paths: list[str] = values.get("modules_to_save", [])
-    projector = SPProjector.from_config(config, device="meta")
+    projector = SPProjector.from_dict(values["projector"], parts, device=None if PARTS in values["projector"] else "meta")
     assign(projector, tensors, str(folder / WEIGHTS_NAME))
     token_id = values["token_id"] if values["mode"] == "own" and processor is None else None
     model, processor = attach(
@@ -200,7 +206,7 @@ def _card(model: Any, repo_id: str, datasets: Sequence[str]) -> str:
     facts = {"base model": f"[{base}](https://huggingface.co/{base})" if base else f"a `{inner.config.model_type}` model"}
     if attachment.modules_to_save:
         facts["parts of the base that were trained too"] = ", ".join(f"`{path}`" for path in attachment.modules_to_save)
-    return model_card(
+    return render_model_card(
         repo_id,
         getattr(inner, NAME).config,
         summary=f"Visual spatial tokens, in the design of [LLaVA-SP]({PAPER}), for {facts['base model']}.",
@@ -236,5 +242,6 @@ def _with_every_value(values: Any, folder: Path) -> dict[str, Any]:
     for name, kind in {"token": str, "token_id": int, "projector": dict, "base_model_type": str}.items():
         if not isinstance(values.get(name), kind):
             raise SpatialTokensError(f"{name} in {folder / CONFIG_NAME} must be a {kind.__name__}, got {shown(values.get(name))}")
-    SPProjectorConfig.from_dict(values["projector"])
+    if PARTS not in values["projector"]:
+        SPProjectorConfig.from_dict(values["projector"])
     return values

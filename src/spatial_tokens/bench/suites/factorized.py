@@ -9,7 +9,7 @@ from itertools import chain, product
 
 import torch
 
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.options import DTYPES, Options
 from spatial_tokens.bench.suites import kernels
 from spatial_tokens.bench.suites.kernels import AUTHORS, FACTORIZED, PASSES
@@ -20,7 +20,7 @@ DENSE = "dense"
 IN_CACHE = "factorized, in cache"
 
 
-def contests(options: Options) -> Iterator[Contest]:
+def comparisons(options: Options) -> Iterator[Comparison]:
     """The extractor's tokens, the detail map, a training step."""
     subjects = [kernels.cropping, *([kernels.detail] if options.config.detail_kernel_size is not None else [])]
     for subject in subjects:
@@ -31,24 +31,24 @@ def contests(options: Options) -> Iterator[Contest]:
         yield training_step(options, dtype, batch)
 
 
-def _narrowed(contest: Contest) -> Contest:
-    """The kernels suite's contest with few entries: the authors' forward alone, as their backward takes a minute on a CPU."""
-    factorized = contest.entries[FACTORIZED]
-    entries = {
-        DENSE: contest.entries["gemm"],
+def _narrowed(comparison: Comparison) -> Comparison:
+    """The kernels suite's comparison with few candidates: the authors' forward alone, as their backward takes a minute on a CPU."""
+    factorized = comparison.candidates[FACTORIZED]
+    candidates = {
+        DENSE: comparison.candidates["gemm"],
         FACTORIZED: factorized,
         IN_CACHE: lambda: replace(factorized(), in_cache=True),
     }
-    if contest.setting["pass"] == PASSES[0]:
-        entries[AUTHORS] = contest.entries[AUTHORS]
-    return replace(contest, suite="factorized", entries=entries, reference=DENSE, baseline=DENSE)
+    if comparison.setting["pass"] == PASSES[0]:
+        candidates[AUTHORS] = comparison.candidates[AUTHORS]
+    return replace(comparison, suite="factorized", candidates=candidates, reference=DENSE, baseline=DENSE)
 
 
-def training_step(options: Options, dtype: str, batch: int) -> Contest:
+def training_step(options: Options, dtype: str, batch: int) -> Comparison:
     """Forward, backward and AdamW of a whole projector, on features that need no gradient: the encoder is frozen."""
     configs = {DENSE: options.config, FACTORIZED: options.factorized}
     numbers = sum(config.num_parameters for config in configs.values())
-    return Contest(
+    return Comparison(
         "factorized", "training step", {"dtype": dtype, "batch": batch},
         {name: partial(_step, options, config, dtype, batch) for name, config in configs.items()},
         baseline=DENSE,
@@ -56,7 +56,7 @@ def training_step(options: Options, dtype: str, batch: int) -> Contest:
     )  # fmt: skip
 
 
-def _step(options: Options, config: SPProjectorConfig, dtype: str, batch: int) -> Entry:
+def _step(options: Options, config: SPProjectorConfig, dtype: str, batch: int) -> Candidate:
     projector = SPProjector.from_config(config, device=options.device, dtype=DTYPES[dtype])
     optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-4, weight_decay=0, fused=True)
     features = options.features(batch, DTYPES[dtype])
@@ -74,4 +74,4 @@ def _step(options: Options, config: SPProjectorConfig, dtype: str, batch: int) -
         states = (state for each in optimizer.state.values() for state in each.values())
         return {"held_mib": sum(tensor.nbytes for tensor in chain(projector.parameters(), states)) / 2**20}
 
-    return Entry(run, values={"parameters": config.num_parameters}, finish=held)
+    return Candidate(run, values={"parameters": config.num_parameters}, finish=held)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spatial_tokens.bench.authors import ConvDetail, ConvExtractor
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.options import DTYPES, Options
+from spatial_tokens.bench.reference_conv import ConvDetail, ConvExtractor
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Variant, as_size
@@ -32,7 +32,7 @@ FACTORIZED = "factorized"
 PASSES = ("forward", "forward + backward")
 
 
-def contests(options: Options) -> Iterator[Contest]:
+def comparisons(options: Options) -> Iterator[Comparison]:
     """Tokens of crops, whole projector, detail map, integrator, tokens of poolings."""
     of_detail = [detail, integration] if options.config.detail_kernel_size is not None else []
     for subject in (cropping, projection, *of_detail, pooling):
@@ -41,28 +41,28 @@ def contests(options: Options) -> Iterator[Contest]:
                 yield subject(options, DTYPES[dtype], batch, direction)
 
 
-def cropping(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
-    """The extractor on centred crops."""
+def cropping(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
+    """The extractor on centered crops."""
     return _tokens(options, "cropping", dtype, batch, direction)
 
 
-def pooling(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+def pooling(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     """The extractor on adaptive poolings."""
     return _tokens(options, "pooling", dtype, batch, direction)
 
 
-def detail(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+def detail(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     """The integrator's strided convolution."""
     twins = _Twins(partial(_detail, options.factorized), partial(_dense_detail, options.config))
-    return _contest(options, "detail map", partial(_detail, options.config), ConvDetail, dtype, batch, direction, twins)
+    return _comparison(options, "detail map", partial(_detail, options.config), ConvDetail, dtype, batch, direction, twins)
 
 
-def projection(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+def projection(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     """The whole projector, against itself with the authors' convolutions in the place of its kernels."""
-    return _contest(options, "projector", partial(_projector, options), _AuthorsProjector, dtype, batch, direction)
+    return _comparison(options, "projector", partial(_projector, options), _AuthorsProjector, dtype, batch, direction)
 
 
-def integration(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+def integration(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     """LayerNorms, projections and attention, on a detail map that is there."""
 
     @cache
@@ -72,8 +72,8 @@ def integration(options: Options, dtype: torch.dtype, batch: int, direction: str
         attention = _Attention(integrator, options.config.num_spatial_tokens)
         return attention, torch.randn(size, device=options.device).to(dtype)
 
-    entries = {name: partial(_own, shared, name, direction) for name in ("naive", "gemm")}
-    return Contest("kernels", "integrator", _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), "naive")
+    candidates = {name: partial(_own, shared, name, direction) for name in ("naive", "gemm")}
+    return Comparison("kernels", "integrator", _setting(batch, dtype, direction), candidates, "naive", _tolerance(dtype), "naive")
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class _Twins:
     to_dense: Callable[[Any], nn.Module]
 
 
-def _tokens(options: Options, variant: Variant, dtype: torch.dtype, batch: int, direction: str) -> Contest:
+def _tokens(options: Options, variant: Variant, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     dense, small = (replace(config, variant=variant) for config in (options.config, options.factorized))
     twins = _Twins(partial(extractor_of, small), FactorizedFeatureExtractor.to_dense)
-    return _contest(options, f"tokens, {variant}", partial(extractor_of, dense), ConvExtractor, dtype, batch, direction, twins)
+    return _comparison(options, f"tokens, {variant}", partial(extractor_of, dense), ConvExtractor, dtype, batch, direction, twins)
 
 
 def extractor_of(
@@ -172,7 +172,7 @@ class _AuthorsProjector(nn.Module):
         return torch.cat([self.spatial_head(tokens), self.patch_head(patches)], dim=1)
 
 
-def _contest(
+def _comparison(
     options: Options,
     subject: str,
     build: Callable[[torch.device, torch.dtype], nn.Module],
@@ -181,12 +181,12 @@ def _contest(
     batch: int,
     direction: str,
     twins: _Twins | None = None,
-) -> Contest:
+) -> Comparison:
     @cache
     def small() -> nn.Module | None:
         return None if twins is None else twins.make(options.device, dtype)
 
-    @cache  # gigabytes: made when the first entry is, gone with the contest
+    @cache  # gigabytes: made when the first candidate is, gone with the comparison
     def shared() -> tuple[nn.Module, torch.Tensor]:
         module = build(options.device, dtype) if twins is None else twins.to_dense(small())
         return module, options.features(batch, dtype)
@@ -194,35 +194,37 @@ def _contest(
     meta = torch.device("meta")
     shapes = replace(options, device=meta).features(batch, dtype)
 
-    def factorized(twins: _Twins) -> Entry:
+    def factorized(twins: _Twins) -> Candidate:
         module, (_, features) = cast(nn.Module, small()), shared()
-        entry = replace(_entry(module, features, module, direction), work=work(twins.make(meta, dtype), shapes, direction))
+        candidate = replace(_candidate(module, features, module, direction), work=work(twins.make(meta, dtype), shapes, direction))
         if direction == PASSES[0]:
-            return entry
-        return replace(entry, result=lambda found: found[:2], num_compared=2)  # the gradients of factors are its own
+            return candidate
+        return replace(candidate, result=lambda found: found[:2], num_compared=2)  # the gradients of factors are its own
 
-    def convolution(compiled: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Entry:
+    def convolution(compiled: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Candidate:
         module, features = shared()
         other = authors(module, memory_format)
         if compiled:
             torch._dynamo.reset()  # beyond a few shapes it would run what it compiles for others, or nothing compiled
         run = torch.compile(other, dynamic=False) if compiled else other
-        return _entry(run, features, other, direction)
+        return _candidate(run, features, other, direction)
 
-    entries: dict[str, Callable[[], Entry]] = {name: partial(_own, shared, name, direction) for name in _backends(options.device)}
+    candidates: dict[str, Callable[[], Candidate]] = {
+        name: partial(_own, shared, name, direction) for name in _backends(options.device)
+    }
     if twins is not None:
-        entries[FACTORIZED] = partial(factorized, twins)
-    entries[AUTHORS] = convolution
+        candidates[FACTORIZED] = partial(factorized, twins)
+    candidates[AUTHORS] = convolution
     # On a CPU the backward pass took 36 s a run channels last, and over eight minutes to compile: there they run forward only.
     if direction == PASSES[0] or options.device.type == "cuda":
-        entries["Conv2d, channels last"] = partial(convolution, memory_format=torch.channels_last)
+        candidates["Conv2d, channels last"] = partial(convolution, memory_format=torch.channels_last)
         if subject == "tokens, cropping" and batch <= 32:  # each batch is compiled anew
-            entries["Conv2d, torch.compile"] = partial(convolution, compiled=True)
+            candidates["Conv2d, torch.compile"] = partial(convolution, compiled=True)
 
     module = build(meta, dtype)
     num_bytes, num_flops = work(module, shapes, direction)
-    return Contest(
-        "kernels", subject, _setting(batch, dtype, direction), entries, "naive", _tolerance(dtype), AUTHORS,
+    return Comparison(
+        "kernels", subject, _setting(batch, dtype, direction), candidates, "naive", _tolerance(dtype), AUTHORS,
         num_bytes=num_bytes, num_flops=num_flops,
         weights=lambda: [weight.detach() for weight in shared()[0].parameters() if weight.ndim == 2],
         memory=4 * sum(weight.nbytes for weight in module.parameters()) + 2 * activations(options.config, batch, dtype),
@@ -267,7 +269,7 @@ def _backends(device: torch.device) -> Sequence[str]:
     return ("naive", "gemm", "triton") if device.type == "cuda" and TRITON is not None else ("naive", "gemm")
 
 
-def _own(shared: Callable[[], tuple[nn.Module, torch.Tensor]], backend: Any, direction: str) -> Entry:
+def _own(shared: Callable[[], tuple[nn.Module, torch.Tensor]], backend: Any, direction: str) -> Candidate:
     module, features = shared()
 
     def run(patches: torch.Tensor) -> torch.Tensor:
@@ -275,10 +277,12 @@ def _own(shared: Callable[[], tuple[nn.Module, torch.Tensor]], backend: Any, dir
             result: torch.Tensor = module(patches)
         return result
 
-    return _entry(run, features, module, direction)
+    return _candidate(run, features, module, direction)
 
 
-def _entry(function: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor, owner: nn.Module, direction: str) -> Entry:
+def _candidate(
+    function: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor, owner: nn.Module, direction: str
+) -> Candidate:
     """Forward alone, or with the gradients of the features and of every parameter."""
     if direction == PASSES[0]:
 
@@ -286,7 +290,7 @@ def _entry(function: Callable[[torch.Tensor], torch.Tensor], features: torch.Ten
             with torch.no_grad():
                 return function(features)
 
-        return Entry(forward)
+        return Candidate(forward)
 
     # A bias of the keys moves all scores of a query alike, and softmax does not see it: its gradient is rounding, and no figure.
     unseen = ("key_projector.0.bias", "key_projector.1.bias")
@@ -302,7 +306,7 @@ def _entry(function: Callable[[torch.Tensor], torch.Tensor], features: torch.Ten
             grad = torch.randn(tokens.shape, device=tokens.device, generator=generator).to(tokens.dtype)
         return [tokens.detach(), *torch.autograd.grad(tokens, [leaf, *parameters], grad)]
 
-    return Entry(both, lambda found: [*found[:2], *map(_as_linear, found[2:])])
+    return Candidate(both, lambda found: [*found[:2], *map(_as_linear, found[2:])])
 
 
 def _as_linear(grad: torch.Tensor) -> torch.Tensor:

@@ -7,17 +7,17 @@ from functools import partial
 
 import torch
 
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.options import DTYPES, Options
 
 NUM_BYTES = {"cpu": 2**30, "cuda": 2**32}
 WIDTH = {"cpu": 4096, "cuda": 8192}
 
 
-def contests(options: Options) -> Iterator[Contest]:
+def comparisons(options: Options) -> Iterator[Comparison]:
     """Bandwidth on a tensor far larger than a cache, and square products in each dtype."""
     num_bytes = NUM_BYTES[options.device.type]
-    yield Contest(
+    yield Comparison(
         "limits",
         "memory",
         {"size": f"{num_bytes / 2**30:g} GiB"},
@@ -28,24 +28,24 @@ def contests(options: Options) -> Iterator[Contest]:
         yield products(options.device, name)
 
 
-def products(device: torch.device, dtype: str) -> Contest:
+def products(device: torch.device, dtype: str) -> Comparison:
     """The product of two square matrices."""
     width = WIDTH[device.type]
-    entries: dict[str, Callable[[], Entry]] = {"torch.mm": partial(_product, device, DTYPES[dtype], width)}
-    return Contest("limits", "matrix product", {"width": width, "dtype": dtype}, entries)
+    candidates: dict[str, Callable[[], Candidate]] = {"torch.mm": partial(_product, device, DTYPES[dtype], width)}
+    return Comparison("limits", "matrix product", {"width": width, "dtype": dtype}, candidates)
 
 
-def _read(device: torch.device, num_bytes: int) -> Entry:
+def _read(device: torch.device, num_bytes: int) -> Candidate:
     source = torch.randn(num_bytes // 4, device=device)
-    return Entry(source.sum, finish=lambda seconds: {"gb_per_s": num_bytes / seconds / 1e9})
+    return Candidate(source.sum, finish=lambda seconds: {"gb_per_s": num_bytes / seconds / 1e9})
 
 
-def _copy(device: torch.device, num_bytes: int) -> Entry:
+def _copy(device: torch.device, num_bytes: int) -> Candidate:
     source = torch.randn(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return Entry(lambda: target.copy_(source), finish=lambda seconds: {"gb_per_s": 2 * num_bytes / seconds / 1e9})
+    return Candidate(lambda: target.copy_(source), finish=lambda seconds: {"gb_per_s": 2 * num_bytes / seconds / 1e9})
 
 
-def _product(device: torch.device, dtype: torch.dtype, width: int) -> Entry:
+def _product(device: torch.device, dtype: torch.dtype, width: int) -> Candidate:
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
-    return Entry(lambda: left @ right, finish=lambda seconds: {"tflop_per_s": 2 * width**3 / seconds / 1e12})
+    return Candidate(lambda: left @ right, finish=lambda seconds: {"tflop_per_s": 2 * width**3 / seconds / 1e12})

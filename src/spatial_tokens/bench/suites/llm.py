@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.machine import free_memory
 from spatial_tokens.bench.options import DTYPES, Options
 from spatial_tokens.bench.suites.kernels import TOLERANCE, activations, verified
@@ -55,29 +55,29 @@ MODELS = (
 CPU_ANSWER = 32  # tokens: enough to see, and what one waits for
 
 
-def contests(options: Options) -> Iterator[Contest]:
-    """One contest: without, with cropping, with pooling."""
+def comparisons(options: Options) -> Iterator[Comparison]:
+    """One comparison: without, with cropping, with pooling."""
     dtype = options.dtypes[-1]
     model = fitting(options, dtype)
     if options.device.type == "cpu":
         model = replace(model, answer=min(model.answer, CPU_ANSWER))
     for batch in options.batches_or(cpu=(1,), cuda=(1,)):
-        yield contest(options, model, dtype, batch)
+        yield comparison(options, model, dtype, batch)
 
 
-def contest(options: Options, model: Model, dtype: str, batch: int) -> Contest:
+def comparison(options: Options, model: Model, dtype: str, batch: int) -> Comparison:
     """The model without, with cropping, with pooling: the same weights, pictures, prompt and length of answer."""
     config = replace(options.config, text_hidden_size=model.hidden_size)
-    llava = cache(partial(_llava, model, config, options.device, DTYPES[dtype]))  # made for the first entry, gone with the contest
+    llava = cache(partial(_llava, model, config, options.device, DTYPES[dtype]))  # built for the first candidate
     attached: dict[str, SPProjectorConfig | None] = {
         WITHOUT: None,
         "SP cropping + DFI": replace(config, variant="cropping"),
         "SP pooling + DFI": replace(config, variant="pooling"),
     }
-    entries = {name: partial(_entry, options, model, dtype, batch, llava, each) for name, each in attached.items()}
-    return Contest(
+    candidates = {name: partial(_candidate, options, model, dtype, batch, llava, each) for name, each in attached.items()}
+    return Comparison(
         "llm", f"LLaVA-1.5 {model.name}", {"dtype": dtype, "batch": batch, "prompt": model.prompt, "answer": model.answer},
-        entries, baseline=WITHOUT, memory=_memory(options, model, dtype) + activations(config, batch, DTYPES[dtype]),
+        candidates, baseline=WITHOUT, memory=_memory(options, model, dtype) + activations(config, batch, DTYPES[dtype]),
     )  # fmt: skip
 
 
@@ -127,9 +127,9 @@ def _side(config: SPProjectorConfig) -> int:
     return PATCH_SIZE * config.grid_size[0]
 
 
-def _entry(
+def _candidate(
     options: Options, model: Model, dtype: str, batch: int, shared: Callable[[], Any], config: SPProjectorConfig | None
-) -> Entry:
+) -> Candidate:
     llava = shared()
     num_patches, side = options.config.num_patches, _side(options.config)
     image = torch.full((batch, num_patches), llava.config.image_token_id)
@@ -157,7 +157,7 @@ def _entry(
             raise RuntimeError(f"the model gave {tuple(answer.shape)} tokens for ({batch}, {model.answer})")
         return answer
 
-    return Entry(
+    return Candidate(
         run,
         values={"image_tokens": length - model.prompt},
         finish=lambda seconds: {"tokens_per_s": batch * model.answer / seconds},

@@ -1,4 +1,4 @@
-"""Whole projectors on the same features: LLaVA's MLP, this library's in its variants and ablations, and the alternatives."""
+"""Whole projectors on the same features: LLaVA's MLP, this library's in its variants and ablations, and the baselines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from spatial_tokens.bench import alternatives
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench import baselines
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.options import DTYPES, Options, factorized
 from spatial_tokens.bench.suites.kernels import TOLERANCE, activations, flops_of, verified
 from spatial_tokens.config import SPProjectorConfig
@@ -22,18 +22,18 @@ BASELINE = "LLaVA MLP"
 Builder = Callable[[torch.device, torch.dtype], nn.Module]
 
 
-def contests(options: Options) -> Iterator[Contest]:
+def comparisons(options: Options) -> Iterator[Comparison]:
     """Each projector beside LLaVA's MLP, so that its ratio is of one moment."""
     config = options.config
-    baseline = partial(_alternative, alternatives.LlavaMLP, config)
+    baseline = partial(_baseline, baselines.LlavaMLP, config)
     for name, build in builders(config).items():
         for dtype in options.dtypes:
             for batch in options.batches_or(cpu=(1,), cuda=(1, 32)):
-                entries = {
-                    each: partial(_entry, make, options, dtype, batch) for each, make in ((BASELINE, baseline), (name, build))
+                candidates = {
+                    each: partial(_candidate, make, options, dtype, batch) for each, make in ((BASELINE, baseline), (name, build))
                 }
-                yield Contest(
-                    "projectors", name, {"dtype": dtype, "batch": batch}, entries, baseline=BASELINE,
+                yield Comparison(
+                    "projectors", name, {"dtype": dtype, "batch": batch}, candidates, baseline=BASELINE,
                     memory=3 * config.num_parameters * DTYPES[dtype].itemsize + activations(config, batch, DTYPES[dtype]),
                 )  # fmt: skip
 
@@ -56,10 +56,10 @@ def builders(config: SPProjectorConfig) -> dict[str, Builder]:
         **{f"{name}, factorized": partial(_projector, factorized(each)) for name, each in dense.items()},
         **fewer,
         "SP, transformer blocks": partial(_transformer_projector, config),
-        "DeCo": partial(_alternative, alternatives.DecoProjector, config),
-        "C-Abstractor": partial(_alternative, alternatives.CAbstractor, config),
-        "Perceiver resampler": partial(_alternative, alternatives.PerceiverResampler, config),
-        "Q-Former": partial(_alternative, alternatives.QFormer, config),
+        "DeCo": partial(_baseline, baselines.DecoProjector, config),
+        "C-Abstractor": partial(_baseline, baselines.CAbstractor, config),
+        "Perceiver resampler": partial(_baseline, baselines.PerceiverResampler, config),
+        "Q-Former": partial(_baseline, baselines.QFormer, config),
     }
 
 
@@ -82,12 +82,12 @@ def _transformer_projector(config: SPProjectorConfig, device: torch.device, dtyp
     return SPProjector(extractor, None, head, MLPHead(c, d, device=device, dtype=dtype))
 
 
-def _alternative(kind: type[nn.Module], config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _baseline(kind: type[nn.Module], config: SPProjectorConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     c, d = config.vision_hidden_size, config.text_hidden_size
     return kind(c, d, grid_size=config.grid_size, device=device, dtype=dtype)
 
 
-def _entry(build: Builder, options: Options, dtype: str, batch: int) -> Entry:
+def _candidate(build: Builder, options: Options, dtype: str, batch: int) -> Candidate:
     projector = build(options.device, DTYPES[dtype]).eval()
     features = options.features(batch, DTYPES[dtype])
 
@@ -102,7 +102,7 @@ def _entry(build: Builder, options: Options, dtype: str, batch: int) -> Entry:
         "parameters": sum(parameter.numel() for parameter in projector.parameters()),
         "gflop_per_image": _flops(build, options) / 1e9,
     }
-    return Entry(run, values=values, finish=lambda seconds: {"tokens_per_s": batch * num_tokens / seconds})
+    return Candidate(run, values=values, finish=lambda seconds: {"tokens_per_s": batch * num_tokens / seconds})
 
 
 def _flops(build: Builder, options: Options) -> int:

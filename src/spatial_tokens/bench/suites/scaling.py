@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from spatial_tokens.bench.contest import Contest, Entry
+from spatial_tokens.bench.comparison import Candidate, Comparison
 from spatial_tokens.bench.options import DTYPES, Options, factorized
 from spatial_tokens.bench.suites.kernels import PASSES, TOLERANCE, extractor_of, verified
 from spatial_tokens.config import SPProjectorConfig
@@ -20,16 +20,16 @@ CHANNELS = (768, 1024, 1536, 2048, 3072, 4096)
 NUM_TOKENS = (1, 2, 3, 6, 12, 24)
 
 
-def contests(options: Options) -> Iterator[Contest]:
+def comparisons(options: Options) -> Iterator[Comparison]:
     """Four sweeps, each in each dtype: the subject names what is varied, the setting its value.
 
-    Dense and factorized kernels are contests of their own, so that the one is measured where the other does not fit.
+    Dense and factorized kernels are comparisons of their own, so that the one is measured where the other does not fit.
     """
     config = replace(options.config, detail_kernel_size=None, detail_stride=None)
     for dtype in options.dtypes:
         for swept, value, batch, varied in _sweeps(options, config):
             for name, each in (("SP", varied), ("SP, factorized", factorized(varied))):
-                yield _contest(options, name, swept, value, each, batch, dtype)
+                yield _comparison(options, name, swept, value, each, batch, dtype)
 
 
 def _sweeps(options: Options, config: SPProjectorConfig) -> Iterator[tuple[str, int, int, SPProjectorConfig]]:
@@ -52,20 +52,22 @@ def _sizes(config: SPProjectorConfig, count: int) -> tuple[int, ...]:
     return tuple(round(side * (i + 1) / count) for i in range(count)) if count <= side else ()
 
 
-def _contest(options: Options, name: str, swept: str, value: int, config: SPProjectorConfig, batch: int, dtype: str) -> Contest:
+def _comparison(
+    options: Options, name: str, swept: str, value: int, config: SPProjectorConfig, batch: int, dtype: str
+) -> Comparison:
     itemsize = DTYPES[dtype].itemsize
     weights = config.costs(bytes_per_parameter=itemsize)[0].bytes
     features = batch * config.num_patches * config.vision_hidden_size * itemsize
-    return Contest(
+    return Comparison(
         "scaling",
         swept,
         {"pass": PASSES[0], "dtype": dtype, swept: value},
-        {name: partial(_entry, options, config, batch, DTYPES[dtype])},
+        {name: partial(_candidate, options, config, batch, DTYPES[dtype])},
         memory=weights + 4 * features + 2**28,
     )
 
 
-def _entry(options: Options, config: SPProjectorConfig, batch: int, dtype: torch.dtype) -> Entry:
+def _candidate(options: Options, config: SPProjectorConfig, batch: int, dtype: torch.dtype) -> Candidate:
     extractor = extractor_of(config, options.device, dtype)
     features = replace(options, config=config).features(batch, dtype)
 
@@ -75,4 +77,4 @@ def _entry(options: Options, config: SPProjectorConfig, batch: int, dtype: torch
             return tokens
 
     verified(run, extractor, TOLERANCE[str(dtype).removeprefix("torch.")])
-    return Entry(run)
+    return Candidate(run)

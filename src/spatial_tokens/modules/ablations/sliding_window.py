@@ -66,7 +66,7 @@ class SlidingWindowExtractor(nn.Module):
         return len(self._windows)
 
     def reset_parameters(self) -> None:
-        """Initialises the kernels as `Conv2d` initialises its own."""
+        """Initializes the kernels as `Conv2d` initializes its own."""
         reset(self.kernels)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,8 @@ class TransformerExtractor(nn.Module):
         self.grid_size = as_size(grid_size, "grid_size")
         self.kernel_sizes = check_kernel_sizes(self.grid_size, kernel_sizes, variant)
         self.variant = variant
+        self.num_layers, self.num_heads = num_layers, num_heads
+        self.feedforward_size, self.dropout = feedforward_size, dropout
         self._window = crop if variant == "cropping" else pool
         self._windows = [as_size(size, "kernel size") for size in self.kernel_sizes]
         factory = checked_factory(device, dtype)
@@ -99,7 +101,7 @@ class TransformerExtractor(nn.Module):
         return len(self.kernel_sizes)
 
     def reset_parameters(self) -> None:
-        """Zeros the queries, resets the norms, and initialises every matrix by Xavier's rule, as `nn.Transformer` does."""
+        """Zeros the queries, resets the norms, and initializes every matrix by Xavier's rule, as `nn.Transformer` does."""
         for query in self.queries:
             nn.init.zeros_(query)
         for module in self.transformers.modules():

@@ -1,6 +1,6 @@
 """The same without forming keys and values: the `K` queries are projected where the `P` positions would be.
 
-With `n` a position normalised, `g`, `b` its LayerNorm's scale and shift and `W`, `c` the Linear, a key is `W (g * n + b) + c`. So
+With `n` a position normalized, `g`, `b` its LayerNorm's scale and shift and `W`, `c` the Linear, a key is `W (g * n + b) + c`. So
 `q . key = (W^T q * g) . n + q . (W b + c)`; and as attention sums to one, `attention @ values = W (g * (attention @ n) + b) + c`.
 """
 

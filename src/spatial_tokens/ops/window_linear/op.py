@@ -12,7 +12,7 @@ import torch
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.grid import Size, Window
 from spatial_tokens.ops import vmap
-from spatial_tokens.ops.autocast import autocast
+from spatial_tokens.ops.autocasting import autocast
 from spatial_tokens.ops.backends import Backend, resolve
 from spatial_tokens.ops.dense import check_dense
 from spatial_tokens.ops.window_linear import gemm, naive

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spatial_tokens.bench.alternatives import CAbstractor, DecoProjector, LlavaMLP, PerceiverResampler, QFormer
+from spatial_tokens.bench.baselines import CAbstractor, DecoProjector, LlavaMLP, PerceiverResampler, QFormer
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from tests.tolerances import assert_close
 
@@ -185,8 +185,8 @@ def test_c_abstractor_is_made_of_regnet_blocks_around_a_pooling():
 
 
 def plain_layer_norm(norm, x):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
 
 def test_perceiver_resampler_is_attention_head_by_head():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from spatial_tokens.bench.contest import Contest, Row, label
+from spatial_tokens.bench.comparison import Comparison, Row, label
 from spatial_tokens.bench.plots import exponent
 from spatial_tokens.bench.report import Report
 from spatial_tokens.errors import MissingExtraError
@@ -78,12 +78,12 @@ class Screen:
         if rows:
             self._console.print(subject_table(rows))
 
-    def run(self, contest: Contest, work: Callable[[], list[Row]]) -> list[Row]:
-        """Shows a contest while it runs, and its rows once they are there."""
-        if self._rows and (self._rows[0].suite, self._rows[0].subject) != (contest.suite, contest.subject):
+    def run(self, comparison: Comparison, work: Callable[[], list[Row]]) -> list[Row]:
+        """Shows a comparison while it runs, and its rows once they are there."""
+        if self._rows and (self._rows[0].suite, self._rows[0].subject) != (comparison.suite, comparison.subject):
             self._rows, rows = [], self._rows
             self._console.print(subject_table(rows))
-        self._progress.update(self._task, description=title(contest.suite, contest.subject, contest.setting))
+        self._progress.update(self._task, description=title(comparison.suite, comparison.subject, comparison.setting))
         found = work()
         self._rows = [*self._rows, *found]
         self._progress.advance(self._task)
@@ -97,7 +97,7 @@ class Screen:
 
 
 def title(suite: str, subject: str, setting: Any) -> str:
-    """What a contest is about, in a line."""
+    """What a comparison is about, in a line."""
     return f"{suite}: {subject}, {label(setting)}"
 
 

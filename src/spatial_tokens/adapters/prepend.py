@@ -11,7 +11,7 @@ from spatial_tokens.grid import Size
 from spatial_tokens.modules import SPProjector
 
 
-class WithSpatialTokens(nn.Module):
+class PrependSpatialTokens(nn.Module):
     """Spatial tokens, then the tokens of a model's own projector, which stay what they were, bit for bit.
 
     The own projector's state dict lies under `projector.`, the spatial tokens' under `spatial_projector.`.
@@ -34,7 +34,7 @@ class WithSpatialTokens(nn.Module):
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=8, kernel_sizes=(4, 8),
         ...     spatial_hidden_size=16, detail_kernel_size=4, patch_head=None,
         ... )
-        >>> WithSpatialTokens(nn.Linear(32, 64), SPProjector.from_config(config))(torch.randn(2, 64, 32)).shape
+        >>> PrependSpatialTokens(nn.Linear(32, 64), SPProjector.from_config(config))(torch.randn(2, 64, 32)).shape
         torch.Size([2, 66, 64])
     """
 
@@ -66,7 +66,7 @@ class WithSpatialTokens(nn.Module):
         config: SPProjectorConfig,
         unmerge: nn.Module | None = None,
         grid_size: Size | None = None,
-    ) -> WithSpatialTokens:
+    ) -> PrependSpatialTokens:
         """A fresh SPProjector beside a projector, on its device, in its dtype and mode.
 
         Raises:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from spatial_tokens.adapters.beside import WithSpatialTokens
-from spatial_tokens.adapters.host import fitted
+from spatial_tokens.adapters.fit_config import fitted
+from spatial_tokens.adapters.prepend import PrependSpatialTokens
 from tests.tolerances import assert_close
 
 
@@ -20,7 +20,7 @@ def test_they_are_told_the_grid_of_the_host(grid):
         patch_head=None,
     )
     assert (config.grid_size, config.kernel_sizes, config.rank) == ((24, 24), (4, 8, 12, 16, 20, 24), 2)
-    both = WithSpatialTokens.from_config(nn.Linear(16, 12), config, grid_size=grid)
+    both = PrependSpatialTokens.from_config(nn.Linear(16, 12), config, grid_size=grid)
     patches = torch.randn(2, grid[0] * grid[1], 16)
     tokens = both(patches)
     assert_close(tokens[:, :6], both.spatial_projector(patches, grid))

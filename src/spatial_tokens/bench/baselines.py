@@ -24,7 +24,7 @@ Device = torch.device | str | None
 Dtype = torch.dtype | None
 
 
-class _Alternative(nn.Module):
+class _Baseline(nn.Module):
     """What all of them have: their widths, their grid and their number of tokens."""
 
     def __init__(
@@ -49,7 +49,7 @@ class _Alternative(nn.Module):
         return f"{self.vision_hidden_size}, {self.text_hidden_size}, grid_size={self.grid_size}, num_tokens={self.num_tokens}"
 
 
-class LlavaMLP(_Alternative):
+class LlavaMLP(_Baseline):
     """LLaVA-1.5's projector (arXiv 2310.03744, section 3, "MLP vision-language connector"; `mlp2x_gelu` in its code).
 
     Linear, GELU, Linear on each patch by itself; the layer between has width `D`.
@@ -75,7 +75,7 @@ class LlavaMLP(_Alternative):
         return self.mlp(patch_map.flatten(1, 2))  # type: ignore[no-any-return]
 
 
-class DecoProjector(_Alternative):
+class DecoProjector(_Baseline):
     """DeCo (arXiv 2405.20985, "2D Adaptive Pooling"): averages the patch grid to 12 x 12, then LLaVA-1.5's MLP.
 
     Args:
@@ -105,7 +105,7 @@ class DecoProjector(_Alternative):
         return self.mlp(rearrange(pooled, "b c h w -> b (h w) c"))  # type: ignore[no-any-return]
 
 
-class CAbstractor(_Alternative):
+class CAbstractor(_Baseline):
     """Honeybee's C-Abstractor (arXiv 2312.06742, section 3.3): convolutions, adaptive average pooling, convolutions, an MLP.
 
     A learned position is added to each patch. The blocks are RegNet's, as in Honeybee's code: 1 x 1, depthwise 3 x 3,
@@ -154,7 +154,7 @@ class CAbstractor(_Alternative):
         return self.fc2(self.act(self.fc1(rearrange(features, "b c h w -> b (h w) c"))))  # type: ignore[no-any-return]
 
 
-class PerceiverResampler(_Alternative):
+class PerceiverResampler(_Baseline):
     """Flamingo's Perceiver Resampler (arXiv 2204.14198, section 2.1 and appendix A.1.1), and a linear layer to `D`.
 
     Learned latents look at the patches and at themselves, layer after layer. The heads, GELU and layers without bias are those of
@@ -233,7 +233,7 @@ class _ResamplerLayer(nn.Module):
         return self.output(rearrange(found, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
 
 
-class QFormer(_Alternative):
+class QFormer(_Baseline):
     """BLIP-2's Q-Former (arXiv 2301.12597, section 3.1) and its linear layer to `D`: transformers' `Blip2QFormerModel`.
 
     BERT-base, with dropout 0.1 in training, whose learned queries look at the patches in every second layer. It is the part that

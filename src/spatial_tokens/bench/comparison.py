@@ -19,7 +19,7 @@ def label(setting: Setting) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Candidate:
     """An implementation, built and ready.
 
     Args:
@@ -28,7 +28,7 @@ class Entry:
         num_compared: How many of the result's tensors the reference gives too, from the first; None for all.
         values: What else is to be told of it: parameters, say.
         finish: Figures that follow from its median time in seconds: tokens per second, say.
-        work: The fewest bytes that it must move and the operations that it must do, where they are not the contest's.
+        work: The fewest bytes that it must move and the operations that it must do, where they are not the comparison's.
         in_cache: Whether it runs once, untimed, before each timed run, so that it finds in the caches what they can hold.
     """
 
@@ -42,27 +42,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """Implementations of one thing.
 
     Args:
         suite: Its suite.
         subject: What is done.
         setting: With what: batch, dtype, pass.
-        entries: Each implementation's name, and the function that builds it.
-        reference: The entry whose result the others must give; None where they compute different things.
+        candidates: Each implementation's name, and the function that builds it.
+        reference: The candidate whose result the others must give; None where they compute different things.
         tolerance: How far, relative to the reference's norm.
-        baseline: The entry whose time is divided by the others' in `ratio`.
+        baseline: The candidate whose time is divided by the others' in `ratio`.
         num_bytes: The fewest bytes that must be moved.
         num_flops: The operations that must be done, two for a multiply-add.
-        weights: Gives what is read side by side with the entries, to know the bandwidth of the moment; asked once they are built.
+        weights: Gives what is read side by side with the candidates, to know the bandwidth at the time; called once all are built.
         memory: Bytes that building and running needs, about; more than is free is not tried.
     """
 
     suite: str
     subject: str
     setting: Setting
-    entries: Mapping[str, Callable[[], Entry]]
+    candidates: Mapping[str, Callable[[], Candidate]]
     reference: str | None = None
     tolerance: float = 1e-4
     baseline: str | None = None
@@ -74,7 +74,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of one entry: its figures, or why there are none."""
+    """What was found of one candidate: its figures, or why there are none."""
 
     suite: str
     subject: str
