@@ -1,4 +1,4 @@
-"""Bases in 8 and in 4 bits: attached, trained, saved and loaded as others; and models that are quantized once they have spatial tokens."""
+"""Quantized bases are attached, trained, saved and loaded as others; and models that are quantized with their spatial tokens."""
 
 import copy
 import os
@@ -153,7 +153,7 @@ def tuned_llava():
 def test_quantized_with_its_spatial_tokens(tmp_path):
     """int8 is saved, and its values come back; other formats are refused, before a file is written."""
     torchao = pytest.importorskip("torchao.quantization")
-    model, processor, _ = tuned_llava()
+    model, _, _ = tuned_llava()
     small = copy.deepcopy(model)
     torchao.quantize_(small, torchao.Int8WeightOnlyConfig())
     save_adapter(small, tmp_path / "int8")
