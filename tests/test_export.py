@@ -187,3 +187,29 @@ def test_in_a_terminal(tmp_path, capsys):
     ]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["llava-sp-cropping", "factorized-pooling"])
+def test_an_attached_llava(preset):
+    """torch.export takes the whole model; its program reads other pictures, and texts of the same length."""
+    pytest.importorskip("transformers")
+    from spatial_tokens.adapters.huggingface import attach
+    from spatial_tokens.adapters.huggingface.ready import tiny_llava
+
+    torch.manual_seed(0)
+    model, processor = attach(*tiny_llava(), preset, spatial_hidden_size=8)
+    torch.nn.init.normal_(model.spatial_tokens.spatial_head.fc.weight)
+
+    def asked(text, picture):
+        return {**processor(images=picture, text=text, return_tensors="pt"), "use_cache": False}
+
+    given = asked("<image> What is this?", torch.zeros(3, 336, 336))
+    program = torch.export.export(model.eval(), (), given).module()
+    picture = torch.rand(3, 336, 336, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for text in ("<image> What is this?", "Look at <image> now"):
+            other = asked(text, picture)
+            assert other["input_ids"].shape == given["input_ids"].shape
+            assert_close(program(**other).logits, model(**other).logits)
+            silent = {**other, "pixel_values": other["pixel_values"] * 0}
+            assert (program(**silent).logits - program(**other).logits).abs().max() > 0.01

@@ -76,13 +76,16 @@ def write(name: str, folder: Path) -> None:
     processor.save_pretrained(folder / "base")
 
 
-def write_adapter(name: str, folder: Path, to: str, train: str | None = None, **options: Any) -> None:
-    """Writes an adapter of the base in `folder/base` into `folder/to`; with a module of the base that "trained" with it."""
+def write_adapter(name: str, folder: Path, to: str, train: str | None = None, preset: str | None = None, **options: Any) -> None:
+    """Writes an adapter of the base in `folder/base` into `folder/to`; with a module of the base that "trained" with it.
+
+    A preset is taken as it is, without what `attach` is told of the family.
+    """
     base = BASES[name]
     model = getattr(transformers, base.model).from_pretrained(folder / "base")
     processor = transformers.AutoProcessor.from_pretrained(folder / "base")
-    options = {"spatial_hidden_size": 16, **base.attach, **options}
-    attach(model, processor, "llava-sp-cropping", **options)
+    options = {"spatial_hidden_size": 16, **({} if preset else base.attach), **options}
+    attach(model, processor, preset or "llava-sp-cropping", **options)
     torch.manual_seed(1)
     with torch.no_grad():
         for each in model.spatial_tokens.parameters():

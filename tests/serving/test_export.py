@@ -169,3 +169,14 @@ def test_the_command(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["config"] == {"architectures": [OURS], "spatial_tokens": "spatial_tokens"}
     assert main([*words[:2], str(tmp_path), *words[3:]]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_an_adapter_of_int8_weights(folder, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base")
+    load_adapter(model, folder / "adapter")
+    torchao.quantize_(model.spatial_tokens, torchao.Int8WeightOnlyConfig())
+    save_adapter(model, tmp_path / "int8")
+    with pytest.raises(SpatialTokensError, match="has int8 weights, which vLLM would take for plain ones; save it before quant"):
+        serve_export(folder / "base", tmp_path / "int8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -26,7 +26,11 @@ ADAPTERS = {
     "llava_next": {"own": {}, "tile": {"unit": "tile"}},
     "internvl": {"own": {}, "tile": {"unit": "tile", "mode": "image"}},
     "qwen2_vl": {"own": {}},
-    "qwen2_5_vl": {"own": {}, "image": {"mode": "image", "resize": "interpolate"}},
+    "qwen2_5_vl": {
+        "own": {},
+        "image": {"mode": "image", "resize": "interpolate"},
+        "any grid": {"preset": "factorized-cropping"},
+    },
     "mistral3": {"own": {}},
     "idefics3": {"own": {}, "tile": {"unit": "tile"}},
 }

@@ -146,27 +146,6 @@ def test_a_quantized_mlp_is_refused_and_the_model_stays_as_it_was():
     assert prepare_model(model, ALIGNMENT) is model
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_base_in_4_bits(stage, batch, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
-
-    base, processor = tiny_llava()
-    base.to(torch.bfloat16).save_pretrained(tmp_path)
-
-    def loaded(**options):
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
-        base = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
-        return attach(base, processor, spatial_hidden_size=8)[0]
-
-    with pytest.raises(SpatialTokensError, match=r"multi_modal_projector.linear_1.weight is quantized"):
-        prepare_model(loaded(), stage)
-    model = prepare_model(loaded(llm_int8_skip_modules=["model.multi_modal_projector", "lm_head"]), stage)
-    model(**batch).loss.backward()
-    assert {each.dtype for each in trained(model).values()} == {torch.float32}
-    assert all(each.grad.isfinite().all() for each in trained(model).values())
-
-
 def test_a_stage_is_expected():
     with pytest.raises(SpatialTokensError, match="stage must be a Stage, such as ALIGNMENT, got 'alignment'"):
         prepare_model(attach(*tiny_llava(), spatial_hidden_size=8)[0], "alignment")

@@ -71,7 +71,7 @@ class FactorizedKernels(nn.Module):
         self._reset()
 
     def reset_parameters(self) -> None:
-        """Initializes `D` with orthonormal rows, and the cores so that tokens have the variance of dense kernels by `Conv2d`'s rule.
+        """Initializes `D` with orthonormal rows, and the cores so that tokens have the variance of dense ones by `Conv2d`'s rule.
 
         That holds for features that, along each side of a window, are either the same everywhere or independent of their neighbors.
         A map adds up what is the same, so the weights of the lowest frequency start smaller, the more so the larger the window.

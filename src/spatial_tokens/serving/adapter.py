@@ -12,10 +12,12 @@ from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Unit
 from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
 from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import family_of
-from spatial_tokens.adapters.huggingface.saving import read_config
+from spatial_tokens.adapters.huggingface.saving import WEIGHTS_NAME, read_config
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.serving.families import require_served
+from spatial_tokens.storage.files import read_safetensors
+from spatial_tokens.storage.int8 import METADATA_ENTRY
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def read_adapter(folder: Path, hf_config: Any) -> ServedAdapter:
         raise SpatialTokensError(
             f"the tokens of {folder} have {config.text_hidden_size} channels, the language model has {width}; give its own base"
         )
+    if METADATA_ENTRY in read_safetensors(folder / WEIGHTS_NAME, lambda name: False)[1]:
+        raise SpatialTokensError(f"{folder} has int8 weights, which vLLM would take for plain ones; save it before quantization")
     require_served(hf_config)
     family, resize = family_of(hf_config), values["resize"]
     if family.layout in OF_ANY_SIZE and resize is None and not config.any_grid:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
@@ -18,6 +19,23 @@ _OF_ACTIVATIONS = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point"
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds others in place of its values, as those of torchao do; a sharded one (DTensor) does not count."""
     return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor")
+
+
+def quantized_parameter(module: nn.Module) -> str | None:
+    """The name of a module's first parameter that is packed or holds integers, so that it cannot be trained, if it has one."""
+    from torch.distributed.tensor import DTensor
+
+    plain = (torch.Tensor, nn.Parameter, DTensor)
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point() or type(parameter.data) not in plain:
+            return name
+    return None
+
+
+def dequantized(tensor: torch.Tensor) -> torch.Tensor:
+    """The values that a quantized tensor stands for; a plain one as it is."""
+    values: Any = tensor
+    return values.dequantize() if is_quantized(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def is_int8(tensor: torch.Tensor) -> bool:

@@ -19,10 +19,11 @@ from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.files import read_tensors
+from spatial_tokens.storage.int8 import quantized_parameter
 from spatial_tokens.storage.pretrained import require_exactly
 from spatial_tokens.storage.sharded import gathered, is_partitioned, shape_of, tensors_of, whole, whole_copy, write
 from spatial_tokens.storage.text import read_text
-from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze, quantized_parameter
+from spatial_tokens.training.recipe import LoRA, Parts, Stage, freeze
 
 SPATIAL, LORA = "spatial_tokens", "lora"  # the folders of what was trained
 

@@ -8,13 +8,13 @@ from functools import partial
 from math import ceil, cos, inf, isfinite, pi
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.grid import check_positive
+from spatial_tokens.storage.int8 import quantized_parameter
 
 
 def _require_ranges(**ranges: tuple[Any, float, float]) -> None:
@@ -120,17 +120,6 @@ class Parts:
         for name, modules in (("projector", self.projector), ("lora", self.lora), ("kernels", self.kernels)):
             if not isinstance(modules, Sequence) or not all(isinstance(module, nn.Module) for module in modules):
                 raise SpatialTokensError(f"{name} must be a list of modules, got {shown(modules)}")
-
-
-def quantized_parameter(module: nn.Module) -> str | None:
-    """The name of a module's first parameter that is packed or holds integers, so that it cannot be trained, if it has one."""
-    from torch.distributed.tensor import DTensor
-
-    plain = (torch.Tensor, nn.Parameter, DTensor)
-    for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point() or type(parameter.data) not in plain:
-            return name
-    return None
 
 
 def freeze(model: nn.Module, parts: Parts) -> None:

@@ -26,6 +26,7 @@ from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 from spatial_tokens.grid import as_size, crop_sizes
 from spatial_tokens.modules import SPProjector
+from spatial_tokens.storage.int8 import quantized_parameter
 
 ATTRIBUTE = "_spatial_attachment"
 LOGGER = logging.getLogger(__name__)
@@ -159,9 +160,16 @@ def detach(model: Model, processor: Any = None) -> Model:
         processor: The processor that `attach` returned, to be an ordinary one again (its tokenizer keeps the reserved token).
 
     Raises:
-        SpatialTokensError: If it has no spatial tokens.
+        SpatialTokensError: If it has no spatial tokens; or a part of the base that trained with them was quantized since, so that
+            its own weights cannot be given back. The model is then as it was.
     """
-    attachment_of(model).remove()
+    attachment = attachment_of(model)
+    for path in attachment.modules_to_save:
+        if (name := quantized_parameter(attachment.parts.model.get_submodule(path))) is not None:
+            raise SpatialTokensError(
+                f"{path}.{name} was quantized after attach, so its own weights cannot be put back; detach first, then quantize"
+            )
+    attachment.remove()
     _forget_compiled_code()
     if processor is not None:
         without_placeholders(processor)

@@ -67,6 +67,7 @@ class Current:
         self.call: Call | None = None
         self.recording: Recording | None = None
         self.in_video = False
+        self.saving_base = False
         self.marked: torch.Tensor | None = None  # placeholders among ids that the caller embeds
 
 

@@ -96,6 +96,7 @@ class Attachment:
             tap.register_forward_pre_hook(self.record, with_kwargs=True),
             tap.register_forward_hook(self.count),
             base.register_forward_pre_hook(self.refuse_replicas),
+            model.register_state_dict_post_hook(partial(self.leave_out)),  # torch marks it, which a method does not take
             self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
         ]
         around = {
@@ -129,10 +130,20 @@ class Attachment:
 
     def save_base(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Around `save_pretrained`: the base alone is written, as it was."""
-        given = arguments.get("state_dict")
+        current, given = self.threads.current, arguments.get("state_dict")
         given = self.parts.model.state_dict() if given is None else given
         arguments["state_dict"] = {name: each for name, each in given.items() if not name.startswith(f"{NAME}.")}
-        return original(**arguments)
+        current.saving_base = True
+        try:
+            return original(**arguments)
+        finally:
+            current.saving_base = False
+
+    def leave_out(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """After the model's `state_dict`, which transformers asks for itself when it saves a quantized base."""
+        if self.threads.current.saving_base:
+            for name in [name for name in state if name.startswith(f"{prefix}{NAME}.")]:
+                del state[name]
 
     # generate
 

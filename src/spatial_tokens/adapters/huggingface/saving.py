@@ -23,6 +23,7 @@ from spatial_tokens.modules import SPProjector
 from spatial_tokens.modules.parts import PARTS
 from spatial_tokens.storage import hub
 from spatial_tokens.storage.folder_format import FolderFormat
+from spatial_tokens.storage.int8 import dequantized, quantized_parameter
 from spatial_tokens.storage.model_card import PAPER, render_model_card
 from spatial_tokens.storage.pretrained import assign, require_exactly
 from spatial_tokens.storage.sharded import gathered, is_sharded, shape_of, tensors_of, whole_copy, write
@@ -158,12 +159,18 @@ def _load_modules(inner: Any, paths: list[str], values: dict[str, torch.Tensor],
     """Gives modules of the base the weights that were saved; detaching gives them back their own.
 
     Raises:
-        SpatialTokensError: If the base's modules are others, or offloaded; nothing has been written then.
+        SpatialTokensError: If the base's modules are others, quantized or offloaded; nothing has been written then.
     """
     try:
+        quantized = {path: quantized_parameter(inner.get_submodule(path)) for path in paths}
         own = {f"{path}.{name}": each for path in paths for name, each in tensors_of(inner.get_submodule(path)).items()}
     except AttributeError as error:
         raise SpatialTokensError(f"{source} has weights of modules that the model does not have: {reason(error)}") from error
+    for path, name in quantized.items():
+        if name is not None:
+            raise SpatialTokensError(
+                f"{source} has weights for {path}.{name}, which is quantized; load the base without quantizing {path}"
+            )
     require_exactly({name: shape_of(each) for name, each in own.items()}, values, source)
     offloaded = next((name for name, each in own.items() if each.is_meta), None)
     if offloaded is not None:
@@ -172,7 +179,7 @@ def _load_modules(inner: Any, paths: list[str], values: dict[str, torch.Tensor],
     for path in paths:
         module = inner.get_submodule(path)
         attachment.undo.append(partial(_write_all, module, {name: whole_copy(each) for name, each in tensors_of(module).items()}))
-        _write_all(module, {name: values[f"{path}.{name}"] for name in tensors_of(module)})
+        _write_all(module, {name: dequantized(values[f"{path}.{name}"]) for name in tensors_of(module)})
     attachment.modules_to_save += paths
 
 
