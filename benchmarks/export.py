@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from spatial_tokens.bench.contest import Contest, Entry, label
 
 from spatial_tokens import SPProjector, SPProjectorConfig
+from spatial_tokens.bench.comparison import Candidate, Comparison, label
 from spatial_tokens.bench.machine import describe
 from spatial_tokens.bench.report import Report
-from spatial_tokens.bench.runner import run_contest
+from spatial_tokens.bench.runner import run_comparison
 from spatial_tokens.compression import quantize_int8
 from spatial_tokens.export import compile_package, export_onnx
 
@@ -43,12 +43,12 @@ def features(projector: SPProjector, batch: int) -> torch.Tensor:
     return patches.to(dtype)
 
 
-def entry(run, patches: torch.Tensor) -> Entry:
+def candidate(run, patches: torch.Tensor) -> Candidate:
     def tokens():
         made = run(patches)
         return made[0] if isinstance(made, (tuple, list)) else made
 
-    return Entry(tokens)
+    return Candidate(tokens)
 
 
 def onnx_runtime(path: Path):
@@ -60,7 +60,7 @@ def onnx_runtime(path: Path):
     return lambda patches: torch.from_numpy(session.run(["tokens"], {"patches": patches.numpy()})[0])
 
 
-def programs(kernels: str, folder: Path) -> list[Contest]:
+def programs(kernels: str, folder: Path) -> list[Comparison]:
     """Programs of a float32 projector; all are made before the first is timed."""
     projector = make(kernels, torch.float32)
     compile_package(projector, folder / "p.pt2")
@@ -72,26 +72,26 @@ def programs(kernels: str, folder: Path) -> list[Contest]:
         "ONNX Runtime": onnx_runtime(folder / "p.onnx"),
     }
     return [
-        contest("program", {"kernels": kernels, "dtype": "float32", "batch": batch}, projector, runs, batch) for batch in BATCHES
+        comparison("program", {"kernels": kernels, "dtype": "float32", "batch": batch}, projector, runs, batch) for batch in BATCHES
     ]
 
 
-def int8(dtype: torch.dtype) -> list[Contest]:
+def int8(dtype: torch.dtype) -> list[Comparison]:
     """Dense kernels, and the same in 8 bits."""
     projector = make("dense", dtype)
     small = quantize_int8(projector)
     runs = {EAGER: projector.extractor, "int8": small.extractor, "int8, compiled": torch.compile(small.extractor, dynamic=True)}
     name = str(dtype).removeprefix("torch.")
     return [
-        contest("extractor", {"kernels": "dense", "dtype": name, "batch": batch}, projector, runs, batch, COARSE)
+        comparison("extractor", {"kernels": "dense", "dtype": name, "batch": batch}, projector, runs, batch, COARSE)
         for batch in BATCHES
     ]
 
 
-def contest(subject: str, setting: dict, projector: SPProjector, runs: dict, batch: int, tolerance: float = 1e-4) -> Contest:
+def comparison(subject: str, setting: dict, projector: SPProjector, runs: dict, batch: int, tolerance: float = 1e-4) -> Comparison:
     patches = features(projector, batch)
-    entries = {name: partial(entry, run, patches) for name, run in runs.items()}
-    return Contest("export", subject, setting, entries, reference=EAGER, tolerance=tolerance, baseline=EAGER)
+    candidates = {name: partial(candidate, run, patches) for name, run in runs.items()}
+    return Comparison("export", subject, setting, candidates, reference=EAGER, tolerance=tolerance, baseline=EAGER)
 
 
 @torch.inference_mode()
@@ -109,7 +109,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             made = maker(Path(folder)) if maker.func is programs else maker()
             for each in made:
-                for row in run_contest(each, torch.device("cpu"), None, given.seconds):
+                for row in run_comparison(each, torch.device("cpu"), None, given.seconds):
                     rows.append(row)
                     figures = {name: round(value, 3) for name, value in row.values.items()}
                     print(row.subject, label(row.setting), row.implementation, row.failure or figures, flush=True)
