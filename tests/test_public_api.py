@@ -20,7 +20,7 @@ LAYERS = [  # lowest first; each holds top-level names of the package
     {"config", "presets", "pictures", "ops", "storage"},
     {"modules"},
     {"adapters", "visualize", "bench", "compression", "export"},
-    {"checkpoint", "training", "serving"},
+    {"checkpoint", "training", "serving", "diagnostics"},
     {"demo", "demo_model", "cli"},
     {"__main__"},
 ]
@@ -31,9 +31,9 @@ FORBIDDEN = {  # what a package must not import although it is in a lower layer
     "config": {"spatial_tokens.ops", "spatial_tokens.storage"},
 }
 OPTIONAL = {  # libraries beyond the core's, and the packages that may import them
-    "timm": {"adapters", "bench"},
+    "timm": {"adapters", "bench", "diagnostics"},
     "torchvision": {"adapters"},
-    "transformers": {"adapters", "bench", "checkpoint", "training", "serving"},
+    "transformers": {"adapters", "bench", "checkpoint", "training", "serving", "diagnostics"},
     "tokenizers": {"adapters"},
     "huggingface_hub": {"storage"},
     "peft": {"adapters", "training"},
@@ -41,11 +41,11 @@ OPTIONAL = {  # libraries beyond the core's, and the packages that may import th
     "triton": {"ops"},
     "vllm": {"serving"},
     "numpy": {"visualize", "bench", "demo"},
-    "PIL": {"pictures", "visualize", "adapters"},
+    "PIL": {"pictures", "visualize", "adapters", "diagnostics"},
     "torchao": {"storage", "compression"},
     "onnx_ir": {"export"},
     "onnxscript": {"export"},
-    "matplotlib": {"visualize", "bench", "compression"},
+    "matplotlib": {"visualize", "bench", "compression", "diagnostics"},
     "rich": {"bench"},
 }
 SUBCLASSES = {  # of an optional library's classes: nothing else imports these with itself
@@ -129,6 +129,10 @@ def test_public_names():
         (
             "spatial_tokens.checkpoint",
             {"convert_released", "from_llava_sp", "from_released", "llava_from_parts", "to_llava_sp"},
+        ),
+        (
+            "spatial_tokens.diagnostics",
+            {"ProbeReport", "UsageReport", "another_pictures", "log_usage", "plot_probe", "plot_usage", "probe", "usage"},
         ),
         ("spatial_tokens.serving", {"hf_overrides", "serve_export"}),
         ("spatial_tokens.ops.window_linear", {"window_linear"}),

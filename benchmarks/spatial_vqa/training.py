@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from benchmarks.spatial_vqa.layout import GRID
 from benchmarks.spatial_vqa.questions import KINDS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
+from spatial_tokens.diagnostics import another_pictures
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
 
 BATCH = 32
@@ -166,16 +166,6 @@ def train(
         optimizer.step()
         rates.step()
         yield step, loss.item()
-
-
-@contextmanager
-def another_pictures(part: nn.Module) -> Iterator[None]:
-    """Each picture of a batch is given the tokens that this part makes of the one before: what does the model look for in them?"""
-    handle = part.register_forward_hook(lambda _, __, tokens: tokens.roll(1, 0))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def prefix_of(model: Any) -> list[int]:

@@ -91,6 +91,20 @@ class TimmPatchEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` to patch features `(B, N, C)`."""
+        (feature_map,) = self._maps(pixels, [self._level])
+        if tuple(feature_map.shape[2:]) != self.grid_size:
+            raise SpatialTokensError(
+                f"{self.name!r} gave a grid of {tuple(feature_map.shape[2:])} where {self.grid_size} was expected; "
+                "use an image_size that its patches divide"
+            )
+        return cast("torch.Tensor", rearrange(feature_map, "b c h w -> b (h w) c").contiguous())
+
+    def all_layers(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Pixels `(B, 3, height, width)` to maps `(B, H, W, C)` of layers 1 to `layer`; the stages of one model differ in size."""
+        return [each.permute(0, 2, 3, 1) for each in self._maps(pixels, list(range(self._level + 1)))]
+
+    def _maps(self, pixels: torch.Tensor, levels: list[int]) -> list[torch.Tensor]:
+        """Maps `(B, C, H, W)`."""
         check_dense(pixels, "pixels", f"(B, 3, {self.image_size[0]}, {self.image_size[1]})")
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.image_size):
             raise SpatialTokensError(
@@ -99,15 +113,10 @@ class TimmPatchEncoder(nn.Module):
             )
         if (weight := next(self.model.parameters(), None)) is not None:
             check_placement(pixels, weight, "pixels")
-        (feature_map,) = self.model.forward_intermediates(
-            pixels, indices=[self._level], output_fmt="NCHW", stop_early=True, intermediates_only=True
+        return cast(
+            "list[torch.Tensor]",
+            self.model.forward_intermediates(pixels, indices=levels, output_fmt="NCHW", stop_early=True, intermediates_only=True),
         )
-        if tuple(feature_map.shape[2:]) != self.grid_size:
-            raise SpatialTokensError(
-                f"{self.name!r} gave a grid of {tuple(feature_map.shape[2:])} where {self.grid_size} was expected; "
-                "use an image_size that its patches divide"
-            )
-        return cast("torch.Tensor", rearrange(feature_map, "b c h w -> b (h w) c").contiguous())
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, layer={self.layer}, grid_size={self.grid_size}, hidden_size={self.hidden_size}"

@@ -81,19 +81,30 @@ class TransformersPatchEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` to patch features `(B, N, C)`."""
+        return self._patches(self._hidden_states(pixels)[self.layer], self.layer)
+
+    def all_layers(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Pixels `(B, 3, height, width)` to maps `(B, H, W, C)` of all layers, the first block's output first."""
+        states = self._hidden_states(pixels)
+        return [self._patches(each, layer).unflatten(1, self.grid_size) for layer, each in enumerate(states) if layer > 0]
+
+    def _hidden_states(self, pixels: torch.Tensor) -> Any:
         if tuple(pixels.shape[2:]) != self.image_size:
             raise SpatialTokensError(
                 f"{self.name} reads images of {self.image_size} pixels, got {tuple(pixels.shape[2:])}; correct its image processor"
             )
-        states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.layer]
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states
+
+    def _patches(self, states: torch.Tensor, layer: int) -> torch.Tensor:
+        """A hidden state without class and register tokens."""
         others = states.shape[1] - self.grid_size[0] * self.grid_size[1]  # class and register tokens, which come first
         registers = getattr(self.model.config, "num_register_tokens", 0)
         if states.ndim != 3 or others not in (0, 1, 1 + registers):
             raise SpatialTokensError(
-                f"hidden state {self.layer} of {self.name} has shape {tuple(states.shape)}: no grid of {self.grid_size} patches, "
+                f"hidden state {layer} of {self.name} has shape {tuple(states.shape)}: no grid of {self.grid_size} patches, "
                 "alone or with a class token and registers; use a vision model as CLIP's, SigLIP's or DINOv2's"
             )
-        return cast("torch.Tensor", states[:, others:].contiguous())
+        return states[:, others:].contiguous()
 
     def _pixels(self, picture: Image) -> torch.Tensor:
         pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"][0]

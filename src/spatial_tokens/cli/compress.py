@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from spatial_tokens.checkpoint import from_llava_sp
 from spatial_tokens.checks import as_path
 from spatial_tokens.cli.convert import is_own_format, require_own_files
 from spatial_tokens.cli.output import print_json
+from spatial_tokens.cli.progress import Progress
 from spatial_tokens.compression import CompressionReport, compress, quantize_int8
 from spatial_tokens.compression.encoded import EncodedPictures, pictures_in
 from spatial_tokens.compression.plot import plot_report
@@ -30,7 +30,6 @@ REPORT_NAME, PLOT_NAME = "compression.json", "compression.png"
 LAYER, LIMIT = -2, 1000
 OF_IMAGES = ("encoder", "layer", "limit")
 OF_FACTORS = ("rank", "parameters", "error", "frequencies", "basis")
-SECONDS = 10  # from one line to the next where no terminal is
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_int8(arguments, projector, small)
         return
     with _features(arguments, projector) as features, new_directory(target, _require_own_files) as folder:
-        with _Progress() as progress:
+        with Progress() as progress:
             small, report = compress(
                 projector,
                 features,
@@ -138,33 +137,3 @@ def _bytes(tensor: Any) -> int:
     if hasattr(tensor, "qdata"):
         return _bytes(tensor.qdata) + _bytes(tensor.scale)
     return int(tensor.numel() * tensor.element_size())
-
-
-class _Progress:
-    """How far a compression is, on standard error: one line that changes on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._stage, self._shown, self._pictures = "", 0.0, 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal and self._stage:
-            self._write("\n")
-
-    def __call__(self, stage: str, pictures: int) -> None:
-        now = time.monotonic()
-        if self._terminal:
-            self._write(("\n" if self._stage not in ("", stage) else "") + f"\r{stage}: {pictures} pictures\033[K")
-        elif stage != self._stage or now - self._shown > SECONDS:
-            self._write(f"{stage}: {pictures} pictures\n")
-            self._shown = now
-        self._stage = stage
-
-    @staticmethod
-    def _write(text: str) -> None:
-        with suppress(OSError, AttributeError):  # it is closed: nobody wants to know
-            sys.stderr.write(text)
-            sys.stderr.flush()

@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"
     )
 
+    _add_probe(subparsers)
     bench = _command(
         subparsers,
         "bench",
@@ -124,6 +125,34 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("output", metavar="OUT", help="the folder to write; an earlier export is replaced")
     serve.add_argument("--link", action="store_true", help="link to the base's files instead of copying them")
     return parser
+
+
+def _add_probe(subparsers: Any) -> None:
+    probe = _command(
+        subparsers,
+        "probe",
+        "probe:run",
+        "measure how well an encoder's features encode patch places, layer by layer: will spatial tokens help?",
+        "probe vit_large_patch14_clip_quickgelu_336.openai --images photos\n"
+        "  spatial-tokens probe llava-hf/llava-1.5-7b-hf --images photos",
+    )
+    probe.add_argument(
+        "encoder",
+        metavar="ENCODER",
+        help="a timm model, or a vision or vision-language model of transformers (a folder, or owner/name)",
+    )
+    probe.add_argument("--images", metavar="DIR", help="a folder of pictures, some hundred or more (default: generated ones)")
+    probe.add_argument("--limit", type=_positive, metavar="N", help="use at most so many pictures (default: 400)")
+    probe.add_argument(
+        "--layer", type=int, metavar="N", help="the hidden state that the projector reads (default: -2, the paper's)"
+    )
+    probe.add_argument("--image-size", type=_positive, metavar="N", help="of a timm model: pixels a side (default: its own)")
+    probe.add_argument("--random-weights", action="store_true", help="of a timm model: load no weights")
+    probe.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    probe.add_argument("--seed", type=int, default=0, help="of shifts, intervals and random weights (default: %(default)s)")
+    probe.add_argument(
+        "--output", default="spatial-tokens-probe", metavar="DIR", help="where probe.json and probe.png go (default: %(default)s)"
+    )
 
 
 def _add_compress(subparsers: Any) -> None:

@@ -1,0 +1,248 @@
+"""`usage`: does a trained model use its spatial tokens?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
+from spatial_tokens.adapters.huggingface.hooks import Attachment
+from spatial_tokens.adapters.huggingface.placeholders import IGNORED
+from spatial_tokens.diagnostics.exchange import Others, replaced_tokens
+from spatial_tokens.diagnostics.intervals import bootstrap, ratios
+from spatial_tokens.diagnostics.usage_report import Change, LayerAttention, UsageReport
+from spatial_tokens.errors import SpatialTokensError
+
+Batch = Mapping[str, Any]
+Progress = Callable[[str, int], None]
+
+
+def usage(
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    progress: Progress = lambda stage, batches: None,
+) -> UsageReport:
+    """Measures a model's loss and answers with each picture's own spatial tokens, with another picture's, and with none.
+
+    A model that does as well with another picture's does not use them. "None" is the mean of all pictures' spatial tokens, which
+    removes only what differs between pictures. If the model's own projector gives the same number of tokens for every picture, its
+    patch tokens are exchanged as well, for comparison. If the model's attention is "eager", the attention of the text to the
+    spatial tokens is measured layer by layer.
+
+    Batches are read twice, first for the mean. The model is evaluated without dropout and gradients, and is left as it was,
+    as is the random state.
+
+    Args:
+        model: A model that `attach` gave spatial tokens.
+        batches: What the model is called with, `labels` included: a list or a DataLoader.
+        progress: Told what batches are read for, and how many have been.
+
+    Raises:
+        SpatialTokensError: If the model has no spatial tokens, there are no batches, they can be read only once, or one has no
+            labels or no images.
+
+    Example:
+        report = usage(model, DataLoader(dataset, batch_size=8, collate_fn=collator))
+        print(report)
+    """
+    attachment = attachment_of(model)
+    require_batches(batches)
+    training = [module for module in unwrapped(model).modules() if module.training]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        model.eval()
+        try:
+            return _measured(_Measurement(model, attachment), batches, progress)
+        finally:
+            for module in training:
+                module.training = True
+
+
+def require_batches(batches: Any) -> None:
+    """Raises SpatialTokensError unless a value is batches that can be read twice."""
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+        raise SpatialTokensError(f"batches must be a list of batches or a DataLoader, got a {type(batches).__name__}")
+    if iter(batches) is batches:
+        raise SpatialTokensError(f"batches are read twice, which a {type(batches).__name__} cannot be; give a list or a DataLoader")
+
+
+def _measured(measured: _Measurement, batches: Iterable[Batch], progress: Progress) -> UsageReport:
+    for number, batch in enumerate(batches):
+        measured.average(batch, number)
+        progress("mean spatial tokens", number + 1)
+    if not measured.pictures:
+        raise SpatialTokensError("there are no batches; give one at least, with images and labels")
+    for number, batch in enumerate(batches):
+        measured.compare(batch, number)
+        progress("usage", number + 1)
+    return measured.report()
+
+
+class _Measurement:
+    """One measurement of a model: what was found so far."""
+
+    def __init__(self, model: Any, attachment: Attachment) -> None:
+        self.model, self.attachment, self.parts = model, attachment, attachment.parts
+        self.device = next(self.parts.embeddings.parameters()).device
+        self.sum: Any = 0.0  # of spatial tokens, over pictures
+        self.pictures = 0
+        self.another, self.other_patches = Others(), Others()
+        self.patches_are_exchanged = self.parts.family.tiles is None
+        self.names: list[Any] = []  # of each sample's pictures
+        self.losses: dict[str, list[torch.Tensor]] = {}  # of samples, by whose tokens they were given, (b,) each
+        self.right: dict[str, list[torch.Tensor]] = {}
+        self.attention: list[torch.Tensor] = []  # (b, layers, 2) each: to spatial tokens, to patches
+        self.places = [0, 0]  # of spatial tokens, of patches
+
+    def average(self, batch: Batch, number: int) -> None:
+        """Adds a batch's spatial tokens to their mean."""
+        with _kept_outputs(self.attachment.projector) as tokens, _kept_outputs(self.parts.projector) as patches:
+            self._logits(self._inputs(batch, number)[0], number)
+        if not patches or not tokens:
+            raise SpatialTokensError(f"batch {number}, counted from 0, has no images; leave out batches of text alone")
+        (found,) = tokens
+        self.sum, self.pictures = self.sum + found.double().sum(0), self.pictures + len(found)
+        self.another.last = found[-1]
+        self.patches_are_exchanged &= len(patches) == 1 and patches[0].ndim == 3 and len(patches[0]) == len(found)
+        if self.patches_are_exchanged:
+            self.other_patches.last = patches[0][-1]
+
+    def compare(self, batch: Batch, number: int) -> None:
+        """Adds a batch's losses and answers, with each kind of tokens."""
+        inputs, labels = self._inputs(batch, number)
+        ids, mean = inputs["input_ids"], self.sum / self.pictures
+        told = (labels != IGNORED).any(1) & (ids == self.attachment.token_id).any(1)
+        spatial, patches = self.attachment.projector, self.parts.projector
+        with _kept_outputs(spatial) as tokens, self._attention(inputs) as attention:
+            self._add("own", inputs, labels, told, number)
+        replacements: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {
+            "another": (spatial, self.another),
+            "mean": (spatial, lambda each: mean.to(each).expand_as(each)),
+        }
+        if self.patches_are_exchanged:
+            replacements["patches"] = patches, self.other_patches
+        for name, (part, replace) in replacements.items():
+            with replaced_tokens(part, replace):
+                self._add(name, inputs, labels, told, number)
+        names = self._names(ids, tokens, number)
+        self.names += [each for each, kept in zip(names, told.tolist(), strict=True) if kept]
+        if attention:
+            self.attention.append(torch.stack(attention, dim=1)[told].cpu())
+
+    def report(self) -> UsageReport:
+        """What was found.
+
+        Raises:
+            SpatialTokensError: If no sample has both a picture and a label.
+        """
+        if not self.names:
+            raise SpatialTokensError("no sample has both a picture and labels: there is nothing to measure")
+        order = {name: number for number, name in enumerate(dict.fromkeys(self.names))}
+        index = torch.tensor([order[name] for name in self.names])
+
+        def estimates(*values: torch.Tensor) -> Any:
+            """Means over samples of values `(samples,)`; a picture's samples are drawn together."""
+            columns = torch.stack([column for each in values for column in (each, torch.ones_like(each))], dim=1).double()
+            return bootstrap(torch.zeros(len(order), columns.shape[1], dtype=torch.float64).index_add_(0, index, columns), ratios)
+
+        losses, right = ({name: torch.cat(each) for name, each in found.items()} for found in (self.losses, self.right))
+        loss, rightly = estimates(losses["own"], right["own"])
+        changes = {
+            name: Change(*estimates(losses[name] - losses["own"], right["own"] - right[name])) for name in losses if name != "own"
+        }
+        attention = None
+        if self.attention and sum(map(len, self.attention)) == len(self.names):
+            found = torch.cat(self.attention).double()
+            attention = [LayerAttention(*estimates(*layer.unbind(1))) for layer in found.unbind(1)]
+        return UsageReport(
+            samples=len(self.names),
+            pictures=len(order),
+            loss=loss,
+            right=rightly,
+            another=changes["another"],
+            mean=changes["mean"],
+            patches=changes.get("patches"),
+            attention=attention,
+            places=self.places[0] / sum(self.places),
+        )
+
+    def _inputs(self, batch: Batch, number: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """What the model is called with, where it computes, and what each place `(B, L)` of its logits is to predict."""
+        if batch.get("labels") is None or batch.get("input_ids") is None:
+            raise SpatialTokensError(f"batch {number}, counted from 0, has no labels and input_ids; it has {', '.join(batch)}")
+        moved = {name: each.to(self.device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        labels = moved.pop("labels")
+        labels = labels.masked_fill(labels == self.attachment.token_id, IGNORED)
+        if not getattr(self.parts.model.config, "is_encoder_decoder", False):
+            labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return moved, labels
+
+    def _logits(self, inputs: dict[str, Any], number: int) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**inputs).logits
+        if not bool(logits.isfinite().all()):
+            raise SpatialTokensError(f"the model gives NaN or infinity for batch {number}, counted from 0")
+        return logits
+
+    def _add(self, name: str, inputs: dict[str, Any], labels: torch.Tensor, told: torch.Tensor, number: int) -> None:
+        """Adds each sample's mean loss over its labels, and whether all of them are predicted."""
+        logits = self._logits(inputs, number)
+        if logits.shape[:2] != labels.shape:
+            raise SpatialTokensError(f"labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)}; pad them alike")
+        mask = labels != IGNORED
+        found, wanted = logits[mask].float(), labels[mask]
+        missed = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        wrong = torch.zeros_like(mask)
+        missed[mask] = functional.cross_entropy(found, wanted, reduction="none").double()
+        wrong[mask] = found.argmax(-1) != wanted
+        self.losses.setdefault(name, []).append((missed.sum(1) / mask.sum(1))[told].cpu())
+        self.right.setdefault(name, []).append((~wrong.any(1))[told].double().cpu())
+
+    def _names(self, ids: torch.Tensor, tokens: list[torch.Tensor], number: int) -> list[Any]:
+        """Of each sample's pictures, the same where their spatial tokens are; of pictures cut into tiles, every sample's own."""
+        counts = ((ids == self.attachment.token_id).sum(1) // self.attachment.num_spatial_tokens).tolist()
+        if sum(counts) != len(tokens[0]):
+            return [(number, row) for row in range(len(ids))]
+        return [hash(tuple(each.flatten().tolist())) for each in torch.split(tokens[0], counts)]
+
+    @contextmanager
+    def _attention(self, inputs: dict[str, Any]) -> Iterator[list[torch.Tensor]]:
+        """Within the block, adds of each of the language model's layers what text behind spatial tokens pays, `(B, 2)`."""
+        found: list[torch.Tensor] = []
+        ids = inputs["input_ids"]
+        spatial, patches = ids == self.attachment.token_id, ids == self.parts.image_token_id
+        for i, keys in enumerate((spatial, patches)):
+            self.places[i] += int(keys.sum())
+        if self.attachment.mode != "own":  # spatial tokens are image tokens, and are not told from patches
+            yield found
+            return
+        text = ~(spatial | patches) & (spatial.cumsum(1) > 0) & inputs.get("attention_mask", torch.ones_like(ids)).bool()
+
+        def add(module: nn.Module, arguments: Any, output: Any) -> None:
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if isinstance(weights, torch.Tensor) and weights.shape[0] == len(ids) and weights.shape[2:] == (ids.shape[1],) * 2:
+                mean = weights.mean(1, dtype=torch.float32)  # over heads
+                paid = torch.stack([(mean * keys[:, None]).sum(2) for keys in (spatial, patches)], dim=-1)
+                found.append((paid * text[..., None]).sum(1) / text.sum(1, keepdim=True))
+
+        layers = [each for each in self.parts.language_model.modules() if type(each).__name__.endswith("Attention")]
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.callback(layer.register_forward_hook(add).remove)
+            yield found
+
+
+@contextmanager
+def _kept_outputs(part: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within the block, what a part gives."""
+    kept: list[torch.Tensor] = []
+    handle = part.register_forward_hook(lambda module, arguments, output: kept.append(output))
+    try:
+        yield kept
+    finally:
+        handle.remove()
