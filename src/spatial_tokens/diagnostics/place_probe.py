@@ -13,7 +13,7 @@ from spatial_tokens.checks import check_seed
 from spatial_tokens.compression.encoded import pictures_in
 from spatial_tokens.diagnostics.encoders import PictureEncoder, picture_encoder
 from spatial_tokens.diagnostics.intervals import Estimate, bootstrap, ratios
-from spatial_tokens.diagnostics.readers import Moments, Reader, coordinates, fit, right_order, sections, targets_of
+from spatial_tokens.diagnostics.readers import SECTIONS, Moments, Reader, coordinates, fit, right_order, sections, targets_of
 from spatial_tokens.diagnostics.report import Layer, ProbeReport, Reading, Shares
 from spatial_tokens.diagnostics.shifts import Shift, drawn_shift, generated, prepared, require_image
 from spatial_tokens.errors import SpatialTokensError, shown
@@ -204,6 +204,7 @@ class _Tested:
             "crop": [],
         }  # (2, 16) each: products of 1, slot, origin, reading
         self.grids: set[Size] = set()
+        self.there = torch.zeros(2, SECTIONS, dtype=torch.float64)  # patches in each twelfth, by column and row
         self.channels = 0
 
     def ask(self, features: torch.Tensor) -> None:
@@ -215,7 +216,9 @@ class _Tested:
         read = self.anywhere(rows)
         missed = (read[:, :2] - places).square().sum(0)
         told = read[:, 2:].unflatten(1, (2, -1)).argmax(-1)
-        right = (told == sections(places)).sum(0).double()
+        where = sections(places)
+        self.there += torch.stack([torch.bincount(each, minlength=SECTIONS) for each in where.cpu().unbind(1)])
+        right = (told == where).sum(0).double()
         ordered, pairs = right_order(self.within(rows), places)
         every = torch.full_like(right, len(rows))
         self.sums.append(torch.stack([missed, places.square().sum(0), right, every, ordered, pairs], dim=1))
@@ -239,7 +242,8 @@ def _layer(name: str, test: _Tested, seed: int) -> Layer:
             if test.followed["roll"]
             else None
         )
-        readings.append(Reading(r2, right, order, follows))
+        chance = (test.there[axis].max() / test.there[axis].sum()).item()
+        readings.append(Reading(r2, right, chance, order, follows))
     grid = next(iter(test.grids)) if len(test.grids) == 1 else None
     return Layer(name, grid, test.channels, *readings)
 

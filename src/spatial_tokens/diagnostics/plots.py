@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spatial_tokens.diagnostics.intervals import Estimate
 from spatial_tokens.diagnostics.report import ProbeReport
-from spatial_tokens.diagnostics.verdict import PLAIN_RIGHT, ROLLED_RIGHT
+from spatial_tokens.diagnostics.verdict import PLAIN_RIGHT, ROLLED_RIGHT, skill_of
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 
 if TYPE_CHECKING:
@@ -18,31 +18,24 @@ AXES = (("column", "o-", "#2a6f97"), ("row", "s--", "#e4572e"))
 
 
 def plot_probe(report: ProbeReport) -> Figure:
-    """R², the right twelfth and the order of two patches, layer by layer, with their 95 % intervals.
+    """R², the right twelfth (beyond chance) and the order of two patches, layer by layer, with their 95 % intervals.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
     figure = _figure(11, 3.6)
-    panels = (("r2", "R²"), ("right", "right twelfth"), ("order", "which of two is further"))
+    panels = (("r2", "R²"), ("skill", "right twelfth, beyond chance"), ("order", "which of two is further"))
     names = [each.name for each in report.layers]
     for axes, (field, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for axis, style, color in AXES:
             _line(axes, range(len(names)), [getattr(getattr(each, axis), field) for each in report.layers], axis, style, color)
             rival = getattr(getattr(report.with_places, axis), field).value
             axes.plot([names.index(report.layer)], [rival], "*", color=color, markersize=10, label=f"{axis}, places added")
-        if field == "right":
-            for figures, name, low in ((PLAIN_RIGHT, "plain", 0.02), (ROLLED_RIGHT, "rolled", 0.02)):
-                axes.axhline(sum(figures) / 2, color="gray", linestyle=":", linewidth=1)
-                axes.text(
-                    1,
-                    sum(figures) / 2 + low,
-                    f"evidence: {name} ",
-                    color="gray",
-                    fontsize=7,
-                    ha="right",
-                    transform=axes.get_yaxis_transform(),
-                )
+        if field == "skill":
+            for figures, name in ((PLAIN_RIGHT, "plain"), (ROLLED_RIGHT, "rolled")):
+                height = sum(map(skill_of, figures)) / 2
+                axes.axhline(height, color="gray", linestyle=":", linewidth=1)
+                axes.text(0.02, height + 0.02, f"evidence: {name}", color="gray", fontsize=7, transform=axes.get_yaxis_transform())
         axes.axvline(names.index(report.layer), color="gray", linewidth=0.5)
         axes.set(title=title, xlabel="layer", ylim=(min(-0.05, axes.get_ylim()[0]), 1.05))
         step = -(-len(names) // 12)

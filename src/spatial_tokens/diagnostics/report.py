@@ -33,15 +33,24 @@ class Reading:
 
     Args:
         r2: The share of the coordinate's variance that is read; below 0 where saying the middle would be nearer.
-        right: How often the right twelfth of the picture is named.
+        right: How often the right twelfth of the picture is found.
+        chance: How often that is if always the most frequent twelfth is named: of 14 patches on a side, some twelfths have two.
         order: How often it is told rightly which of two patches of a picture is further; chance is 0.5.
         follows: What the reading follows; None where it was not asked, or of one picture.
     """
 
     r2: Estimate
     right: Estimate
+    chance: float
     order: Estimate
     follows: Shares | None = None
+
+    @property
+    def skill(self) -> Estimate:
+        """How often the right twelfth is found beyond chance: 0 at chance, 1 for always."""
+        bounds = (self.right.value, self.right.low, self.right.high)
+        value, low, high = (None if each is None else (each - self.chance) / (1 - self.chance) for each in bounds)
+        return Estimate(float(value or 0), low, high)
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,6 @@ def _details(report: ProbeReport) -> list[str]:
     lines = ["* the layer that a projector reads; value and 95 % interval (bootstrap over the tested pictures):"]
     for title, layer in found:
         for axis, reading in zip(("column", "row"), layer.readings, strict=True):
-            lines.append(
-                f"  {title}, {axis}: R² {reading.r2:.3f}, right twelfth {reading.right:.3f}, order of two {reading.order:.3f}"
-            )
+            right = f"right twelfth {reading.right:.3f} (chance {reading.chance:.3f})"
+            lines.append(f"  {title}, {axis}: R² {reading.r2:.3f}, {right}, order of two {reading.order:.3f}")
     return lines

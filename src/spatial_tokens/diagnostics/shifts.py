@@ -14,7 +14,7 @@ from spatial_tokens.grid import Size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHOWN = 0.75  # of a picture's sides, in a crop
+SHOWN = 0.5  # of a picture's sides, in a crop
 ANY_SIZE = 448  # a picture for an encoder of any size is scaled down to at most so many pixels, squared
 
 
@@ -24,7 +24,7 @@ class Shift:
 
     Args:
         kind: "roll": what leaves on one side enters on the other, so the picture's border moves with its content. "crop": a
-            window of three quarters of each side, enlarged to the whole size, so content moves and the border does not.
+            window of half of each side, enlarged to the whole size, so content moves and the border does not.
         across: How far: of the roll, patches to the right over all columns; of the crop, the window's place, 0 to 1.
         down: The same for rows.
     """

@@ -18,14 +18,14 @@ ROLLED_POSITION = {"MLP": 44.8, "SFE cropping": 91.2}  # after 2,400 steps, five
 ROLLED_WITH_PLACES = 97.7  # after 2,400 steps, one seed
 
 PLAIN = (
-    f"the plain features of our evidence ({PLAIN_RIGHT[0]:.0%} and {PLAIN_RIGHT[1]:.0%}). With those, spatial tokens brought "
-    f"nothing measurable: on questions of position the MLP alone scored {PLAIN_POSITION['MLP']} %, cropping "
+    f"the plain features of our evidence ({PLAIN_RIGHT[0]:.0%} and {PLAIN_RIGHT[1]:.0%}, chance 8%). With those, spatial tokens "
+    f"brought nothing measurable: on questions of position the MLP alone scored {PLAIN_POSITION['MLP']} %, cropping "
     f"{PLAIN_POSITION['SFE cropping']} %"
 )
 ROLLED = (
-    f"the rolled features of our evidence ({ROLLED_RIGHT[0]:.0%} and {ROLLED_RIGHT[1]:.0%}). With those, the MLP alone scored "
-    f"{ROLLED_POSITION['MLP']} % on questions of position, cropping {ROLLED_POSITION['SFE cropping']} %. Rolled features encode "
-    "wrong places, which is harder than encoding none"
+    f"the rolled features of our evidence ({ROLLED_RIGHT[0]:.0%} and {ROLLED_RIGHT[1]:.0%}, chance 8%). With those, the MLP alone "
+    f"scored {ROLLED_POSITION['MLP']} % on questions of position, cropping {ROLLED_POSITION['SFE cropping']} %. Rolled features "
+    "encode wrong places, which is harder than encoding none"
 )
 LIMITS = (
     "Limits: the evidence is one small encoder and language model on generated scenes (docs/evidence.md). The probe cannot tell "
@@ -43,15 +43,16 @@ def _comparison(layer: Layer) -> str:
     column, row = layer.readings
     told = (
         f"a linear reader finds a patch's column with R² {column.r2.value:.2f} and its row with {row.r2.value:.2f}, and the right "
-        f"twelfth of the picture in {column.right.value:.0%} and {row.right.value:.0%} of cases"
+        f"twelfth of the picture in {column.right.value:.0%} and {row.right.value:.0%} of cases (chance {column.chance:.0%} and "
+        f"{row.chance:.0%})"
     )
     if layer.grid is None or min(layer.grid) < SECTIONS:
         return (
             f"No verdict: {told}. The evidence has {SECTIONS} x {SECTIONS} patches. With fewer patches on a side, or pictures of "
             "different sizes, finding the right twelfth is not the same task."
         )
-    as_plain = all(_high(each.right) >= figure for each, figure in zip(layer.readings, PLAIN_RIGHT, strict=True))
-    as_rolled = all(_low(each.right) <= figure for each, figure in zip(layer.readings, ROLLED_RIGHT, strict=True))
+    as_plain = all(_high(each.skill) >= skill_of(figure) for each, figure in zip(layer.readings, PLAIN_RIGHT, strict=True))
+    as_rolled = all(_low(each.skill) <= skill_of(figure) for each, figure in zip(layer.readings, ROLLED_RIGHT, strict=True))
     if as_plain and as_rolled:
         return f"No verdict: {told}, but the intervals include both cases that were measured. Use more pictures."
     if as_plain:
@@ -63,6 +64,11 @@ def _comparison(layer: Layer) -> str:
         f"The features encode places in part: {told}. That is between the two cases that were measured. One is {PLAIN}. The other "
         f"is {ROLLED}. What spatial tokens bring in between was not measured: train a short run with them and one without."
     )
+
+
+def skill_of(right: float) -> float:
+    """A figure of the evidence, whose twelfths have a patch each, beyond chance."""
+    return (right - 1 / SECTIONS) / (1 - 1 / SECTIONS)
 
 
 def _low(estimate: Estimate) -> float:
