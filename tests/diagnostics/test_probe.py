@@ -14,9 +14,10 @@ from PIL import Image
 
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.cli import main
-from spatial_tokens.diagnostics import plot_probe, probe
+from spatial_tokens.diagnostics import place_probe, plot_probe, probe
+from spatial_tokens.diagnostics.encoders import PictureEncoder
 from spatial_tokens.diagnostics.place_probe import sine_cosine
-from spatial_tokens.diagnostics.shifts import generated
+from spatial_tokens.diagnostics.shifts import Shift, drawn_shift, generated
 from spatial_tokens.visualize import sample_picture
 
 SIDE, GRID, CHANNELS = 96, 12, 32
@@ -152,7 +153,7 @@ def test_a_reading_of_what_is_shown_follows_the_content():
     assert any("mostly follow what the patch shows" in line for line in report.verdict)
 
 
-def test_a_reading_of_the_pictures_border_follows_the_border():
+def test_a_reading_of_the_pictures_border_follows_the_border(monkeypatch):
     def framed(number):
         picture = Image.new("RGB", (SIDE, SIDE), "white")
         picture.paste(generated(number).resize((SIDE - 8, SIDE - 8)), (8, 8))
@@ -172,16 +173,20 @@ def test_a_reading_of_the_pictures_border_follows_the_border():
         distances = [after(across, 2).expand(-1, GRID, -1), after(down, 1).expand(-1, -1, GRID)]
         return torch.stack(distances, dim=-1)
 
-    report = probe(after_white, [framed(number) for number in range(120)], image_size=SIDE)
+    def drawn(kind, grid, random):
+        if kind == "roll":
+            return drawn_shift(kind, grid, random)
+        return Shift(kind, random.uniform(0.3, 1), random.uniform(0.3, 1))  # the border is out of sight
+
+    monkeypatch.setattr(place_probe, "drawn_shift", drawn)
+    report = probe(after_white, [framed(number) for number in range(40)], image_size=SIDE)
     for reading in report.main.readings:
-        assert reading.r2.low > 0.5
-        assert reading.follows.border.value > max(abs(reading.follows.slot.value), abs(reading.follows.content.value))
+        assert reading.r2.low > 0.9
+        assert reading.follows.border.value == pytest.approx(1, abs=0.05)
+        assert abs(reading.follows.slot.value) < 0.05
 
 
-def test_pictures_of_many_sizes_and_an_encoder_of_any():
-    from spatial_tokens.diagnostics import place_probe
-    from spatial_tokens.diagnostics.encoders import PictureEncoder
-
+def test_pictures_of_many_sizes_and_an_encoder_of_any(monkeypatch):
     pictures = [generated(number).resize((64 + 16 * (number % 3), 96)) for number in range(48)]
 
     def encode(images):
@@ -193,11 +198,11 @@ def test_pictures_of_many_sizes_and_an_encoder_of_any():
         return {"all": maps}
 
     any_size = PictureEncoder("any", None, encode)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place_probe, "picture_encoder", lambda *given, **options: any_size)
-        report = probe("any", pictures)
+    monkeypatch.setattr(place_probe, "picture_encoder", lambda *given, **options: any_size)
+    report = probe("any", pictures)
+    monkeypatch.undo()
     assert report.main.grid is None
-    assert all(reading.r2.low > 0.8 for reading in report.main.readings)
+    assert all(reading.r2.low > 0.7 for reading in report.main.readings)
     assert report.verdict[0].startswith("No verdict")
     assert "of many sizes" in str(report)
     fixed = probe(sine_cosine_embeddings, pictures, image_size=SIDE)  # each is cut and scaled to one size
