@@ -12,6 +12,7 @@ SECTIONS = (
     12  # of a side, as many as the grid of docs/evidence.md has columns: a reader's accuracy can be compared with its figures
 )
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)  # over the variance of a standardized channel
+ROWS = 512  # patches whose pairs are counted at once
 CONSTANT = 1e-6  # a channel that varies by less than this share of its mean is rounding
 
 
@@ -109,7 +110,9 @@ def right_order(readings: torch.Tensor, places: torch.Tensor) -> tuple[torch.Ten
     Returns:
         The pairs that are right and all pairs, `(2,)` each.
     """
-    apart = (places[:, None] - places).sign()
-    read = (readings[:, None] - readings).sign()
-    asked = (apart != 0).sum((0, 1)).double()
-    return (asked + (apart * read).sum((0, 1))) / 2, asked
+    right = asked = torch.zeros(2, dtype=torch.float64, device=places.device)
+    for some, said in zip(places.split(ROWS), readings.split(ROWS), strict=True):
+        apart = (some[:, None] - places).sign()
+        asked = asked + (apart != 0).sum((0, 1))
+        right = right + (apart * (said[:, None] - readings).sign()).sum((0, 1))
+    return (asked + right) / 2, asked

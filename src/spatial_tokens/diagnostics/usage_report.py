@@ -69,9 +69,9 @@ class UsageReport:
     def share(self) -> float | None:
         """The spatial tokens' share of what a picture's tokens bring: their gain over the sum of theirs and the patch tokens'.
 
-        None where patch tokens cannot be exchanged, or bring nothing. A gain below 0 counts as 0.
+        None where patch tokens cannot be exchanged, or bring nothing measurable. A gain below 0 counts as 0.
         """
-        if self.patches is None or self.patches.loss.value <= 0:
+        if self.patches is None or self.patches.loss.low is None or self.patches.loss.low <= 0:
             return None
         spatial = max(0.0, self.another.loss.value)
         return spatial / (spatial + self.patches.loss.value)
