@@ -26,8 +26,8 @@ ENCODERS = {  # and how each could know of places
     "vit_tiny_patch16_224": "learned embedding",
     "eva02_tiny_patch14_224": "learned and rotary embeddings",
     "vit_small_patch16_rope_224": "rotary embedding",
-    "swin_tiny_patch4_window7_224": "relative bias, windows",
-    "mixer_s16_224": "a weight for each place",
+    "levit_128s": "a bias for each offset, strided convolutions",
+    "mixer_s32_224": "a weight for each place",
     "convnext_atto": "convolutions, zero padding",
     "resnet18": "convolutions, zero padding",
 }
@@ -35,7 +35,7 @@ ENCODERS = {  # and how each could know of places
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, default=100, help="pictures [100]")
+    parser.add_argument("--limit", type=int, default=48, help="pictures [48]")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

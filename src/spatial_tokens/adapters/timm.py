@@ -97,7 +97,7 @@ class TimmPatchEncoder(nn.Module):
                 f"{self.name!r} gave a grid of {tuple(feature_map.shape[2:])} where {self.grid_size} was expected; "
                 "use an image_size that its patches divide"
             )
-        return cast("torch.Tensor", rearrange(feature_map, "b c h w -> b (h w) c").contiguous())
+        return rearrange(feature_map, "b c h w -> b (h w) c").contiguous()
 
     def all_layers(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Pixels `(B, 3, height, width)` to maps `(B, H, W, C)` of layers 1 to `layer`; the stages of one model differ in size."""

@@ -86,7 +86,7 @@ class TransformersPatchEncoder(nn.Module):
     def all_layers(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Pixels `(B, 3, height, width)` to maps `(B, H, W, C)` of all layers, the first block's output first."""
         states = self._hidden_states(pixels)
-        return [self._patches(each, layer).unflatten(1, self.grid_size) for layer, each in enumerate(states) if layer > 0]
+        return [torch.unflatten(self._patches(each, layer), 1, self.grid_size) for layer, each in enumerate(states) if layer > 0]
 
     def _hidden_states(self, pixels: torch.Tensor) -> Any:
         if tuple(pixels.shape[2:]) != self.image_size:

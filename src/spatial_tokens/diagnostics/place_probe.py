@@ -215,7 +215,7 @@ class _Tested:
         places = coordinates(grid, rows.device)
         read = self.anywhere(rows)
         missed = (read[:, :2] - places).square().sum(0)
-        told = read[:, 2:].unflatten(1, (2, -1)).argmax(-1)
+        told = torch.unflatten(read[:, 2:], 1, (2, -1)).argmax(-1)
         where = sections(places)
         self.there += torch.stack([torch.bincount(each, minlength=SECTIONS) for each in where.cpu().unbind(1)])
         right = (told == where).sum(0).double()
@@ -252,7 +252,7 @@ def _shares(products: list[torch.Tensor], seed: int) -> Shares | None:
     """How far readings follow slots, the picture's border, and content; None where there is only one picture."""
 
     def shares(sums: torch.Tensor) -> torch.Tensor:
-        roll, crop = (_slopes(each) for each in sums.unflatten(1, (2, 4, 4)).unbind(1))
+        roll, crop = (_slopes(each) for each in torch.unflatten(sums, 1, (2, 4, 4)).unbind(1))
         return torch.stack([roll[:, 0], roll[:, 1] - crop[:, 1], crop[:, 1]], dim=1)
 
     if len(products[0]) < 2:

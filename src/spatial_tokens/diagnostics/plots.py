@@ -77,7 +77,7 @@ def plot_usage(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     ):
         points = [(entry["step"], entry[name]) for entry in logged if name in entry]
         if points:
-            share.plot(*zip(*points, strict=True), style, color=color, label=label)
+            share.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)
     share.set(title="share of the spatial tokens", xlabel="step")
     share.set_ylim(0, max(0.02, 1.1 * share.get_ylim()[1]))
     share.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")

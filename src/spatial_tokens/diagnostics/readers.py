@@ -111,7 +111,7 @@ def right_order(readings: torch.Tensor, places: torch.Tensor) -> tuple[torch.Ten
         The pairs that are right and all pairs, `(2,)` each.
     """
     right = asked = torch.zeros(2, dtype=torch.float64, device=places.device)
-    for some, said in zip(places.split(ROWS), readings.split(ROWS), strict=True):
+    for some, said in zip(torch.split(places, ROWS), torch.split(readings, ROWS), strict=True):
         apart = (some[:, None] - places).sign()
         asked = asked + (apart != 0).sum((0, 1))
         right = right + (apart * (said[:, None] - readings).sign()).sum((0, 1))

@@ -129,7 +129,7 @@ COLUMNS = ("layer", "patches", "channels", "R²", "right twelfth", "order of two
 
 def _table(report: ProbeReport) -> list[str]:
     """Every layer in a line; of column and row."""
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for each in report.layers:
         mark = "*" if each.name == report.layer else ""
         follows = [reading.follows for reading in each.readings]

@@ -63,7 +63,7 @@ def _blocks(parts: ModelParts) -> list[nn.Module]:
     """The vision encoder's: the longest list of modules outside the language model."""
     words = set(parts.language_model.modules()) | set(parts.projector.modules())
     lists = [each for each in parts.base.modules() if isinstance(each, nn.ModuleList) and each not in words]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda each: len(each))) if lists else []
 
 
 def _block_maps(parts: ModelParts, outputs: list[torch.Tensor], given: Maps, arguments: Mapping[str, Any]) -> Maps | None:
@@ -83,4 +83,4 @@ def _block_maps(parts: ModelParts, outputs: list[torch.Tensor], given: Maps, arg
     others = states.shape[1] - height * width * side**2
     if len(states) != len(given) or side == 0 or others > OTHER_TOKENS:
         return None
-    return list(states[:, others:].unflatten(1, (height * side, width * side)))
+    return list(torch.unflatten(states[:, others:], 1, (height * side, width * side)))
