@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -182,4 +182,4 @@ def _of_callable(encoder: Callable[[torch.Tensor], Any], size: Size, device: Any
 
 def _pixels(picture: Image) -> torch.Tensor:
     values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return cast("torch.Tensor", values.view(picture.height, picture.width, 3).permute(2, 0, 1) / 255)
+    return values.view(picture.height, picture.width, 3).permute(2, 0, 1) / 255

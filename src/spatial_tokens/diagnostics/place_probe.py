@@ -263,7 +263,8 @@ def _shares(products: list[torch.Tensor], seed: int) -> Shares | None:
 def _slopes(products: torch.Tensor) -> torch.Tensor:
     """Of readings on slots and origins, by least squares, `(n, 2)`."""
     inputs, with_reading = products[:, :3, :3], products[:, :3, 3:]
-    return (torch.linalg.pinv(inputs, hermitian=True, rtol=1e-9) @ with_reading)[:, 1:, 0]
+    slopes: torch.Tensor = torch.linalg.pinv(inputs, hermitian=True, rtol=1e-9) @ with_reading
+    return slopes[:, 1:, 0]
 
 
 def _batches(
