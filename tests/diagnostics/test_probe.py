@@ -286,10 +286,10 @@ def test_bad_input_of_the_command_is_one_line(tmp_path, capsys):
     for number in range(3):
         (tmp_path / "empty" / f"{number}.png").write_bytes(b"no picture")
     assert "cannot read the picture" in run(capsys, *model, "--images", tmp_path / "empty", code=2)
-    assert "timm does not know a model" in run(capsys, "no_such_model", code=2)
+    assert "timm does not know a model" in run(capsys, "no_such_model", "--output", tmp_path / "out", code=2)
     assert "layer must be one of" in run(capsys, *model, "--layer", 99, code=2)
     assert "2 x 2" in run(capsys, *model[:2], "--image-size", 16, code=2)
-    assert "go with a timm model" in run(capsys, tmp_path, "--random-weights", code=2)
+    assert "go with a timm model" in run(capsys, tmp_path, "--random-weights", "--output", tmp_path / "out", code=2)
     assert "cannot use the device" in run(capsys, *model, "--device", "gpu", code=2)
 
 
