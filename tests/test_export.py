@@ -199,7 +199,8 @@ def test_an_attached_llava(preset):
 
     torch.manual_seed(0)
     model, processor = attach(*tiny_llava(), preset, spatial_hidden_size=8)
-    torch.nn.init.normal_(model.spatial_tokens.spatial_head.fc.weight)
+    for each in model.spatial_tokens.spatial_head.parameters():  # so that the tokens change what the model says
+        torch.nn.init.normal_(each)
 
     def asked(text, picture):
         return {**processor(images=picture, text=text, return_tensors="pt"), "use_cache": False}
