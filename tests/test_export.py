@@ -191,25 +191,31 @@ def test_in_a_terminal(tmp_path, capsys):
 
 @pytest.mark.parametrize("preset", ["llava-sp-cropping", "factorized-pooling"])
 def test_an_attached_llava(preset):
-    """torch.export takes the whole model; its program reads other pictures, and texts of the same length."""
+    """torch.export takes the whole model; its program reads other pictures and texts of any length, and checks the places."""
     pytest.importorskip("transformers")
     from spatial_tokens.adapters.huggingface import attach
+    from spatial_tokens.adapters.huggingface.api import attachment_of
     from spatial_tokens.adapters.huggingface.ready import tiny_llava
 
     torch.manual_seed(0)
     model, processor = attach(*tiny_llava(), preset, spatial_hidden_size=8)
-    torch.nn.init.normal_(model.spatial_tokens.spatial_head.fc.weight)
+    for each in model.spatial_tokens.spatial_head.parameters():  # so that the tokens change what the model says
+        torch.nn.init.normal_(each)
 
     def asked(text, picture):
         return {**processor(images=picture, text=text, return_tensors="pt"), "use_cache": False}
 
+    length = {1: torch.export.Dim.AUTO}
+    shapes = {"input_ids": length, "attention_mask": length, "pixel_values": None, "use_cache": None}
     given = asked("<image> What is this?", torch.zeros(3, 336, 336))
-    program = torch.export.export(model.eval(), (), given).module()
+    program = torch.export.export(model.eval(), (), given, dynamic_shapes=shapes).module()
     picture = torch.rand(3, 336, 336, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for text in ("<image> What is this?", "Look at <image> now"):
+        for text in ("<image> What?", "Please look at <image> now"):
             other = asked(text, picture)
-            assert other["input_ids"].shape == given["input_ids"].shape
-            assert_close(program(**other).logits, model(**other).logits)
-            silent = {**other, "pixel_values": other["pixel_values"] * 0}
-            assert (program(**silent).logits - program(**other).logits).abs().max() > 0.01
+            expected = model(**other).logits
+            assert_close(program(**other).logits, expected)
+            assert (program(**asked(text, 1 - picture)).logits - expected).abs().max() > 0.001
+        ids = other["input_ids"]
+        with pytest.raises(RuntimeError, match="not as many places for spatial tokens as maps of patches"):
+            program(**{**other, "input_ids": ids.masked_fill(ids == attachment_of(model).token_id, 5)})

@@ -49,10 +49,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def references(folder):
-    """All of them before the first engine, which changes transformers' classes."""
+def references(folder, request):
+    """Those of the selected tests' families, all of them before the first engine, which changes transformers' classes."""
     found = {}
+    selected = {QWEN, *(each.callspec.params.get("name") for each in request.session.items if hasattr(each, "callspec"))}
     for name, adapters in ADAPTERS.items():
+        if name not in selected:
+            continue
         write(name, folder / name)
         found[name, None] = by_transformers(folder / name / "base", None, asked(name))
         for adapter, options in adapters.items():

@@ -96,7 +96,7 @@ class Attachment:
             tap.register_forward_pre_hook(self.record, with_kwargs=True),
             tap.register_forward_hook(self.count),
             base.register_forward_pre_hook(self.refuse_replicas),
-            model.register_state_dict_post_hook(partial(self.leave_out)),  # torch marks it, which a method does not take
+            model.register_state_dict_post_hook(partial(self.leave_out)),  # type: ignore[no-untyped-call]  # it sets an attribute
             self.parts.language_model.register_forward_pre_hook(self.scatter_tokens, with_kwargs=True),
         ]
         around = {
