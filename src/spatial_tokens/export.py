@@ -53,7 +53,7 @@ def export_program(
         SpatialTokensError: If it is no projector, its parameters have no values, dense kernels are told another grid, or torch
             cannot export one of its parts.
 
-    Example:
+    Examples:
         >>> from spatial_tokens import SPProjectorConfig
         >>> projector = SPProjector.from_config(SPProjectorConfig(
         ...     vision_hidden_size=8, text_hidden_size=16, grid_size=8, kernel_sizes=(4, 8), spatial_hidden_size=4,

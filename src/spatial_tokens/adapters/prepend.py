@@ -29,7 +29,7 @@ class PrependSpatialTokens(nn.Module):
     Raises:
         SpatialTokensError: At construction if the SPProjector is none, or has a patch head; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig(
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=8, kernel_sizes=(4, 8),
         ...     spatial_hidden_size=16, detail_kernel_size=4, patch_head=None,

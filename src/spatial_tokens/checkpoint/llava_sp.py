@@ -64,7 +64,7 @@ def from_llava_sp(
         SpatialTokensError: If the file cannot be read, a tensor is missing, unexpected or wrongly shaped (they are listed), is
             quantized or has no values, or no config can be inferred, as kernels are missing.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig(vision_hidden_size=8, text_hidden_size=8, grid_size=8, kernel_sizes=(4, 8),
         ...                            spatial_hidden_size=4, detail_kernel_size=4, spatial_head="linear")
         >>> released = to_llava_sp(SPProjector.from_config(config))

@@ -102,10 +102,12 @@ def from_released(
         SpatialTokensError: If a file is missing, damaged or would need code to be run, the folder is none that a Hugging Face
             LLaVA can be made of, or its parts do not fit each other.
 
-    Example:
+    Examples:
+        ```python
         model, processor = from_released("llava-sp-cropping-lora", "lmsys/vicuna-7b-v1.5")
         text = "USER: <image> What is to the left of the dog? ASSISTANT:"
         model.generate(**processor(images=image, text=text, return_tensors="pt"))
+        ```
     """
     with quiet_transformers() as transformers:
         return _with_tokens(*_assembled(transformers, as_path(folder), base, vision, config))

@@ -65,7 +65,7 @@ def compress(
             if a rank or number of frequencies is too large; if more than one of `rank`, `parameters`
             and `error` is given; or if nothing keeps to these.
 
-    Example:
+    Examples:
         >>> from spatial_tokens import SPProjectorConfig
         >>> config = SPProjectorConfig(
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=(8, 8), kernel_sizes=(4, 8), spatial_hidden_size=16,

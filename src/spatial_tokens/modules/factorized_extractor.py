@@ -53,7 +53,7 @@ class FactorizedFeatureExtractor(nn.Module):
         SpatialTokensError: At construction if a kernel does not fit the grid, has fewer patches a side than frequencies, or the
             rank is larger than `C`; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> extractor = FactorizedFeatureExtractor(32, 16, grid_size=8, kernel_sizes=(4, 8), frequencies=3, rank=4)
         >>> extractor(torch.randn(2, 64, 32)).shape
         torch.Size([2, 2, 16])

@@ -57,7 +57,7 @@ class DetailFeatureIntegrator(nn.Module):
         SpatialTokensError: At construction if the kernel does not fit the grid, or its factors the kernel; in `forward` if an
             input does not fit.
 
-    Example:
+    Examples:
         >>> integrator = DetailFeatureIntegrator(32, 16, grid_size=8, kernel_size=4, stride=2)
         >>> tokens, attention = integrator(torch.randn(2, 6, 16), torch.randn(2, 64, 32), return_attention=True)
         >>> tokens.shape, attention.shape

@@ -58,7 +58,7 @@ class SPProjector(nn.Module):
         SpatialTokensError: At construction if the parts' widths or grids do not go together; in `forward` if the input does
             not fit.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig(
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=(8, 8), kernel_sizes=(4, 8),
         ...     spatial_hidden_size=16, detail_kernel_size=4,

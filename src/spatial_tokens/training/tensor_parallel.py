@@ -44,9 +44,11 @@ def parallelize_projector(projector: SPProjector, mesh: DeviceMesh, shard: Shard
         SpatialTokensError: If the mesh has several dimensions or more processes than there are channels or inputs, or
             `tensor_parallel_plan` has no plan.
 
-    Example:
+    Examples:
+        ```python
         mesh = init_device_mesh("cuda", (8,))
         projector = parallelize_projector(SPProjector.from_pretrained("projector", device="cuda"), mesh)
+        ```
     """
     if mesh.ndim != 1:
         raise SpatialTokensError(f"the mesh has {mesh.ndim} dimensions, {mesh.mesh_dim_names}; give one of them: mesh['tp']")

@@ -78,10 +78,12 @@ def attach(
         SpatialTokensError: If the model is one that spatial tokens cannot be attached to (it says what was looked for and not
             found), has them already, or the projector, the token or an option does not fit it.
 
-    Example:
+    Examples:
+        ```python
         model, processor = attach(model, processor, "llava-sp-cropping")
         inputs = processor(images=image, text="<image> What is this?", return_tensors="pt")
         model.generate(**inputs)
+        ```
     """
     _require_transformers()
     if "config" in fields:

@@ -138,7 +138,7 @@ TESTED = (
 def list_families() -> dict[str, Family]:
     """The families of models that spatial tokens have been tested in, by `model.config.model_type`, and what is known of each.
 
-    Example:
+    Examples:
         >>> families = list_families()
         >>> "llava" in families, families["qwen2_5_vl"].layout, "mllama" in families
         (True, 'grid of windows', False)
