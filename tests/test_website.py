@@ -153,7 +153,8 @@ def test_every_public_name_of_the_library_is_documented(site):
 
 
 def test_faults_are_found(tmp_path):
-    (tmp_path / "a.html").write_text(
+    links = "".join(f'<a href="{link}">x</a>' for link in ("b.html#there", "c.html", "#here"))
+    (tmp_path / "a.html").write_text(f'<p id="here">words</p>{links}')
         '<p id="here">words</p><a href="b.html#there">x</a><a href="c.html">x</a><a href="#here">x</a>'
     )
     (tmp_path / "b.html").write_text("<p id='name'></p>")
