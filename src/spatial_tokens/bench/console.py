@@ -54,16 +54,17 @@ def require_rich() -> None:
 
 
 class Screen:
-    """The table of the subject that is being measured, growing, above a bar that tells what is running and how much is left."""
+    """The growing table of the subject that is measured, above a bar: what runs, and about how much time is left."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._rows: list[Row] = []
         self._console = Console()
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        left = TextColumn("left, about"), TimeRemainingColumn()
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), *left, TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console)
         self._task = self._progress.add_task("", total=total)
         self._live = Live(console=self._console, transient=True, get_renderable=self._picture, refresh_per_second=4)
