@@ -127,7 +127,7 @@ def test_what_cannot_be_drawn_is_said(figure, values, message):
 
 def test_an_address_keeps_what_was_chosen(figure):
     choose(figure, rows=12, kernels="2, 4", columns=12)
-    kept = figure.url
+    kept = figure.evaluate("location.href")
     figure.goto("about:blank")
     figure.goto(kept)
     assert figure.locator("#kernels").input_value() == "2, 4"

@@ -63,6 +63,9 @@ def stage(folder: Path) -> dict[str, list[str]]:
     for part in config["nav"]:
         if "Reference" in part:
             part["Reference"] = [{title: name} for title, name in zip(api.PAGES, reference, strict=True)]
+    listed = set(re.findall(r"[\w/.-]+\.md", str(config["nav"])))
+    if unlisted := [name for page in pages.rglob("*.md") if (name := str(page.relative_to(pages))) not in listed]:
+        sys.exit(f"website/mkdocs.yml: nav lacks {', '.join(sorted(unlisted))}")
     (folder / "mkdocs.yml").write_text(yaml.safe_dump({**config, "docs_dir": "docs", "site_dir": "site"}, sort_keys=False))
     return documented
 
