@@ -17,7 +17,7 @@ Variant = Literal["cropping", "pooling"]
 SpatialBasis = Literal["cosine", "learned"]
 
 LARGEST = 2**31 - 1
-FREQUENCIES = 3  # of factorized kernels, unless told
+FREQUENCIES = 3  # of factorized kernels, by default
 
 
 class Window(NamedTuple):
@@ -157,7 +157,7 @@ def pyramid_windows(sizes: Sequence[Size]) -> list[Window]:
 def strided_grid_size(grid_size: KernelSize, kernel_size: KernelSize, stride: KernelSize) -> Size:
     """Rows and columns of windows that a kernel visits without padding, as a strided `Conv2d` does.
 
-    Patches beyond the last whole window are not visited.
+    Patches beyond the last complete window are not visited.
 
     Raises:
         SpatialTokensError: If the kernel is larger than the grid, or the stride is not positive.
@@ -229,7 +229,7 @@ def check_factors(
 ) -> int | tuple[int, ...] | None:
     """The frequencies of factorized kernels in canonical form: an integer where all have the same number, else one for each.
 
-    Without a rank kernels are dense, and have no frequencies; with one they have 3 each unless told, or as many as their shorter
+    Without a rank kernels are dense, and have no frequencies; with one they have 3 each by default, or as many as their shorter
     side has patches.
 
     Raises:

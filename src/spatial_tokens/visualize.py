@@ -100,7 +100,7 @@ def draw_attention(
 
 
 def save(figure: Figure, path: str | PathLike[str], *, dpi: int = 120) -> None:
-    """Writes a figure as PNG, whole or not at all.
+    """Writes a figure as PNG, completely or not at all.
 
     Raises:
         SpatialTokensError: If the file cannot be written.

@@ -42,7 +42,7 @@ def damage(name):
     ("name", "said"),
     [("no manifest", "was not written to its end"), ("half a manifest", "cannot be read"), ("another manifest", "cannot be read"),
      ("missing", "optimizer.pt cannot be read"), ("cut", "has 50 bytes, 100 were written"), ("one bit", "weights is damaged"),
-     ("empty", "was not written to its end"), ("no files", "lists no files: it is not of a whole checkpoint")],
+     ("empty", "was not written to its end"), ("no files", "lists no files: it is not of a complete checkpoint")],
 )  # fmt: skip
 def test_a_damaged_one_is_named_and_passed_over(output, name, said):
     damage(name)(output / "checkpoint-100")

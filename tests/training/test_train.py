@@ -262,7 +262,7 @@ def test_bad_samples_are_counted_at_the_end(there, capsys):
     samples[4]["image"] = "../outside.png"
     (there / "bad.json").write_text(json.dumps(samples))
     train = example("train")
-    with pytest.raises(SpatialTokensError, match=r"3 bad samples.*'1'.*gone.png.*'2'.*2 placeholders.*'4'.*lies outside"):
+    with pytest.raises(SpatialTokensError, match=r"3 bad samples.*'1'.*gone.png.*'2'.*2 placeholders.*'4'.*is outside"):
         train.main(small("bad", data="bad.json"))
     skip = {"on_bad_sample": "skip", "allow_images_outside": "true"}
     train.main(small("bad", data="bad.json", max_steps=8, save_strategy="no", **skip))

@@ -23,7 +23,7 @@ def as_device(name: str | None) -> torch.device:
     """The device to measure on: the one named, else CUDA where there is one, else the CPU.
 
     Raises:
-        SpatialTokensError: If torch knows no such device, or it is not there.
+        SpatialTokensError: If torch has no such device, or it is not there.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -147,7 +147,7 @@ def language_model(
         transformers: The library.
         base: Where it is.
         config: Its config.
-        is_its: Which of the files' names are a language model's; the others are passed over.
+        is_its: Which of the files' names are a language model's; the others are skipped.
 
     Raises:
         SpatialTokensError: If it cannot be loaded, or its tensors are not exactly a Llama's.

@@ -123,7 +123,7 @@ def convert_released(
 ) -> SPProjectorConfig:
     """Writes what `from_released` makes: into `out` a LLaVA that loads alone, into `out/spatial_tokens` its adapter.
 
-    All of it or nothing: `out` appears when it is whole. An earlier conversion that is there is replaced, unless there are other
+    All of it or nothing: `out` appears when it is complete. An earlier conversion that is there is replaced, unless there are other
     files in it.
 
     Returns:
@@ -204,7 +204,7 @@ def _lora(folder: Path) -> tuple[dict[str, Any], Path] | None:
     if not any(there.values()):
         return None
     if missing := [name for name, found in there.items() if not found]:
-        raise SpatialTokensError(f"{folder} is not whole: missing {', '.join(missing)}")
+        raise SpatialTokensError(f"{folder} is incomplete: missing {', '.join(missing)}")
     path = folder / LORA_CONFIG
     values = _json(path)
     _require_values(values, PLAIN_LORA, path)

@@ -61,7 +61,7 @@ def parallelize_projector(projector: SPProjector, mesh: DeviceMesh, shard: Shard
 def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> dict[str, ParallelStyle]:
     """What `parallelize_projector` gives to `parallelize_module`: a style for each part, by its name in the projector.
 
-    Dense kernels are sharded as told, an MLP's layers by output and then by input. Factorized kernels and the attention of the
+    Dense kernels are sharded as asked, an MLP's layers by output and then by input. Factorized kernels and the attention of the
     DetailFeatureIntegrator, 4.4 M and 0.8 M weights at the paper's size, are whole in every process.
 
     Raises:

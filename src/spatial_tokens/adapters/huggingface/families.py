@@ -1,4 +1,4 @@
-"""What is particular to a family of transformers' vision-language models, as data: where its patch features pass, and how they lie.
+"""What is specific to each family of transformers' vision-language models, as data: where patch features pass, and their layout.
 
 A family that is not here is `GENERAL`: the first of `PROJECTORS` that its model has, square maps of patches.
 """
