@@ -111,11 +111,11 @@ def subject_table(rows: Sequence[Row]) -> Group:
     columns = [heading for heading in COLUMNS if any(cells[row.key][heading] for row in rows)] or ["ms"]
     table = new_table(["", *columns], [max(len(cells[row.key][heading]) for row in rows) for heading in columns])
     for setting, found in groupby(rows, lambda row: row.setting):
-        contestants = list(found)
-        alone = len(contestants) == 1 and len({row.implementation for row in rows}) == 1
+        candidates = list(found)
+        alone = len(candidates) == 1 and len({row.implementation for row in rows}) == 1
         if not alone:
             table.add_row(f"[italic]{escape(label(setting))}[/italic]")
-        for row in contestants:
+        for row in candidates:
             figures = [cells[row.key][heading] for heading in columns]
             if row.failure:
                 figures[0] = "[red]failed[/red]"
