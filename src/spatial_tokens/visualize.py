@@ -86,7 +86,11 @@ def draw_attention(
             f"attention must have shape (K, {len(windows)}), one picture's, got {tuple(attention.shape)}; index the batch first"
         )
     weights = attention.detach().float().cpu()
-    figure, axes = _panels(len(weights), "attention of each spatial token over the detail map", colorbar=True)
+    figure, axes = _panels(
+        len(weights),
+        "attention of each spatial token over the detail map (outlined: the window with the largest weight)",
+        colorbar=True,
+    )
     low, high = weights.min().item(), weights.max().item()
     for i, (axis, row) in enumerate(zip(axes, weights, strict=True)):
         axis.set_title(f"token {i + 1}: max / min = {(row.max() / row.min()).item():.3g}", fontsize=9)
