@@ -10,7 +10,7 @@ from typing import Any
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests", "package"]
+nox.options.sessions = ["lint", "types", "tests", "docs", "package"]
 
 LOWEST = [
     "torch==2.6.0", "torchvision==0.21.0", "einops==0.6.1", "safetensors==0.4.3", "timm==1.0.22", "transformers==5.0.0",
@@ -72,6 +72,14 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     here(session, "pytest", *IN_PARALLEL, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Builds the site into site/, strictly, and tries its live figure in Chromium, if there is one; torch is shared."""
+    share(session, "torch", "transformers", "accelerate")
+    session.install("-e", ".", "zensical==0.0.73", "mkdocstrings-python==2.0.11", "playwright", "pytest")
+    session.run("python", "-m", "pytest", "-q", "tests/test_website.py")
 
 
 @nox.session

@@ -265,7 +265,7 @@ def test_convert_mistakes(capsys, tmp_path, projector):
     for arguments, message in [
         ((own, tmp_path / "out"), "OUT must end in .safetensors or .bin"),
         ((released, tmp_path / "out.bin"), "OUT must not be a file's name"),
-        ((tmp_path / "cut.bin", tmp_path / "out"), "is not a whole PyTorch file"),
+        ((tmp_path / "cut.bin", tmp_path / "out"), "is not a complete PyTorch file"),
         ((tmp_path / "empty", tmp_path / "out"), "no weights in"),
         ((tmp_path / "missing.bin", tmp_path / "out"), "does not exist"),
         ((own, tmp_path / "missing" / "out.bin"), "cannot write"),

@@ -20,9 +20,9 @@ TEXTS = [
     *WORKFLOWS,
     *(
         path
-        for folder in ("docs", "src", "examples", "benchmarks")
+        for folder in ("docs", "src", "examples", "benchmarks", "website")
         for path in (ROOT / folder).rglob("*.*")
-        if path.suffix in (".md", ".py")
+        if path.suffix in (".md", ".py", ".yml")
     ),
 ]
 

@@ -263,8 +263,8 @@ def test_the_error_names_the_file_on_one_line(tmp_path):
     (tmp_path / "two\nlines.png").write_bytes(b"no picture")
     (tmp_path / "text.png").write_text("no picture")
     for given, said in [
-        (str(tmp_path / "two\nlines.png"), r"two\\nlines.png': it is in no format that Pillow knows"),
-        (tmp_path / "text.png", "text.png: it is in no format that Pillow knows"),
+        (str(tmp_path / "two\nlines.png"), r"two\\nlines.png': it is not in a format that Pillow reads"),
+        (tmp_path / "text.png", "text.png: it is not in a format that Pillow reads"),
         (tmp_path, f"{tmp_path.name}: "),
         (tmp_path / "gone.png", "gone.png: No such file"),
         ("nul\0.png", r"'nul\\x00.png': "),

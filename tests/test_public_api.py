@@ -7,8 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import spatial_tokens
+from spatial_tokens import SPProjectorConfig
+from spatial_tokens.ops.backends import using
+from spatial_tokens.presets import PRESETS
 
 PACKAGE = Path(spatial_tokens.__file__).parent
 MODULES = {
@@ -103,6 +107,18 @@ def test_public_names():
     ]
     assert all(hasattr(spatial_tokens, name) for name in spatial_tokens.__all__)
     assert spatial_tokens.__version__ == version("spatial-tokens")
+
+
+def test_what_there_is_can_be_listed():
+    assert spatial_tokens.list_presets() == tuple(PRESETS)
+    assert all(SPProjectorConfig.from_preset(name) for name in spatial_tokens.list_presets())
+    listed = spatial_tokens.list_backends()
+    assert listed[:3] == ("auto", "naive", "gemm")
+    extractor = spatial_tokens.SpatialFeatureExtractor(4, 4, grid_size=4, kernel_sizes=(2,))
+    for name in listed:  # each of them runs here, or on this machine's GPU
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        with using(name):
+            extractor.to(device)(torch.randn(1, 16, 4, device=device))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class SPProjectorConfig:
     Raises:
         SpatialTokensError: If a field is of the wrong type or out of range, or two fields do not go together.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig.from_preset("llava-sp-cropping", text_hidden_size=5120)
         >>> config.num_spatial_tokens, config.num_patches, config.num_tokens
         (6, 576, 582)
@@ -198,7 +198,7 @@ class SPProjectorConfig:
         Raises:
             SpatialTokensError: If bytes_per_parameter is not a positive integer.
 
-        Example:
+        Examples:
             >>> SPProjectorConfig.from_preset("llava-sp-pooling").costs()[0]
             PartCost(part='extractor', parameters=763363328, bytes=1526726656, multiply_adds=763363328)
         """
@@ -256,7 +256,7 @@ class SPProjectorConfig:
         Raises:
             SpatialTokensError: If the name or a field is unknown (the known ones are listed), or the result is not valid.
 
-        Example:
+        Examples:
             >>> SPProjectorConfig.from_preset("factorized-cropping", vision_hidden_size=1152).rank
             144
         """

@@ -132,7 +132,7 @@ def _run_stages(
 
 
 def _fit(preset: str, encoder: TimmPatchEncoder, widths: dict[str, int], report: Report) -> SPProjectorConfig:
-    """The preset with the encoder's width and grid; where the grid is another, dense kernels are chosen anew, and that is said."""
+    """The preset with the encoder's width and grid; on another grid, dense kernels are chosen again, and a note says so."""
     base = SPProjectorConfig.from_preset(preset, **widths)
     fitted: dict[str, Any] = {"vision_hidden_size": encoder.hidden_size}
     if encoder.grid_size != base.grid_size and not base.any_grid:

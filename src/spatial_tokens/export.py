@@ -16,7 +16,7 @@ from spatial_tokens.grid import KernelSize, Size, as_size
 from spatial_tokens.modules import SPProjector
 from spatial_tokens.storage.files import atomic_write
 
-LARGEST_MESSAGE = 2**31 - 2**20  # of a protobuf file; what does not fit lies beside it
+LARGEST_MESSAGE = 2**31 - 2**20  # of a protobuf file; what does not fit goes into a file next to it
 EXAMPLE = 2  # images: a batch of one would be taken for a constant
 
 
@@ -50,10 +50,10 @@ def export_program(
         strict: torch.export's `strict`.
 
     Raises:
-        SpatialTokensError: If it is no projector, its parameters have no values, dense kernels are told another grid, or torch
+        SpatialTokensError: If it is no projector, its parameters have no values, dense kernels are given another grid, or torch
             cannot export one of its parts.
 
-    Example:
+    Examples:
         >>> from spatial_tokens import SPProjectorConfig
         >>> projector = SPProjector.from_config(SPProjectorConfig(
         ...     vision_hidden_size=8, text_hidden_size=16, grid_size=8, kernel_sizes=(4, 8), spatial_hidden_size=4,

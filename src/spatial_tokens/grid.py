@@ -17,7 +17,7 @@ Variant = Literal["cropping", "pooling"]
 SpatialBasis = Literal["cosine", "learned"]
 
 LARGEST = 2**31 - 1
-FREQUENCIES = 3  # of factorized kernels, unless told
+FREQUENCIES = 3  # of factorized kernels, by default
 
 
 class Window(NamedTuple):
@@ -43,8 +43,9 @@ def as_size(value: Any, name: str) -> Size:
     Raises:
         SpatialTokensError: If it is anything but one or two positive integers.
 
-    >>> as_size(24, "grid_size"), as_size([16, 24], "grid_size")
-    ((24, 24), (16, 24))
+    Examples:
+        >>> as_size(24, "grid_size"), as_size([16, 24], "grid_size")
+        ((24, 24), (16, 24))
     """
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_positive_int, pair)):
@@ -55,8 +56,9 @@ def as_size(value: Any, name: str) -> Size:
 def as_kernel_size(value: Any, name: str) -> KernelSize:
     """The canonical form of a kernel size: an integer where it is square, else a pair.
 
-    >>> as_kernel_size((4, 4), "kernel_size"), as_kernel_size([4, 6], "kernel_size")
-    (4, (4, 6))
+    Examples:
+        >>> as_kernel_size((4, 4), "kernel_size"), as_kernel_size([4, 6], "kernel_size")
+        (4, (4, 6))
     """
     height, width = as_size(value, name)
     return height if height == width else (height, width)
@@ -80,10 +82,11 @@ def crop_sizes(grid_size: KernelSize, stride: int) -> tuple[KernelSize, ...]:
     Raises:
         SpatialTokensError: If the grid or the stride is not positive.
 
-    >>> crop_sizes((24, 24), 2)
-    (4, 8, 12, 16, 20, 24)
-    >>> crop_sizes((8, 12), 2)
-    ((4, 8), (8, 12))
+    Examples:
+        >>> crop_sizes((24, 24), 2)
+        (4, 8, 12, 16, 20, 24)
+        >>> crop_sizes((8, 12), 2)
+        ((4, 8), (8, 12))
     """
     grid = as_size(grid_size, "grid_size")
     check_positive(stride=stride)
@@ -104,8 +107,9 @@ def crop_window(grid_size: KernelSize, kernel_size: KernelSize) -> Window:
     Raises:
         SpatialTokensError: If the window is larger than the grid, or cannot be centered because a difference is odd.
 
-    >>> crop_window((24, 24), 4)
-    Window(top=10, left=10, height=4, width=4)
+    Examples:
+        >>> crop_window((24, 24), 4)
+        Window(top=10, left=10, height=4, width=4)
     """
     grid, kernel = as_size(grid_size, "grid_size"), as_size(kernel_size, "kernel_size")
     check_fits(grid, kernel, "kernel size")
@@ -129,8 +133,9 @@ def pool_bins(grid_size: KernelSize, kernel_size: KernelSize) -> tuple[Window, .
     Raises:
         SpatialTokensError: If there are more bins than patches on a side.
 
-    >>> pool_bins((3, 4), (2, 2))[:2]
-    (Window(top=0, left=0, height=2, width=2), Window(top=0, left=2, height=2, width=2))
+    Examples:
+        >>> pool_bins((3, 4), (2, 2))[:2]
+        (Window(top=0, left=0, height=2, width=2), Window(top=0, left=2, height=2, width=2))
     """
     grid, kernel = as_size(grid_size, "grid_size"), as_size(kernel_size, "kernel_size")
     check_fits(grid, kernel, "kernel size")
@@ -141,8 +146,9 @@ def pool_bins(grid_size: KernelSize, kernel_size: KernelSize) -> tuple[Window, .
 def pyramid_windows(sizes: Sequence[Size]) -> list[Window]:
     """The windows of several poolings that lie one after another in a map of one row.
 
-    >>> pyramid_windows([(1, 2), (3, 4)])
-    [Window(top=0, left=0, height=1, width=2), Window(top=0, left=2, height=1, width=12)]
+    Examples:
+        >>> pyramid_windows([(1, 2), (3, 4)])
+        [Window(top=0, left=0, height=1, width=2), Window(top=0, left=2, height=1, width=12)]
     """
     ends = list(accumulate(height * width for height, width in sizes))
     return [Window(0, end - height * width, 1, height * width) for end, (height, width) in zip(ends, sizes, strict=True)]
@@ -151,13 +157,14 @@ def pyramid_windows(sizes: Sequence[Size]) -> list[Window]:
 def strided_grid_size(grid_size: KernelSize, kernel_size: KernelSize, stride: KernelSize) -> Size:
     """Rows and columns of windows that a kernel visits without padding, as a strided `Conv2d` does.
 
-    Patches beyond the last whole window are not visited.
+    Patches beyond the last complete window are not visited.
 
     Raises:
         SpatialTokensError: If the kernel is larger than the grid, or the stride is not positive.
 
-    >>> strided_grid_size((24, 24), 16, 2)
-    (5, 5)
+    Examples:
+        >>> strided_grid_size((24, 24), 16, 2)
+        (5, 5)
     """
     grid, kernel = as_size(grid_size, "grid_size"), as_size(kernel_size, "kernel_size")
     step = as_size(stride, "stride")
@@ -171,8 +178,9 @@ def strided_windows(grid_size: KernelSize, kernel_size: KernelSize, stride: Kern
     Raises:
         SpatialTokensError: As `strided_grid_size`.
 
-    >>> strided_windows((4, 4), (4, 2), 2)
-    (Window(top=0, left=0, height=4, width=2), Window(top=0, left=2, height=4, width=2))
+    Examples:
+        >>> strided_windows((4, 4), (4, 2), 2)
+        (Window(top=0, left=0, height=4, width=2), Window(top=0, left=2, height=4, width=2))
     """
     rows, columns = strided_grid_size(grid_size, kernel_size, stride)
     kernel, step = as_size(kernel_size, "kernel_size"), as_size(stride, "stride")
@@ -194,8 +202,9 @@ def check_kernel_sizes(grid_size: KernelSize, kernel_sizes: Sequence[Any], varia
         SpatialTokensError: If there is none, or one is not positive, not larger than the one before, larger than the grid, or
             (when cropping) cannot be centered.
 
-    >>> check_kernel_sizes((24, 24), [4, (8, 8)], "cropping")
-    (4, 8)
+    Examples:
+        >>> check_kernel_sizes((24, 24), [4, (8, 8)], "cropping")
+        (4, 8)
     """
     if not isinstance(kernel_sizes, (tuple, list)) or not kernel_sizes:
         raise SpatialTokensError(f"kernel_sizes must be a non-empty tuple such as (4, 8, 12), got {shown(kernel_sizes)}")
@@ -220,7 +229,7 @@ def check_factors(
 ) -> int | tuple[int, ...] | None:
     """The frequencies of factorized kernels in canonical form: an integer where all have the same number, else one for each.
 
-    Without a rank kernels are dense, and have no frequencies; with one they have 3 each unless told, or as many as their shorter
+    Without a rank kernels are dense, and have no frequencies; with one they have 3 each by default, or as many as their shorter
     side has patches.
 
     Raises:
@@ -260,7 +269,8 @@ def check_factors(
 def as_frequencies(frequencies: int | Sequence[int], count: int) -> tuple[int, ...]:
     """One number for each kernel.
 
-    >>> as_frequencies(3, 2), as_frequencies((2, 3), 2)
-    ((3, 3), (2, 3))
+    Examples:
+        >>> as_frequencies(3, 2), as_frequencies((2, 3), 2)
+        ((3, 3), (2, 3))
     """
     return (frequencies,) * count if isinstance(frequencies, int) else tuple(frequencies)

@@ -33,7 +33,7 @@ def read_picture(file: str | PathLike[str] | IO[bytes], *, extra: str = "viz") -
         extra: The extra that a `MissingExtraError` names; it must bring pillow.
 
     Returns:
-        An image of mode "RGB". It has no metadata, so nobody turns it a second time.
+        An image of mode "RGB". It has no metadata, so it is not rotated again.
 
     Raises:
         MissingExtraError: If pillow is not installed.
@@ -54,7 +54,7 @@ def read_picture(file: str | PathLike[str] | IO[bytes], *, extra: str = "viz") -
             if image.format != "TIFF":  # Pillow turns a TIFF itself when it is loaded
                 picture = _upright(picture, image)
     except UnidentifiedImageError as error:  # Pillow would repeat the path, or the file object's address
-        raise SpatialTokensError(f"cannot read the picture {_name(file)}: it is in no format that Pillow knows") from error
+        raise SpatialTokensError(f"cannot read the picture {_name(file)}: it is not in a format that Pillow reads") from error
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise SpatialTokensError(f"cannot read the picture {_name(file)}: {reason(error)}") from error
     picture.info = {}

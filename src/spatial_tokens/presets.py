@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def list_presets() -> tuple[str, ...]:
     """The names of the presets, for `SPProjectorConfig.from_preset` and `attach`.
 
-    Example:
+    Examples:
         >>> list_presets()[:2]
         ('llava-sp-cropping', 'llava-sp-pooling')
     """

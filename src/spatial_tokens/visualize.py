@@ -86,7 +86,11 @@ def draw_attention(
             f"attention must have shape (K, {len(windows)}), one picture's, got {tuple(attention.shape)}; index the batch first"
         )
     weights = attention.detach().float().cpu()
-    figure, axes = _panels(len(weights), "attention of each spatial token over the detail map", colorbar=True)
+    figure, axes = _panels(
+        len(weights),
+        "attention of each spatial token over the detail map (outlined: the window with the largest weight)",
+        colorbar=True,
+    )
     low, high = weights.min().item(), weights.max().item()
     for i, (axis, row) in enumerate(zip(axes, weights, strict=True)):
         axis.set_title(f"token {i + 1}: max / min = {(row.max() / row.min()).item():.3g}", fontsize=9)
@@ -100,7 +104,7 @@ def draw_attention(
 
 
 def save(figure: Figure, path: str | PathLike[str], *, dpi: int = 120) -> None:
-    """Writes a figure as PNG, whole or not at all.
+    """Writes a figure as PNG, completely or not at all.
 
     Raises:
         SpatialTokensError: If the file cannot be written.

@@ -415,7 +415,7 @@ class Payload:
 def test_code_in_a_checkpoint_is_not_run(tmp_path, name):
     trace = tmp_path / "trace"
     torch.save({**released(), "conv_4.weight": Payload(trace)}, tmp_path / name)
-    refused("is not a whole PyTorch file of tensors alone", tmp_path if name == "mm_projector.bin" else tmp_path / name)
+    refused("is not a complete PyTorch file of tensors alone", tmp_path if name == "mm_projector.bin" else tmp_path / name)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Payload(trace))).close()
     assert trace.exists(), "the payload is not live, so the test shows nothing"

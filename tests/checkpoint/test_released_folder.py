@@ -533,7 +533,7 @@ def refused(message, *args, **kwargs):
 @pytest.mark.parametrize("lost", ["config.json", "adapter_config.json", "adapter_model.safetensors", TRAINED])
 def test_a_missing_file_is_named(parts, folder, lost):
     (folder / lost).unlink()
-    refused(f"cannot read .*{lost}|is not whole: missing .*{lost}", folder, parts / "base")
+    refused(f"cannot read .*{lost}|is incomplete: missing .*{lost}", folder, parts / "base")
 
 
 def test_folders_of_something_else(parts, tmp_path):
@@ -677,7 +677,7 @@ def test_vision_towers_that_do_not_go(parts, folder, tmp_path):
 def test_code_in_a_folder_is_not_run(parts, tmp_path, name):
     folder, trace = write_folder(tmp_path / "released", parts, weights="adapter_model.bin"), tmp_path / "trace"
     torch.save({**torch.load(folder / name), "payload": Payload(trace)}, folder / name)
-    refused(f"{name} is not a whole PyTorch file of tensors alone", folder, parts / "base")
+    refused(f"{name} is not a complete PyTorch file of tensors alone", folder, parts / "base")
     assert not trace.exists()
 
 
@@ -734,7 +734,7 @@ def test_the_commands_options(capsys, parts, tmp_path):
     (mine / "notes.txt").write_text("mine")
     told = command(capsys, folder, mine, *options, code=2)
     assert "is not replaced: it holds files that a conversion does not write, notes.txt" in told
-    assert "--vision goes with --base" in command(capsys, folder, tmp_path / "other", "--vision", parts / "clip", code=2)
+    assert "--vision needs --base" in command(capsys, folder, tmp_path / "other", "--vision", parts / "clip", code=2)
     wrong = command(capsys, folder, tmp_path / "other", *options, "--config", "llava-sp-pooling", code=2)
     assert "missing: conv_4.1.weight" in wrong
     assert sorted(os.listdir(tmp_path)) == ["mine", "out", "released"]

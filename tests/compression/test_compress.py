@@ -343,7 +343,7 @@ def test_files_that_do_not_fit(tmp_path):
         with pytest.raises(SpatialTokensError, match=message):
             compress(dense(), path, rank=2)
     path.write_bytes(b"not a file")
-    with pytest.raises(SpatialTokensError, match="is not a whole safetensors file"):
+    with pytest.raises(SpatialTokensError, match="is not a complete safetensors file"):
         compress(dense(), path, rank=2)
 
 

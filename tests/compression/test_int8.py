@@ -111,7 +111,7 @@ def test_a_damaged_file(torchao, tmp_path, metadata):
     with safe_open(path, framework="pt") as file:
         told = {**file.metadata(), "int8": metadata}
     save_file(load_file(path), path, metadata=told)
-    with pytest.raises(SpatialTokensError, match="is damaged: its int8 weights are not those that its metadata tells of"):
+    with pytest.raises(SpatialTokensError, match="is damaged: its int8 weights are not those that its metadata describes"):
         SPProjector.from_pretrained(tmp_path)
 
 

@@ -308,7 +308,7 @@ def refused(message):
         ((48, 4), None, "patch features must have shape (B, N, C), got (48, 4); images one after another, (sum of N, C), need the"),
         ((48, 4), (6, 8), "the grid of each: grid_sizes=[(height, width), ...], got (6, 8)"),
         ((2, 35, 4), None, "got 35 positions for a grid of 6 x 8 = 48 patches; resize the picture or build the module with its"),
-        ((2, 35, 4), (6, 8), "got 35 patches for the grid 6 x 8 that was told; tell theirs"),
+        ((2, 35, 4), (6, 8), "got 35 patches for the grid 6 x 8 that was given; give theirs"),
         ((2, 35, 4), (7, 0), "grid_sizes must be a positive integer or a (height, width) pair of them, got (7, 0)"),
         ((2, 35, 4), "7x5", "grid_sizes must be a positive integer or a (height, width) pair of them, got '7x5'"),
         ((35, 4), [(7, 6)], "patch features (35, 4) are not those of 1 images of [42] patches, as grid_sizes tell; give the grid"),

@@ -283,7 +283,7 @@ def test_no_damage_raises_anything_else(suffix, data):
 def test_code_in_a_pickle_is_not_run(tmp_path, save, nested):
     trace, path = tmp_path / "trace", tmp_path / "file.bin"
     save({"a": Payload(trace)} if nested else Payload(trace), path)
-    with refused("is not a whole PyTorch file of tensors alone") as caught:
+    with refused("is not a complete PyTorch file of tensors alone") as caught:
         read_tensors(path)
     named = "it is damaged, or was not" if save is plain_pickle else "it holds io.open, which needs code to be run"
     assert named in str(caught.value)

@@ -132,7 +132,7 @@ def test_a_folder_of_the_name_comes_first(there, projector, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     projector.save_pretrained("me/mine")
     assert same(SPProjector.from_pretrained("me/mine"), projector)
-    refused("revision goes with a repository", lambda: SPProjector.from_pretrained("me/mine", revision="main"))
+    refused("revision is for a repository", lambda: SPProjector.from_pretrained("me/mine", revision="main"))
     assert not there.requests
 
 

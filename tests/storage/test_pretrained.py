@@ -259,7 +259,7 @@ def test_truncated_weights(tmp_path, kept):
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
-    with pytest.raises(SpatialTokensError, match=re.escape(f"{path} is not a whole safetensors file")):
+    with pytest.raises(SpatialTokensError, match=re.escape(f"{path} is not a complete safetensors file")):
         SPProjector.from_pretrained(tmp_path)
 
 

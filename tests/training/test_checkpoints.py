@@ -42,20 +42,20 @@ def damage(name):
     ("name", "said"),
     [("no manifest", "was not written to its end"), ("half a manifest", "cannot be read"), ("another manifest", "cannot be read"),
      ("missing", "optimizer.pt cannot be read"), ("cut", "has 50 bytes, 100 were written"), ("one bit", "weights is damaged"),
-     ("empty", "was not written to its end"), ("no files", "lists no files: it is not of a whole checkpoint")],
+     ("empty", "was not written to its end"), ("no files", "lists no files: it is not of a complete checkpoint")],
 )  # fmt: skip
 def test_a_damaged_one_is_named_and_passed_over(output, name, said):
     damage(name)(output / "checkpoint-100")
     with pytest.raises(SpatialTokensError, match=said):
         check_complete(output / "checkpoint-100")
-    with pytest.warns(UserWarning, match=f"passed over a checkpoint.*{said}"):
+    with pytest.warns(UserWarning, match=f"skipped a checkpoint.*{said}"):
         assert last_complete(output).name == "checkpoint-10"
 
 
 def test_none_is_left(output):
     for folder in checkpoints_in(output):
         (folder / MANIFEST).unlink()
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped"):
         assert last_complete(output) is None
     assert last_complete(output / "nowhere") is None
 

@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over(there, capsys):
     train.main(small("damaged", max_steps=4))
     optimizer = there / "damaged" / "checkpoint-4" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="passed over a checkpoint"):
+    with pytest.warns(UserWarning, match="skipped a checkpoint"):
         train.main(small("damaged"))
     assert "resumed from damaged/checkpoint-2" in capsys.readouterr().out
     assert len(losses(there / "damaged")) == 6
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(there, monkeypatch):
     assert [path.name for path in checkpoints_in("full")] == ["checkpoint-2", "checkpoint-4"]
     assert (there / "full" / "checkpoint-2" / MANIFEST).exists()
     assert not (there / "full" / "checkpoint-4" / MANIFEST).exists()
-    with pytest.warns(UserWarning, match="passed over a checkpoint.*not written to its end"):
+    with pytest.warns(UserWarning, match="skipped a checkpoint.*not written to its end"):
         train.main(small("full", save_total_limit=1))
     assert len(losses(there / "full")) == 6
     assert [path.name for path in checkpoints_in("full")] == ["checkpoint-6"]
@@ -262,7 +262,7 @@ def test_bad_samples_are_counted_at_the_end(there, capsys):
     samples[4]["image"] = "../outside.png"
     (there / "bad.json").write_text(json.dumps(samples))
     train = example("train")
-    with pytest.raises(SpatialTokensError, match=r"3 bad samples.*'1'.*gone.png.*'2'.*2 placeholders.*'4'.*lies outside"):
+    with pytest.raises(SpatialTokensError, match=r"3 bad samples.*'1'.*gone.png.*'2'.*2 placeholders.*'4'.*is outside"):
         train.main(small("bad", data="bad.json"))
     skip = {"on_bad_sample": "skip", "allow_images_outside": "true"}
     train.main(small("bad", data="bad.json", max_steps=8, save_strategy="no", **skip))
@@ -276,7 +276,7 @@ def test_a_given_up_run_does_not_outlive_the_new_one(there):
     train.main(small("given", max_steps=6, save_total_limit=1))
     damaged = there / "given" / "checkpoint-6" / "optimizer.pt"
     damaged.write_bytes(damaged.read_bytes() + b"x")
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped"):
         trainer = train.main(small("given", max_steps=4, save_total_limit=1))
     assert trainer.state.global_step == 4
     assert [path.name for path in checkpoints_in("given")] == ["checkpoint-4"]

@@ -1,1 +1,1 @@
-"""Everything that knows another library; each is imported only where it is used."""
+"""Code for other libraries, each imported only where it is used."""

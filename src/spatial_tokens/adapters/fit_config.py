@@ -1,4 +1,4 @@
-"""What another codebase's model tells of a projector, and a preset that fits it."""
+"""A preset fitted to the model of another codebase."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class UndoPixelShuffle(nn.Module):
     Raises:
         SpatialTokensError: At construction if the grid does not merge by `f`; in `forward` if the input is of another shape.
 
-    Example:
+    Examples:
         >>> UndoPixelShuffle((32, 32), 64, 2, transposed=False)(torch.randn(1, 256, 256)).shape
         torch.Size([1, 1024, 64])
     """

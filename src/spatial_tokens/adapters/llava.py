@@ -28,7 +28,7 @@ def build_spatial_projector(config: Any) -> SPProjector:
     Raises:
         SpatialTokensError: If one of the three is missing, the type or a field is unknown, or the result is not valid.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> config = SimpleNamespace(
         ...     mm_projector_type="llava-sp-pooling", mm_hidden_size=8, hidden_size=16, mm_spatial_tokens={"spatial_hidden_size": 4}

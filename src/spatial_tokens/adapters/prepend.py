@@ -14,13 +14,13 @@ from spatial_tokens.modules import SPProjector
 class PrependSpatialTokens(nn.Module):
     """Spatial tokens, then the tokens of a model's own projector, which stay what they were, bit for bit.
 
-    The own projector's state dict lies under `projector.`, the spatial tokens' under `spatial_projector.`.
+    The own projector's state dict is under `projector.`, the spatial tokens' under `spatial_projector.`.
 
     Args:
         projector: The model's own: what it is given to `(B, M, D)`.
         spatial_projector: An SPProjector without patch head: patch features `(B, N, C)` to `(B, K, D)`.
         unmerge: What the own projector is given to patch features; left out where they are the same.
-        grid_size: The patch grid, which a projector of any grid is told; its own when left out.
+        grid_size: The patch grid, which a projector of any grid is given; its own when left out.
 
     Shape:
         - Input: what the own projector is given.
@@ -29,7 +29,7 @@ class PrependSpatialTokens(nn.Module):
     Raises:
         SpatialTokensError: At construction if the SPProjector is none, or has a patch head; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig(
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=8, kernel_sizes=(4, 8),
         ...     spatial_hidden_size=16, detail_kernel_size=4, patch_head=None,

@@ -41,7 +41,7 @@ class TimmPatchEncoder(nn.Module):
         SpatialTokensError: If timm cannot make the model, it has no `forward_intermediates`, the layer does not exist, or the
             pixels are not of `image_size`, or not of the model's dtype and device.
 
-    Example:
+    Examples:
         >>> encoder = TimmPatchEncoder("vit_tiny_patch16_224", image_size=(128, 96))
         >>> encoder.grid_size, encoder.hidden_size
         ((8, 6), 192)

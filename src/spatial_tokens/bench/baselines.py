@@ -58,7 +58,7 @@ class LlavaMLP(_Baseline):
         - Input: `(B, N, C)`.
         - Output: `(B, N, D)`.
 
-    Example:
+    Examples:
         >>> LlavaMLP(32, 64, grid_size=(8, 12))(torch.randn(2, 96, 32)).shape
         torch.Size([2, 96, 64])
     """
@@ -85,7 +85,7 @@ class DecoProjector(_Baseline):
         - Input: `(B, N, C)`.
         - Output: `(B, T, D)`.
 
-    Example:
+    Examples:
         >>> DecoProjector(32, 64, grid_size=(16, 24))(torch.randn(2, 384, 32)).shape
         torch.Size([2, 144, 64])
     """
@@ -172,7 +172,7 @@ class PerceiverResampler(_Baseline):
         - Input: `(B, N, C)`.
         - Output: `(B, T, D)`.
 
-    Example:
+    Examples:
         >>> PerceiverResampler(32, 64, grid_size=(8, 12))(torch.randn(2, 96, 32)).shape
         torch.Size([2, 64, 64])
     """

@@ -26,7 +26,7 @@ class Candidate:
         run: The work that is timed.
         result: What it gave, as tensors that can be compared with the reference's; `run`'s own result when left out.
         num_compared: How many of the result's tensors the reference gives too, from the first; None for all.
-        values: What else is to be told of it: parameters, say.
+        values: Further values for its row, such as parameters.
         finish: Figures that follow from its median time in seconds: tokens per second, say.
         work: The fewest bytes that it must move and the operations that it must do, where they are not the comparison's.
         in_cache: Whether it runs once, untimed, before each timed run, so that it finds in the caches what they can hold.

@@ -54,16 +54,17 @@ def require_rich() -> None:
 
 
 class Screen:
-    """The table of the subject that is being measured, growing, above a bar that tells what is running and how much is left."""
+    """The growing table of the subject that is measured, above a bar: what runs, and about how much time is left."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._rows: list[Row] = []
         self._console = Console()
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        left = TextColumn("left, about"), TimeRemainingColumn()
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), *left, TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console)
         self._task = self._progress.add_task("", total=total)
         self._live = Live(console=self._console, transient=True, get_renderable=self._picture, refresh_per_second=4)
@@ -110,11 +111,11 @@ def subject_table(rows: Sequence[Row]) -> Group:
     columns = [heading for heading in COLUMNS if any(cells[row.key][heading] for row in rows)] or ["ms"]
     table = new_table(["", *columns], [max(len(cells[row.key][heading]) for row in rows) for heading in columns])
     for setting, found in groupby(rows, lambda row: row.setting):
-        contestants = list(found)
-        alone = len(contestants) == 1 and len({row.implementation for row in rows}) == 1
+        candidates = list(found)
+        alone = len(candidates) == 1 and len({row.implementation for row in rows}) == 1
         if not alone:
             table.add_row(f"[italic]{escape(label(setting))}[/italic]")
-        for row in contestants:
+        for row in candidates:
             figures = [cells[row.key][heading] for heading in columns]
             if row.failure:
                 figures[0] = "[red]failed[/red]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ def as_device(name: str | None) -> torch.device:
     """The device to measure on: the one named, else CUDA where there is one, else the CPU.
 
     Raises:
-        SpatialTokensError: If torch knows no such device, or it is not there.
+        SpatialTokensError: If torch has no such device, or it is not there.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +38,7 @@ def as_device(name: str | None) -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device, the versions and the date."""
+    """The device, the versions, the commit (of a checkout) and the date."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         hardware = {
@@ -55,8 +56,23 @@ def describe(device: torch.device) -> dict[str, Any]:
             "spatial-tokens": spatial_tokens.__version__,
             **{package: found for package in PACKAGES if (found := _version(package))},
         },
+        **({"commit": commit} if (commit := commit_of(Path(spatial_tokens.__file__))) else {}),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of a file's repository, "+" behind it where tracked files have changed; None if git does not track the file."""
+
+    def git(*words: str) -> str:
+        told = subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=True, timeout=10)
+        return told.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def free_memory(device: torch.device) -> int | None:

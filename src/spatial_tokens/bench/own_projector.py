@@ -27,7 +27,7 @@ def bench_projector(projector: nn.Module, patches: torch.Tensor, *, name: str = 
 
     Returns:
         The rows by name: "LLaVA MLP" and the projector's. `values` has `ms`, `ratio` (the MLP's time over its own), `tokens`,
-        `parameters` and, where the system tells, `peak_mib`.
+        `parameters` and, where the system reports it, `peak_mib`.
 
     Raises:
         SpatialTokensError: If the features are not `(B, N, C)` of a dtype that is measured, or the name is the baseline's.

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from spatial_tokens.bench.comparison import Row, label
 from spatial_tokens.bench.report import Report
 from spatial_tokens.errors import MissingExtraError
+from spatial_tokens.ops.backends import BACKENDS
 from spatial_tokens.storage.files import make_directory
 from spatial_tokens.visualize import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+COLORS = {True: "C0", False: "C1"}
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float | None:
@@ -23,6 +26,11 @@ def exponent(points: Iterable[tuple[float, float]]) -> float | None:
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True)) if logs else (0.0, 0.0)
     spread = sum((x - mean_x) ** 2 for x, _ in logs) if len({x for x, _ in logs}) > 1 else 0.0
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / spread if spread else None
+
+
+def is_own(implementation: str) -> bool:
+    """Whether an implementation is this library's, by its name in the suites."""
+    return implementation in BACKENDS or implementation.startswith(("SP ", "SP,", "dense", "factorized"))
 
 
 def require_matplotlib() -> None:
@@ -84,14 +92,15 @@ def _scaling(rows: Sequence[Row]) -> Figure:
 def _times(rows: Sequence[Row]) -> Figure:
     """One panel for each setting, one point for each implementation of each subject, its figure beside it.
 
-    Where the subjects are the contestants, each beside the same baseline, the figure is its time over the baseline's of that
-    moment, else milliseconds.
+    Where the subjects are the candidates, each beside the same baseline, the figure is its time over the baseline's of that
+    moment, else milliseconds. This library's implementations have one color, all others another.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     panels: dict[str, dict[str, Row]] = defaultdict(dict)
-    contestants = {row.implementation for row in rows}
-    relative = contestants >= {row.subject for row in rows}
+    candidates = {row.implementation for row in rows}
+    relative = candidates >= {row.subject for row in rows}
     for row in rows:
         name = row.implementation if relative else f"{row.subject}: {row.implementation}"
         panels[label(row.setting)].setdefault(name, row)
@@ -107,7 +116,7 @@ def _times(rows: Sequence[Row]) -> Figure:
                 axis.annotate(" failed", (0, line), xycoords=("axes fraction", "data"), fontsize=7, color="C3", va="center")
                 continue
             value = 1 / row.values["ratio"] if relative and "ratio" in row.values else row.values["ms"]
-            axis.plot(value, line, marker="o", markersize=4, color="C0")
+            axis.plot(value, line, marker="o", markersize=4, color=COLORS[is_own(row.implementation)])
             axis.annotate(f"  {value:.3g}" if value < 999.5 else f"  {value:.0f}", (value, line), fontsize=7, va="center")
         axis.set_yticks(range(len(panel)), list(panel), fontsize=7)
         axis.set_ylim(len(panel) - 0.5, -0.5)
@@ -117,4 +126,8 @@ def _times(rows: Sequence[Row]) -> Figure:
         axis.set_title(f"{setting} ({unit})", fontsize=8, loc="left")
     for axis in axes[len(panels) :]:
         axis.remove()
+    if len(kinds := {is_own(name) for name in candidates}) > 1:
+        names = {True: "this library", False: "others"}
+        marks = [Line2D([], [], marker="o", linestyle="", color=COLORS[kind], label=names[kind]) for kind in sorted(kinds)]
+        figure.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8)
     return figure

@@ -26,7 +26,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def write(self, path: str | PathLike[str]) -> None:
-        """Writes JSON, whole or not at all.
+        """Writes JSON, completely or not at all.
 
         Raises:
             SpatialTokensError: If it cannot be written.

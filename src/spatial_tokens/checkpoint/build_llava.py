@@ -54,9 +54,11 @@ def llava_from_parts(base: str | PathLike[str], vision: str | PathLike[str]) -> 
     Raises:
         SpatialTokensError: If one cannot be loaded, or is of another kind.
 
-    Example:
+    Examples:
+        ```python
         model, processor = llava_from_parts("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336")
         model, processor = attach(model, processor, "llava-sp-cropping")
+        ```
     """
     base, vision = found_base(base), found_vision(vision)
     with quiet_transformers() as transformers:
@@ -145,7 +147,7 @@ def language_model(
         transformers: The library.
         base: Where it is.
         config: Its config.
-        is_its: Which of the files' names are a language model's; the others are passed over.
+        is_its: Which of the files' names are a language model's; the others are skipped.
 
     Raises:
         SpatialTokensError: If it cannot be loaded, or its tensors are not exactly a Llama's.

@@ -48,12 +48,12 @@ def from_llava_sp(
 ) -> SPProjector:
     """The projector of a released checkpoint.
 
-    A whole model's other parts (language model, vision tower) are passed over, in files without being read. The caller's
+    A whole model's other parts (language model, vision tower) are skipped, in files without being read. The caller's
     tensors are copied.
 
     Args:
         source: A state dict; a `.bin` or safetensors file; an index of shards; or a folder that holds one of them.
-        config: What the checkpoint must hold. Inferred from the names and shapes when left out, with what no weight tells taken
+        config: What the checkpoint must hold. Inferred from the names and shapes when left out, with what no weight says taken
             as in all released models: kernels in steps of 2, 4 or 8 up to the whole grid, or of the whole grid alone (table 4), and
             a detail stride of 2.
         grid_size: Patches along a side of the vision encoder's grid, to infer the config.
@@ -64,7 +64,7 @@ def from_llava_sp(
         SpatialTokensError: If the file cannot be read, a tensor is missing, unexpected or wrongly shaped (they are listed), is
             quantized or has no values, or no config can be inferred, as kernels are missing.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig(vision_hidden_size=8, text_hidden_size=8, grid_size=8, kernel_sizes=(4, 8),
         ...                            spatial_hidden_size=4, detail_kernel_size=4, spatial_head="linear")
         >>> released = to_llava_sp(SPProjector.from_config(config))
@@ -228,7 +228,7 @@ def _require_all_kernels(sizes: list[int], grid_size: int, pooled: bool, origin:
         names = [f"conv_{k}.1.weight" if pooled and k != grid_size else f"conv_{k}.weight" for k in model if k not in sizes]
         fault = f"missing: {', '.join(names)}"
     raise SpatialTokensError(
-        f"{origin} has the kernels {', '.join(map(str, sizes))} on a grid of {grid_size} x {grid_size}: {fault}; find the whole "
+        f"{origin} has the kernels {', '.join(map(str, sizes))} on a grid of {grid_size} x {grid_size}: {fault}; find the complete "
         "checkpoint or, if its grid or kernels are others, give the config that it must hold"
     )
 

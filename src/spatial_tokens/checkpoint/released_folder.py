@@ -102,10 +102,12 @@ def from_released(
         SpatialTokensError: If a file is missing, damaged or would need code to be run, the folder is none that a Hugging Face
             LLaVA can be made of, or its parts do not fit each other.
 
-    Example:
+    Examples:
+        ```python
         model, processor = from_released("llava-sp-cropping-lora", "lmsys/vicuna-7b-v1.5")
         text = "USER: <image> What is to the left of the dog? ASSISTANT:"
         model.generate(**processor(images=image, text=text, return_tensors="pt"))
+        ```
     """
     with quiet_transformers() as transformers:
         return _with_tokens(*_assembled(transformers, as_path(folder), base, vision, config))
@@ -121,7 +123,7 @@ def convert_released(
 ) -> SPProjectorConfig:
     """Writes what `from_released` makes: into `out` a LLaVA that loads alone, into `out/spatial_tokens` its adapter.
 
-    All of it or nothing: `out` appears when it is whole. An earlier conversion that is there is replaced, unless there are other
+    All of it or nothing: `out` appears when it is complete. An earlier conversion that is there is replaced, unless there are other
     files in it.
 
     Returns:
@@ -202,7 +204,7 @@ def _lora(folder: Path) -> tuple[dict[str, Any], Path] | None:
     if not any(there.values()):
         return None
     if missing := [name for name, found in there.items() if not found]:
-        raise SpatialTokensError(f"{folder} is not whole: missing {', '.join(missing)}")
+        raise SpatialTokensError(f"{folder} is incomplete: missing {', '.join(missing)}")
     path = folder / LORA_CONFIG
     values = _json(path)
     _require_values(values, PLAIN_LORA, path)

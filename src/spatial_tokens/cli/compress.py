@@ -78,7 +78,7 @@ def _check(arguments: argparse.Namespace, target: Path) -> None:
     for names, needed in ((OF_IMAGES, "images"), (OF_FACTORS, "images or --features")):
         given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
         if given and (arguments.int8 or (names is OF_IMAGES and arguments.images is None)):
-            raise SpatialTokensError(f"{', '.join(given)} goes with --{needed}")
+            raise SpatialTokensError(f"{', '.join(given)} needs --{needed}")
     if arguments.images is not None and arguments.encoder is None:
         raise SpatialTokensError(
             "--images needs --encoder, the one whose features the projector reads: a timm model, or a vision model of transformers"

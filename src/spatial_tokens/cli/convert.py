@@ -36,7 +36,7 @@ def run(arguments: Namespace) -> None:
         _convert_whole(arguments, config)
         return
     if arguments.vision is not None:
-        raise SpatialTokensError("--vision goes with --base, which makes a whole model of a released folder")
+        raise SpatialTokensError("--vision needs --base, which makes a whole model of a released folder")
     if is_own_format(source):
         if target.suffix not in WEIGHT_SUFFIXES:
             raise SpatialTokensError(

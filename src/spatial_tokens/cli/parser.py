@@ -17,7 +17,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Lets the error of a full disk out, which argparse passes over, so that no help or version is lost in silence."""
+        """Lets the error of a full disk out, which argparse ignores, so that no help or version is lost in silence."""
         if file is sys.stdout:
             file.write(message)
         else:
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     info = _command(subparsers, "info", "info:run", "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32")
     info.add_argument(
-        "config", nargs="?", metavar="PRESET|config.json", help="a preset, or a config's path; lists the presets without"
+        "config", nargs="?", metavar="PRESET|config.json", help="a preset, or a config's path; without one, lists the presets"
     )
     info.add_argument(
         "--dtype", choices=BYTES, default="bfloat16", help="of the parameters, for their bytes (default: %(default)s)"

@@ -18,8 +18,8 @@ from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.grid import SpatialBasis, check_factors, check_positive
 from spatial_tokens.modules import SPProjector
 
-RANK, FREQUENCIES = 128, 3  # unless told
-MOST_FREQUENCIES = 5  # that are tried where the rank is chosen, unless told
+RANK, FREQUENCIES = 128, 3  # by default
+MOST_FREQUENCIES = 5  # that are tried where the rank is chosen, by default
 LARGEST_RANK, LARGEST_INPUT = 256, 2304  # that are tried where the rank is chosen; the latter is channels times maps
 CURVE = 4  # ranks on the curve of a rank that is given, each half of the one before
 
@@ -48,8 +48,8 @@ def compress(
         features: Patch features of some hundred pictures or more, as the projector reads them: a tensor `(n, N, C)`; a safetensors
             file that holds one, which is read a part at a time; or batches of them that can be read again and again.
         rank: Channels that the kernels shall see; 128 unless it is chosen by `parameters` or `error`.
-        frequencies: Maps of each side of a window, for all kernels or one number for each; 3 unless told, fewer on windows of fewer
-            patches. Where the rank is chosen, the most that are tried; 5 unless told.
+        frequencies: Maps of each side of a window, for all kernels or one number for each; 3 by default, fewer on windows of fewer
+            patches. Where the rank is chosen, the most that are tried; 5 by default.
         spatial_basis: "cosine", or "learned" for free maps, found for each kernel.
         parameters: The most parameters that the kernels may have; of what has no more, what misses least is taken.
         error: The share of the tokens' variance that may be missed, in the mean over tokens; of what misses no more, what has the
@@ -65,7 +65,7 @@ def compress(
             if a rank or number of frequencies is too large; if more than one of `rank`, `parameters`
             and `error` is given; or if nothing keeps to these.
 
-    Example:
+    Examples:
         >>> from spatial_tokens import SPProjectorConfig
         >>> config = SPProjectorConfig(
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=(8, 8), kernel_sizes=(4, 8), spatial_hidden_size=16,

@@ -23,7 +23,7 @@ def quantize_int8(projector: SPProjector) -> SPProjector:
         MissingExtraError: If torchao is not installed.
         SpatialTokensError: If the projector is not dense, or its kernels are wrapped, quantized already, or float64.
 
-    Example:
+    Examples:
         `small = quantize_int8(SPProjector.from_pretrained("projector")); small.save_pretrained("int8")`
     """
     layers = dense_layers(projector)

@@ -17,7 +17,7 @@ class TokenReport:
         token: The kernel that makes it, or "detail map".
         unexplained: By the factors whitened by the features and refitted.
         whitened: Without the refit.
-        plain_hosvd: By a plain HOSVD of the kernel, which knows no features, of the same rank and maps.
+        plain_hosvd: By a plain HOSVD of the kernel, which does not use the features, of the same rank and maps.
         ridge: That of the refit, chosen on the held-out pictures.
     """
 

@@ -152,4 +152,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise SpatialTokensError(f"{path} is not a whole safetensors file: {reason(error)}") from error
+        raise SpatialTokensError(f"{path} is not a complete safetensors file: {reason(error)}") from error

@@ -36,7 +36,7 @@ class SpatialFeatureExtractor(nn.Module):
     Raises:
         SpatialTokensError: At construction if a kernel does not fit the grid; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> extractor = SpatialFeatureExtractor(32, 16, grid_size=(8, 8), kernel_sizes=(4, 8), variant="pooling")
         >>> extractor(torch.randn(2, 64, 32)).shape
         torch.Size([2, 2, 16])

@@ -38,7 +38,7 @@ class FactorizedFeatureExtractor(nn.Module):
         kernel_sizes: One window each, increasing: integers for squares, or `(height, width)` pairs.
         variant: "cropping" or "pooling". Pooled scales are nearly the same few cosines of the whole picture, with different cores:
             the tokens then differ in their weights more than in what they see.
-        frequencies: Cosines `F` of each side of a window, for all kernels or one number for each; unless told 3, or as many as fit.
+        frequencies: Cosines `F` of each side of a window, for all kernels or one number for each; by default 3, or as many as fit.
         rank: Channels `R` that the kernels see.
         spatial_basis: "cosine", or "learned" for maps that are parameters, and start as the cosines.
         device: Where the parameters are made.
@@ -53,7 +53,7 @@ class FactorizedFeatureExtractor(nn.Module):
         SpatialTokensError: At construction if a kernel does not fit the grid, has fewer patches a side than frequencies, or the
             rank is larger than `C`; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> extractor = FactorizedFeatureExtractor(32, 16, grid_size=8, kernel_sizes=(4, 8), frequencies=3, rank=4)
         >>> extractor(torch.randn(2, 64, 32)).shape
         torch.Size([2, 2, 16])

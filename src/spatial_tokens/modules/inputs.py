@@ -39,7 +39,7 @@ def as_images(
     Args:
         patches: `(B, N, C)`, or `(sum of N, C)`.
         grid_sizes: `(H, W)` of all images, or a list with that of each; None for `grid_size`.
-        grid_size: The grid of images whose grid is not told.
+        grid_size: The grid of images whose grid is not given.
         hidden_size: The channels `C` expected.
         layer: The layer that will read them: its dtype and device must be theirs.
 
@@ -63,7 +63,7 @@ def as_images(
         grid = as_size(grid_sizes, "grid_sizes")
         if patches.shape[1] != grid[0] * grid[1]:
             raise SpatialTokensError(
-                f"got {patches.shape[1]} patches for the grid {grid[0]} x {grid[1]} that was told; tell theirs"
+                f"got {patches.shape[1]} patches for the grid {grid[0]} x {grid[1]} that was given; give theirs"
             )
         return patches, grid
     grids = as_grid_list(grid_sizes)
@@ -94,7 +94,7 @@ def _is_one(grid_sizes: GridSizes | None) -> bool:
 
 
 def require_own_grid(grid_sizes: GridSizes | None) -> None:
-    """Raises SpatialTokensError if dense kernels, which belong to one grid, are told another."""
+    """Raises SpatialTokensError if dense kernels, which belong to one grid, are given another."""
     if grid_sizes is not None:
         raise SpatialTokensError(
             f"dense kernels belong to the grid that they were built for, got grid_sizes={shown(grid_sizes)}; leave it out, or use "

@@ -41,7 +41,7 @@ class DetailFeatureIntegrator(nn.Module):
         spatial_hidden_size: Channels `S` of the spatial tokens and of the detail map.
         grid_size: The patch grid: `(H, W)`, or an integer for a square.
         kernel_size: The detail kernel, in patches; table 6 compares 4, 8, 12 and 16.
-        stride: Its stride, in patches. As in `Conv2d`, patches beyond the last whole window are not seen.
+        stride: Its stride, in patches. As in `Conv2d`, patches beyond the last complete window are not seen.
         rank: Channels that a factorized kernel sees; None for a dense one.
         frequencies: Its cosines of each side of the window; 3 if there is a rank.
         spatial_basis: "cosine", or "learned" for maps that are parameters.
@@ -57,7 +57,7 @@ class DetailFeatureIntegrator(nn.Module):
         SpatialTokensError: At construction if the kernel does not fit the grid, or its factors the kernel; in `forward` if an
             input does not fit.
 
-    Example:
+    Examples:
         >>> integrator = DetailFeatureIntegrator(32, 16, grid_size=8, kernel_size=4, stride=2)
         >>> tokens, attention = integrator(torch.randn(2, 6, 16), torch.randn(2, 64, 32), return_attention=True)
         >>> tokens.shape, attention.shape
@@ -236,6 +236,6 @@ class DetailFeatureIntegrator(nn.Module):
 
 
 def _is_norm_and_linear(projector: nn.Module) -> bool:
-    """Whether it is as it was made: a LayerNorm and a Linear, with their biases, that nobody has wrapped."""
+    """Whether it is as it was made: a LayerNorm and a Linear, with their biases, that is not wrapped."""
     layers = [type(layer) for layer in projector.children()]
     return is_plain(projector) and layers == [nn.LayerNorm, nn.Linear] and len(list(projector.parameters())) == 4

@@ -58,7 +58,7 @@ class SPProjector(nn.Module):
         SpatialTokensError: At construction if the parts' widths or grids do not go together; in `forward` if the input does
             not fit.
 
-    Example:
+    Examples:
         >>> config = SPProjectorConfig(
         ...     vision_hidden_size=32, text_hidden_size=64, grid_size=(8, 8), kernel_sizes=(4, 8),
         ...     spatial_hidden_size=16, detail_kernel_size=4,
@@ -218,7 +218,7 @@ class SPProjector(nn.Module):
         return config
 
     def reset_parameters(self) -> None:
-        """Initializes every part anew."""
+        """Initializes every part again."""
         for part in self.children():
             reset(part)
 
@@ -292,7 +292,7 @@ class SPProjector(nn.Module):
         return tensors
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` into a directory, each whole or not at all.
+        """Writes `config.json` and `model.safetensors` into a directory, each completely or not at all.
 
         Of a projector that is sharded over processes (FSDP2, ZeRO-3, tensor parallelism) every one must call this; the first
         writes.

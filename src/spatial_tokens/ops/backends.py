@@ -39,7 +39,7 @@ def list_backends() -> tuple[str, ...]:
 
     Triton's is among them if Triton is installed and there is a GPU that its kernels run on, or its interpreter is on.
 
-    Example:
+    Examples:
         >>> list_backends()[:3]
         ('auto', 'naive', 'gemm')
     """

@@ -55,7 +55,7 @@ def serve_export(
     Where this library is not installed, vLLM refuses it. transformers loads the base from it, and `load_adapter` its
     `OUT/spatial_tokens`.
 
-    All of it or nothing: `out` appears when it is whole. An earlier export that is there is replaced.
+    All of it or nothing: `out` appears when it is complete. An earlier export that is there is replaced.
 
     Args:
         base: The base model's folder.

@@ -30,7 +30,7 @@ REFUSED_IN_VLLM = {
 def require_served(hf_config: Any) -> None:
     """Raises SpatialTokensError, with the reason, if vLLM computes a model of this config otherwise than transformers.
 
-    Warns if nobody has compared them.
+    Warns if they have not been compared.
     """
     kind, why = hf_config.model_type, refusal(hf_config)
     if why is not None:

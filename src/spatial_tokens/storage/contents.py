@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: to say it when somebody takes the file for weights."""
+"""What a file is, by its first bytes: for an error when it is given as a weight file."""
 
 import codecs
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, and weight files read without running their code."""
+"""Files that are complete or not there: atomic writes, and weight files read without running their code."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def read_tensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = l
 
     Args:
         path: A `.safetensors`, `.bin` or `.pt` file, an `.index.json`, or a folder that holds one of `FOLDER_NAMES`.
-        wanted: Which names to read; the others are passed over, and shards that hold none are not opened.
+        wanted: Which names to read; the others are skipped, and shards that hold none are not opened.
 
     Raises:
         SpatialTokensError: If a file is missing, truncated, of another kind, or would need code to be run.
@@ -159,7 +159,7 @@ def read_safetensors(
     except FileNotFoundError as error:
         raise SpatialTokensError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise SpatialTokensError(f"{path} is not a whole safetensors file: {_fault(path, reason(error))}") from error
+        raise SpatialTokensError(f"{path} is not a complete safetensors file: {_fault(path, reason(error))}") from error
     return restored(tensors, metadata, str(path)), metadata
 
 
@@ -185,7 +185,7 @@ def _read_pickle(path: Path, wanted: Callable[[str], bool]) -> Tensors:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise SpatialTokensError(
-            f"{path} is not a whole PyTorch file of tensors alone (no code is run to read it): {_fault(path, _of_pickle(error))}"
+            f"{path} is not a complete PyTorch file of tensors alone (no code is run to read it): {_fault(path, _of_pickle(error))}"
         ) from error
     if not is_state_dict(values):
         raise SpatialTokensError(f"{path} holds a {type(values).__name__} that is not a state dict of tensors")

@@ -27,7 +27,7 @@ class FolderFormat(NamedTuple):
     metadata_entry: str
 
     def save(self, directory: str | PathLike[str], config: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Writes both files; neither takes its place before both are whole.
+        """Writes both files; neither takes its place before both are complete.
 
         Raises:
             SpatialTokensError: If they cannot be written; a file that was not replaced is as it was.

@@ -44,7 +44,7 @@ def folder_of(source: str | os.PathLike[str], names: Sequence[str], revision: st
     path = as_path(source)
     if not is_repository(source):
         if revision is not None:
-            raise SpatialTokensError(f"revision goes with a repository of the Hugging Face Hub, but {path} is a path; leave it out")
+            raise SpatialTokensError(f"revision is for a repository on the Hugging Face Hub, but {path} is a path; leave it out")
         return path
     hub = _huggingface_hub()
     try:

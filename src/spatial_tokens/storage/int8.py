@@ -89,7 +89,7 @@ def restored(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str], sour
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, SpatialTokensError):
             raise
-        raise SpatialTokensError(f"{source} is damaged: its int8 weights are not those that its metadata tells of") from error
+        raise SpatialTokensError(f"{source} is damaged: its int8 weights are not those that its metadata describes") from error
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Staging folders: what is written lies in a folder of its own beside its target until it is whole.
+"""Staging folders: files are written in a folder of their own next to the target until it is complete.
 
 A staging folder is named `.{target}.{random}.tmp` and holds a file `lock`, on which its writer keeps a lock. The system frees the
 lock when the writer ends, however it ends. So the next write of the same target can remove the folders of writers that were killed

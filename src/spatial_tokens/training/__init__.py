@@ -1,4 +1,4 @@
-"""Training: the paper's recipe, data in LLaVA's format, checkpoints that are whole or not at all."""
+"""Training: the paper's recipe, data in LLaVA's format, checkpoints that are completely or not at all."""
 
 from spatial_tokens.training.recipe import (
     ALIGNMENT,

@@ -1,4 +1,4 @@
-"""Checkpoints that are known to be whole: a list of their files, written last, with the size and checksum of each."""
+"""Checkpoints that are known to be complete: a list of their files, written last, with the size and checksum of each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_complete(folder: str | PathLike[str]) -> None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SpatialTokensError(f"{folder / MANIFEST} cannot be read: {reason(error)}") from error
     if not listed:
-        raise SpatialTokensError(f"{folder / MANIFEST} lists no files: it is not of a whole checkpoint")
+        raise SpatialTokensError(f"{folder / MANIFEST} lists no files: it is not of a complete checkpoint")
     for name, (size, checksum) in listed.items():
         try:
             found = _fingerprint(folder / name)
@@ -60,12 +60,12 @@ def check_complete(folder: str | PathLike[str]) -> None:
 
 
 def last_complete(directory: str | PathLike[str]) -> Path | None:
-    """The newest `checkpoint-N` of a directory that is whole, or None; a warning names each newer one that is not."""
+    """The newest `checkpoint-N` of a directory that is complete, or None; a warning names each newer one that is not."""
     for folder in reversed(checkpoints_in(directory)):
         try:
             check_complete(folder)
         except SpatialTokensError as error:
-            warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
+            warnings.warn(f"skipped a checkpoint: {error}", stacklevel=2)
             continue
         return folder
     return None

@@ -37,7 +37,7 @@ class BadSampleError(SpatialTokensError):
     """
 
     def __init__(self, sample_id: str, why: str | None = None) -> None:
-        if why is None:  # a data loader makes it anew out of its worker's traceback
+        if why is None:  # a data loader makes it again from its worker's traceback
             super().__init__(sample_id.strip().splitlines()[-1].partition(f"{type(self).__name__}: ")[2] or sample_id)
         else:
             super().__init__(f"sample {sample_id!r}: {why}")

@@ -38,9 +38,9 @@ OnBadSample = Literal["stop", "skip"]
 class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
     """The samples of a file in LLaVA's format, each ready for the model.
 
-    A bad sample (see `conversations.parse`; words that are a special token; an image that does not open or lies outside the folder;
+    A bad sample (see `conversations.parse`; words that are a special token; an image that does not open or is outside the folder;
     a text longer than `max_length`) stops the run, or is left out: those known from the file at once, those found later by giving
-    the next good one in their place. `bad_samples` tells all, also those that a data loader's processes found.
+    the next good one in their place. `bad_samples` lists all, including those that a data loader's processes found.
 
     Args:
         path: The file.
@@ -190,7 +190,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             start = next((each for each in starts if each >= at and ids[each : each + len(words)] == words), None)
             if start is None or (last and start + len(words) != len(ids)):
                 raise SpatialTokensError(
-                    f"{type(self.processor).__name__} changes the words around images, so the answers cannot be told from the "
+                    f"{type(self.processor).__name__} changes the words around images, so the answers cannot be separated from the "
                     "prompt; does the text hold tokens of the model's own?"
                 )
             where += [places[start + i] for i, (_, is_learned) in enumerate(run) if is_learned]
@@ -211,7 +211,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         file = os.path.abspath(os.path.join(folder, path))
         if not (self.allow_images_outside or Path(file).is_relative_to(folder)):
             raise BadSampleError(
-                sample.sample_id, f"the image {path} lies outside {self.image_folder}; allow_images_outside=True reads it"
+                sample.sample_id, f"the image {path} is outside {self.image_folder}; allow_images_outside=True reads it"
             )
         return file
 

@@ -142,7 +142,7 @@ def parameter_groups(parts: Parts, stage: Stage) -> list[dict[str, Any]]:
     Raises:
         SpatialTokensError: If a parameter is in two parts, a part has none that trains, or the stage has no use for one.
 
-    Example:
+    Examples:
         >>> head = nn.Linear(4, 4)
         >>> [(group["name"], group["lr"], len(group["params"])) for group in parameter_groups(Parts([head]), ALIGNMENT)]
         [('projector', 0.001, 2)]
@@ -188,7 +188,7 @@ def schedule(optimizer: Optimizer, stage: Stage, num_training_steps: int) -> Lam
     Raises:
         SpatialTokensError: If the number of steps is no positive integer.
 
-    Example:
+    Examples:
         >>> from torch.optim import AdamW
         >>> optimizer = AdamW(parameter_groups(Parts([nn.Linear(4, 4)]), ALIGNMENT))
         >>> schedule(optimizer, ALIGNMENT, num_training_steps=100).get_last_lr()

@@ -44,9 +44,11 @@ def parallelize_projector(projector: SPProjector, mesh: DeviceMesh, shard: Shard
         SpatialTokensError: If the mesh has several dimensions or more processes than there are channels or inputs, or
             `tensor_parallel_plan` has no plan.
 
-    Example:
+    Examples:
+        ```python
         mesh = init_device_mesh("cuda", (8,))
         projector = parallelize_projector(SPProjector.from_pretrained("projector", device="cuda"), mesh)
+        ```
     """
     if mesh.ndim != 1:
         raise SpatialTokensError(f"the mesh has {mesh.ndim} dimensions, {mesh.mesh_dim_names}; give one of them: mesh['tp']")
@@ -59,7 +61,7 @@ def parallelize_projector(projector: SPProjector, mesh: DeviceMesh, shard: Shard
 def tensor_parallel_plan(projector: SPProjector, shard: Sharding = "output") -> dict[str, ParallelStyle]:
     """What `parallelize_projector` gives to `parallelize_module`: a style for each part, by its name in the projector.
 
-    Dense kernels are sharded as told, an MLP's layers by output and then by input. Factorized kernels and the attention of the
+    Dense kernels are sharded as asked, an MLP's layers by output and then by input. Factorized kernels and the attention of the
     DetailFeatureIntegrator, 4.4 M and 0.8 M weights at the paper's size, are whole in every process.
 
     Raises:

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with the recipe's learning rates and checkpoints that are whole or passed over."""
+"""transformers' Trainer, with the recipe's learning rates and checkpoints that are complete or skipped."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_projectors_that_do_not_fit(projector, message):
         ({"unit": torch.zeros(2)}, "unit must be"),
         ({"resize": "nearest"}, "resize must be None, 'pool' or 'interpolate'"),
         ({"resize": ["pool"]}, "resize must be"),
-        ({"preset": PRESET}, "unknown field 'preset'"),
+        ({"preset": PRESET}, "a preset is given as the projector: attach"),
     ],
 )
 def test_options(options, message):

@@ -376,7 +376,7 @@ def damaged(folder, kind):
         ("no config", "cannot read"),
         ("no weights", "does not exist"),
         ("no json", "is not valid JSON"),
-        ("cut", "is not a whole safetensors file"),
+        ("cut", "is not a complete safetensors file"),
         ("peft", "is not of spatial tokens"),
         ("unit", "unit in .* must be one of"),
         ("model", "is an adapter of a qwen2_vl model, not of a llava"),

@@ -1,7 +1,7 @@
 """Tiny models with random weights, one for each family: how they are built, and what they are given for a row of pictures.
 
 A picture is `(tiles, 3, height, width)`, of one tile where the family does not cut pictures up. What is written here about where
-patches pass and how they lie is found out from the families' own code, apart from `families.py` and `features.py`.
+patches pass and how they are laid out is found out from the families' own code, apart from `families.py` and `features.py`.
 """
 
 from __future__ import annotations

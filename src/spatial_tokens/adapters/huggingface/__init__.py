@@ -1,4 +1,4 @@
-"""Spatial tokens in any Hugging Face vision-language model: `attach` them, use and train the model as ever, save them beside it."""
+"""Spatial tokens in Hugging Face vision-language models: attach them, use and train the model as usual, save them separately."""
 
 from importlib import import_module
 from typing import Any

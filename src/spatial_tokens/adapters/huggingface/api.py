@@ -78,10 +78,12 @@ def attach(
         SpatialTokensError: If the model is one that spatial tokens cannot be attached to (it says what was looked for and not
             found), has them already, or the projector, the token or an option does not fit it.
 
-    Example:
+    Examples:
+        ```python
         model, processor = attach(model, processor, "llava-sp-cropping")
         inputs = processor(images=image, text="<image> What is this?", return_tensors="pt")
         model.generate(**inputs)
+        ```
     """
     _require_transformers()
     if "config" in fields:
@@ -249,7 +251,7 @@ def _ready(parts: ModelParts, projector: SPProjector, resize: Resize | None, fie
         SpatialTokensError: If it has a patch head, or its widths or grid are not the model's.
     """
     if fields:
-        raise SpatialTokensError(f"{', '.join(fields)} go with a preset, not with a ready projector")
+        raise SpatialTokensError(f"{', '.join(fields)} are for a preset, not for a ready projector")
     if projector.patch_head is not None:
         raise SpatialTokensError("the projector has a patch head, but the model projects its patches itself; give patch_head=None")
     _require_fit(
@@ -268,12 +270,12 @@ def config_for(
     """The config of a model's spatial tokens: its widths, its grid, no patch head.
 
     Raises:
-        SpatialTokensError: If the grid cannot be told, or a whole config is not the model's.
+        SpatialTokensError: If the grid cannot be determined, or a whole config is not the model's.
     """
     names = {"vision_hidden_size", "text_hidden_size", "grid_size"}
     if isinstance(config, SPProjectorConfig):
         if fields:
-            raise SpatialTokensError(f"{', '.join(fields)} go with a preset, not with a whole config")
+            raise SpatialTokensError(f"{', '.join(fields)} are for a preset, not for a whole config")
         fitted = replace(config, patch_head=None)
     else:
         widths = {"vision_hidden_size": parts.vision_hidden_size, "text_hidden_size": parts.text_hidden_size}

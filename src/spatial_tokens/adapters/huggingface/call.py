@@ -1,4 +1,4 @@
-"""What one call of a model knows. Each thread has its own, so that calls of several threads do not meet."""
+"""The state of one call of a model. Each thread has its own, so concurrent calls do not interfere."""
 
 from __future__ import annotations
 

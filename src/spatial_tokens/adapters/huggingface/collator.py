@@ -22,8 +22,10 @@ class MaskPlaceholders:
     Raises:
         SpatialTokensError: If the model has no spatial tokens.
 
-    Example:
+    Examples:
+        ```python
         Trainer(model=model, data_collator=MaskPlaceholders(collator, model), ...)
+        ```
     """
 
     def __init__(self, collator: Callable[..., Any], model: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is particular to a family of transformers' vision-language models, as data: where its patch features pass, and how they lie.
+"""What is specific to each family of transformers' vision-language models, as data: where patch features pass, and their layout.
 
 A family that is not here is `GENERAL`: the first of `PROJECTORS` that its model has, square maps of patches.
 """
@@ -138,7 +138,7 @@ TESTED = (
 def list_families() -> dict[str, Family]:
     """The families of models that spatial tokens have been tested in, by `model.config.model_type`, and what is known of each.
 
-    Example:
+    Examples:
         >>> families = list_families()
         >>> "llava" in families, families["qwen2_5_vl"].layout, "mllama" in families
         (True, 'grid of windows', False)

@@ -15,7 +15,7 @@ What runs when, in one call of an attached model (`mode="own"`):
 Where the caller looks up word embeddings himself, `mask_ids` and `mark_embeddings` give placeholders a row that no other token has.
 With `mode="image"` tokens are joined to what `get_image_features` returns; `scatter_tokens` only lets a batch without images train.
 
-A `Call` lies in an object that each thread has for itself (`PerThread`). torch.compile cannot trace a `ContextVar`.
+A `Call` is kept in an object per thread (`PerThread`). torch.compile cannot trace a `ContextVar`.
 """
 
 from __future__ import annotations

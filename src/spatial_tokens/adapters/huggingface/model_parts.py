@@ -41,7 +41,7 @@ class ModelParts:
 
     @property
     def embeddings(self) -> Any:
-        """The word embeddings: looked up anew, as resizing replaces them."""
+        """The word embeddings: looked up each time, as resizing replaces them."""
         return self.model.get_input_embeddings()  # type: ignore[operator]
 
     @property

@@ -307,7 +307,7 @@ def with_placeholders(processor: Any, parts: ModelParts, token: ReservedToken, c
         )
     if not getattr(tokenizer, "is_fast", False):
         raise SpatialTokensError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, which alone tells where its tokens are in a text; attach without "
+            f"{type(tokenizer).__name__} is not a fast tokenizer, which is needed to find its tokens in a text; attach without "
             "a processor, and use insert_placeholders()"
         )
     openings = [str(each) for each in tokenizer.convert_ids_to_tokens(parts.opening_ids) if each is not None]

@@ -52,7 +52,7 @@ def tiny_qwen_vl() -> tuple[Any, Any]:
         "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
     }  # fmt: skip
     with quiet_transformers() as transformers:
-        tokenizer = _letters(transformers, named)
+        tokenizer = _letters(transformers, named, "\n")
         processor = transformers.Qwen2_5_VLProcessor(
             transformers.Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096),
             tokenizer, transformers.Qwen2VLVideoProcessor(patch_size=4), chat_template=_QWEN_CHAT,
@@ -84,13 +84,13 @@ _QWEN_CHAT = (
 )
 
 
-def _letters(transformers: Any, named: dict[str, str]) -> Any:
-    """A tokenizer of single letters, lines among them, with a model's own special tokens."""
+def _letters(transformers: Any, named: dict[str, str], more: str = "") -> Any:
+    """A tokenizer of single letters (ASCII, and more of them), with a model's own special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    names = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127)), "\n"]
+    names = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127)), *more]
     letters = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex(".|\n"), "isolated")
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex(f".|[{more}]" if more else "."), "isolated")
     letters.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",

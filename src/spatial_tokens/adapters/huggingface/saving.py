@@ -47,7 +47,7 @@ model, processor = load_adapter(base, "{repo_id}", processor)
 
 
 def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
-    """Writes the spatial tokens' config and weights; whenever the process is killed, the old or the new adapter is there, whole.
+    """Writes the spatial tokens' config and weights; whenever the process is killed, the complete old or new adapter is there.
 
     Of the base model only what was trained with them goes in (`training.prepare`: the MLP of the patches), as in PEFT's
     `modules_to_save`.

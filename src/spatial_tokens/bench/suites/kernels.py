@@ -218,7 +218,7 @@ def _comparison(
     # On a CPU the backward pass took 36 s a run channels last, and over eight minutes to compile: there they run forward only.
     if direction == PASSES[0] or options.device.type == "cuda":
         candidates["Conv2d, channels last"] = partial(convolution, memory_format=torch.channels_last)
-        if subject == "tokens, cropping" and batch <= 32:  # each batch is compiled anew
+        if subject == "tokens, cropping" and batch <= 32:  # each batch is compiled again
             candidates["Conv2d, torch.compile"] = partial(convolution, compiled=True)
 
     module = build(meta, dtype)

@@ -32,7 +32,7 @@ class SlidingWindowExtractor(nn.Module):
     Raises:
         SpatialTokensError: At construction if the kernel does not fit the grid; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> SlidingWindowExtractor(32, 16, grid_size=24, kernel_size=(12, 8))(torch.randn(2, 576, 32)).shape
         torch.Size([2, 6, 16])
     """

@@ -39,7 +39,7 @@ class TransformerExtractor(nn.Module):
     Raises:
         SpatialTokensError: At construction if a size does not fit; in `forward` if the input does not fit.
 
-    Example:
+    Examples:
         >>> extractor = TransformerExtractor(32, grid_size=8, kernel_sizes=(4, 8), num_heads=4)
         >>> extractor(torch.randn(2, 64, 32)).shape
         torch.Size([2, 2, 32])

@@ -1,4 +1,4 @@
-"""One matrix product for each row of a kernel, on the features as they lie in memory; sums in float32, in the rows' order.
+"""One matrix product for each row of a kernel, on the features in their memory layout; sums in float32, in the rows' order.
 
 A row of a window is one run of `w * C` numbers, and so is the row of the weight that meets it. So a window needs no copy: its rows
 are the batch of a batched product, and splitting the long sum is also what keeps every core reading. (16 bits on a CPU are the
