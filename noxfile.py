@@ -32,7 +32,10 @@ EXTRAS: dict[str, list[list[str]]] = {
     ],
     "timm": [["pytest", "tests/adapters/test_timm.py"]],
     "viz": [["pytest", "tests/test_visualize.py"]],
-    "timm,viz": [["spatial-tokens", "demo"]],
+    "timm,viz": [
+        ["spatial-tokens", "demo"],
+        ["spatial-tokens", "probe", "vit_tiny_patch16_224", "--random-weights", "--limit", "8"],
+    ],
     "hf": [
         ["pytest", "tests/test_examples.py", "tests/test_demo_model.py"],
         ["python", "-c", SAVE_TINY_LLAVA],

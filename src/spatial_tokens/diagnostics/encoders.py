@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spatial_tokens.adapters.huggingface.api import unwrapped
-from spatial_tokens.adapters.huggingface.layer_maps import PROJECTOR, patch_maps
+from spatial_tokens.adapters.huggingface.encoder_maps import PROJECTOR, patch_maps
 from spatial_tokens.adapters.huggingface.layouts import thumbnails, tiles_of
 from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from spatial_tokens.adapters.huggingface.ready import from_hub

@@ -62,8 +62,8 @@ def patch_maps(parts: ModelParts, inputs: Mapping[str, Any]) -> dict[str, Maps]:
 def _blocks(parts: ModelParts) -> list[nn.Module]:
     """The vision encoder's: the longest list of modules outside the language model."""
     words = set(parts.language_model.modules()) | set(parts.projector.modules())
-    lists = [each for each in parts.base.modules() if isinstance(each, nn.ModuleList) and each not in words]
-    return list(max(lists, key=lambda each: len(each))) if lists else []
+    lists = [list(each) for each in parts.base.modules() if isinstance(each, nn.ModuleList) and each not in words]
+    return max(lists, key=len, default=[])
 
 
 def _block_maps(parts: ModelParts, outputs: list[torch.Tensor], given: Maps, arguments: Mapping[str, Any]) -> Maps | None:
