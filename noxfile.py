@@ -81,7 +81,7 @@ def tests(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Builds the site into site/, strictly, and tries its live figure in Chromium, if there is one; torch is shared."""
     share(session, "torch", "transformers", "accelerate")
-    session.install("-e", ".", "zensical==0.0.73", "mkdocstrings-python==2.0.11", "playwright", "pytest")
+    session.install("-e", ".", "zensical==0.0.73", "mkdocstrings-python==2.0.11", "playwright", "pytest", "hypothesis")
     session.run("python", "-m", "pytest", "-q", "tests/test_website.py")
 
 

@@ -32,17 +32,24 @@ PAPER = {  # LLaVA-SP with CLIP-ViT-L and Vicuna-7B: points over LLaVA-1.5; tabl
 }
 
 
-def page() -> str:
-    """All of the page's figures."""
+def designs_page() -> str:
+    """The designs with plain features and the usual tuning."""
     results = committed("full")
     parts = [
         setting(results),
-        "### Each setting\n", overview(results),
         "### Each design\n", comparison(results),
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         gains(results, "test"), gains(results, "hard"),
         "### By kind of question\n", kinds(results, "test"), kinds(results, "hard"),
         "### Beside the paper\n", beside_the_paper(results),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def settings_page() -> str:
+    """Other settings, and what the models use."""
+    results = committed("full")
+    parts = [
         "### With longer tuning\n", longer(results, rolled=False),
         "### Where features tell wrong places\n", patches(results), longer(results, rolled=True),
         "### With another picture's tokens\n", strangers(results),

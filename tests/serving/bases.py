@@ -6,6 +6,7 @@ pictures.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from spatial_tokens.adapters.huggingface import attach, save_adapter
 from spatial_tokens.adapters.huggingface.api import attachment_of
@@ -96,6 +98,29 @@ def write_adapter(name: str, folder: Path, to: str, train: str | None = None, pr
                 each.mul_(1.5)
             attachment_of(model).modules_to_save.append(train)
     save_adapter(model, folder / to)
+
+
+def quantize(base: Path) -> None:
+    """Makes the language model's layers int8, as compressed-tensors writes them: a scale for each row, activations by token."""
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if "language_model" in name and name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**numbers, "strategy": "channel", "dynamic": False},
+                "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+            }
+        },
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
 
 
 def letters(named: dict[str, str], others: Sequence[str] = ()) -> Any:

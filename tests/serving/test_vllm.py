@@ -18,7 +18,7 @@ from spatial_tokens.serving import hf_overrides, serve_export
 from spatial_tokens.serving.families import COMPARED
 from spatial_tokens.storage.files import read_safetensors
 from tests.serving.answers import by_transformers, by_vllm, picture, prompts
-from tests.serving.bases import BASES, write, write_adapter
+from tests.serving.bases import BASES, quantize, write, write_adapter
 
 QWEN = "qwen2_5_vl"  # the model of the tests that take one
 ADAPTERS = {
@@ -61,6 +61,11 @@ def references(folder, request):
         for adapter, options in adapters.items():
             write_adapter(name, folder / name, adapter, **options)
             found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, asked(name))
+    write("llava", folder / "int8")
+    write_adapter("llava", folder / "int8", "own")
+    quantize(folder / "int8" / "base")
+    found["int8", None] = by_transformers(folder / "int8" / "base", None, asked("llava"))
+    found["int8", "own"] = by_transformers(folder / "int8" / "base", folder / "int8" / "own", asked("llava"))
     write_lora(folder / QWEN / "base", folder / QWEN / "lora")
     write_adapter(QWEN, folder / QWEN, "trained", train="model.visual.merger")
     for what, options in {"lora": {"lora": folder / QWEN / "lora"}, "trained": {}}.items():
@@ -151,6 +156,20 @@ def test_two_processes_share_a_model(folder, references):
     base, adapter = folder / QWEN / "base", folder / QWEN / "own"
     with engine(base, hf_overrides=hf_overrides(base, adapter), tensor_parallel_size=2) as llm:
         check(by_vllm(llm, asked(QWEN)), references[QWEN, "own"])
+
+
+def test_a_quantized_base(folder, references):
+    """Its activations are rounded to 8 bits, in another order: how far that leads is held against what spatial tokens change."""
+    base, adapter = folder / "int8" / "base", folder / "int8" / "own"
+    with engine(base, hf_overrides=hf_overrides(base, adapter)) as llm:
+        made = by_vllm(llm, asked("llava"))
+    assert [each.prompt for each in made] == [each.prompt for each in references["int8", "own"]]
+    assert [each.tokens[0] for each in made] == [each.tokens[0] for each in references["int8", "own"]]
+    first, own, plain = (
+        torch.stack([each.logprobs[0] for each in answers])
+        for answers in (made, references["int8", "own"], references["int8", None])
+    )
+    assert (first - own).abs().mean() < (own - plain).abs().mean() / 2
 
 
 def test_requests(folder, references):

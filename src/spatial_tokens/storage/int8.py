@@ -35,7 +35,7 @@ def quantized_parameter(module: nn.Module) -> str | None:
 def dequantized(tensor: torch.Tensor) -> torch.Tensor:
     """The values that a quantized tensor stands for; a plain one as it is."""
     values: Any = tensor
-    return values.dequantize() if is_quantized(tensor) else tensor  # type: ignore[no-any-return]
+    return values.dequantize() if is_quantized(tensor) else tensor
 
 
 def is_int8(tensor: torch.Tensor) -> bool:

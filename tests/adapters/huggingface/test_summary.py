@@ -21,7 +21,7 @@ from tests.adapters.huggingface.models import FIELDS, llava, qwen
 def test_what_was_added_is_logged(caplog, make, preset, options, said):
     with caplog.at_level(logging.INFO, logger="spatial_tokens"):
         model, _ = attach(*make(), preset, **options, **FIELDS)
-    (record,) = caplog.records
+    (record,) = (each for each in caplog.records if each.name.startswith("spatial_tokens"))
     count = sum(parameter.numel() for parameter in model.spatial_tokens.parameters())
     assert record.getMessage().startswith(f"attached 6 spatial tokens to {model.config.model_type}: {count:,} parameters (")
     assert f"({4 * count / 2**20:.1f} MiB in float32)" in record.getMessage()
