@@ -8,11 +8,7 @@ pytest.importorskip("transformers")
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.adapters.huggingface.api import attachment_of
-<<<<<<<< HEAD:tests/adapters/huggingface/test_layer_maps.py
-from spatial_tokens.adapters.huggingface.layer_maps import PROJECTOR, patch_maps
-========
 from spatial_tokens.adapters.huggingface.encoder_maps import PROJECTOR, patch_maps
->>>>>>>> use:tests/adapters/huggingface/test_encoder_maps.py
 from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from tests.adapters.huggingface.tiny import MODELS, needs_known_transformers, prototype
 
