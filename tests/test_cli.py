@@ -18,6 +18,7 @@ from spatial_tokens import SPProjector, SPProjectorConfig, __version__
 from spatial_tokens.bench import names, options, suites
 from spatial_tokens.checkpoint import to_llava_sp
 from spatial_tokens.cli import main
+from spatial_tokens.cli.output import print_wrapped
 from spatial_tokens.presets import PRESETS
 
 TINY = SPProjectorConfig(
@@ -79,6 +80,29 @@ def test_demo_prints_a_table_and_where_to_go_next(capsys, tmp_path):
     assert f"wrote {tmp_path / 'windows-pooling.png'}" in printed
     assert "no attention to draw" in printed
     assert "next: " in printed
+
+
+def test_demo_says_what_is_cut_off_a_wide_picture(capsys, tmp_path):
+    Image.new("RGB", (640, 360), "red").save(tmp_path / "wide.png")
+    printed = run(capsys, "demo", tmp_path / "wide.png", "--output", tmp_path)
+    assert "640 x 360 pixels" in printed
+    assert "the encoder sees its center, 336 x 336 after resizing: 44% is cut off at left and right" in printed
+    assert "cut off" not in run(capsys, "demo", "--output", tmp_path)
+
+
+def test_demo_takes_the_encoder_that_a_preset_is_made_for(capsys, tmp_path):
+    report = json.loads(run(capsys, "demo", "--preset", "siglip-l-16-384", "--output", tmp_path, "--json"))
+    shapes = {stage["stage"]: stage["shape"] for stage in report["stages"]}
+    assert shapes["transform"] == [1, 3, 384, 384]
+    assert shapes["encoder layer -2"] == [1, 576, 192]
+    assert not any("grid" in note for note in report["notes"])
+
+
+def test_sentences_are_broken_between_words_in_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    print_wrapped("the meaning of a-hyphenated-word stays")
+    assert capsys.readouterr().out.splitlines() == ["the meaning of", "a-hyphenated-word", "stays"]
 
 
 def test_demo_leaves_the_random_state_alone(capsys, tmp_path):

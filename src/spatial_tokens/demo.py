@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PAPER_ENCODER = "vit_large_patch14_clip_quickgelu_336.openai"
+ENCODERS = {  # of presets that are made for another
+    "siglip-l-16-384": "vit_large_patch16_siglip_384.webli",
+    "internvit-300m-448": "vit_intern300m_patch14_448.ogvl_dist",
+    "factorized-siglip-so400m": "vit_so400m_patch14_siglip_384.webli",
+}
 SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3}  # the same architecture on the same 24 x 24 grid, in a second on a laptop
 SMALL_WIDTHS = {"text_hidden_size": 512, "spatial_hidden_size": 64}
 
@@ -69,7 +74,7 @@ def run_demo(
         image: A picture's path; None for one that the demo draws.
         output: The directory for the PNGs.
         preset: The projector's preset; its grid and widths are fitted to the encoder.
-        encoder_name: A timm model; CLIP ViT-L/14-336 when None, narrowed unless `full_size` or `pretrained`.
+        encoder_name: A timm model; when None the one that the preset is made for, narrowed unless `full_size` or `pretrained`.
         full_size: Whether to keep the preset's widths: about 6 GB of memory in float32.
         pretrained: Whether to load the encoder's weights from the hub.
         seed: Of the random weights.
@@ -86,11 +91,13 @@ def run_demo(
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
         small = not (full_size or pretrained or encoder_name is not None)
-        name = PAPER_ENCODER if encoder_name is None else encoder_name
+        name = ENCODERS.get(preset, PAPER_ENCODER) if encoder_name is None else encoder_name
         encoder = TimmPatchEncoder(name, pretrained=pretrained, **(SMALL if small else {})).eval()
         config = _fit(preset, encoder, {} if full_size else SMALL_WIDTHS, report)
         projector = SPProjector.from_config(config).eval()
         seen, attention = _run_stages(picture, encoder, projector, report)
+    if (cut := _cut_off(picture.size, seen.size)) is not None:
+        report.notes.append(cut)
 
     figures = {f"windows-{config.variant}.png": visualize.draw_windows(seen, config.grid_size, config.kernel_sizes, config.variant)}
     if attention is not None and config.detail_kernel_size is not None and config.detail_stride is not None:
@@ -129,6 +136,19 @@ def _run_stages(
         report.run("patch head", patch_head, partial(patch_head, patches))
     report.run("whole projector", projector, lambda: projector(patches, *grid))
     return encoder.picture(pixels[0]), None if attention is None else attention[0]
+
+
+def _cut_off(size: tuple[int, int], seen: tuple[int, int]) -> str | None:
+    """What the encoder does not see of a picture of another shape; sizes are width and height, as picture viewers show them."""
+    (width, height), (seen_width, seen_height) = size, seen
+    shape = width * seen_height / (height * seen_width)
+    if 0.98 < shape < 1.02:
+        return None
+    share, sides = (1 / shape, "left and right") if shape > 1 else (shape, "top and bottom")
+    return (
+        f"the picture is {width} x {height} pixels; the encoder sees its center, {seen_width} x {seen_height} after resizing: "
+        f"{1 - share:.0%} is cut off at {sides}"
+    )
 
 
 def _fit(preset: str, encoder: TimmPatchEncoder, widths: dict[str, int], report: Report) -> SPProjectorConfig:

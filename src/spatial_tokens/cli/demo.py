@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import asdict
 
-from spatial_tokens.cli.output import print_json, print_table, require_paths, shape_text
-from spatial_tokens.demo import run_demo
+from spatial_tokens.cli.output import print_json, print_table, print_wrapped, require_paths, shape_text
+from spatial_tokens.demo import Stage, run_demo
 from spatial_tokens.demo_model import run_model_demo
 
 
@@ -28,13 +28,18 @@ def run(arguments: Namespace) -> None:
     if arguments.json:
         print_json(asdict(report))
         return
-    rows = [(s.stage, shape_text(s.shape), f"{s.parameters:,}", f"{s.milliseconds:.1f}") for s in report.stages]
+    rows = [(s.stage, _shape(s), f"{s.parameters:,}", f"{s.milliseconds:.1f}") for s in report.stages]
     print_table(f"{arguments.preset} on {arguments.image or 'its own picture'}", ("stage", "shape", "parameters", "ms"), rows)
     for note in report.notes:
-        print(f"note: {note}")
+        print_wrapped(f"note: {note}")
     for picture in report.pictures:
         print(f"wrote {picture}")
-    print("next: spatial-tokens info; spatial-tokens demo YOUR.jpg --full-size; README.md for ten lines of Python")
+    print_wrapped("next: spatial-tokens info; spatial-tokens demo YOUR.jpg --full-size; README.md for ten lines of Python")
+
+
+def _shape(stage: Stage) -> str:
+    """A picture's size as viewers show it, width first; else a tensor's shape."""
+    return f"{stage.shape[1]} x {stage.shape[0]} pixels" if stage.stage == "picture" else shape_text(stage.shape)
 
 
 def _run_model_demo(arguments: Namespace) -> None:
@@ -47,5 +52,6 @@ def _run_model_demo(arguments: Namespace) -> None:
         (r.model, str(r.sequence), str(r.image_tokens), str(r.spatial_tokens), f"{r.tokens_per_second:.1f}") for r in report.runs
     ]
     print_table(f"{report.name}: {arguments.prompt}", columns, rows)
-    print(f"the spatial tokens are at {', '.join(map(str, report.positions))}; {report.parameters:,} parameters make them")
-    print(f"they move the next token's logits by {report.logits_change:.1%} of their norm (the weights are random: train them)")
+    print_wrapped(f"spatial tokens at positions {', '.join(map(str, report.positions))}, from {report.parameters:,} parameters")
+    change = f"{report.logits_change:.1%}"
+    print_wrapped(f"they change the next token's logits by {change} of their norm (the weights are random: train them)")

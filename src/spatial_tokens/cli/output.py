@@ -1,6 +1,9 @@
 """What the commands share: tables, JSON, and paths that are not empty."""
 
 import json
+import shutil
+import sys
+import textwrap
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +26,13 @@ def shape_text(shape: tuple[int, ...]) -> str:
 def print_json(value: Any) -> None:
     """A value as JSON, on lines of its own."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_wrapped(text: str) -> None:
+    """A sentence, broken between words where a terminal's line ends; as it is where no terminal shows it."""
+    if sys.stdout.isatty():
+        text = textwrap.fill(text, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    print(text)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
