@@ -51,7 +51,7 @@ def stage(folder: Path) -> dict[str, list[str]]:
     for source, target in BESIDE_DOCS.items():
         shutil.copy(ROOT / source, pages / target)
     for page in pages.rglob("*.md"):
-        page.write_text(rewritten(page.read_text(encoding="utf-8"), page.relative_to(pages)), encoding="utf-8")
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), page.relative_to(pages), pages), encoding="utf-8")
     reference, documented = api.written()
     for name, text in reference.items():
         (pages / name).parent.mkdir(exist_ok=True)
@@ -70,8 +70,8 @@ def stage(folder: Path) -> dict[str, list[str]]:
     return documented
 
 
-def rewritten(text: str, page: Path) -> str:
-    """A page with links that hold on the site: to other pages, to pictures, or to the file in the repository."""
+def rewritten(text: str, page: Path, pages: Path) -> str:
+    """A page with links that hold on the site: to other pages, to pictures (copied to them), or to the file in the repository."""
     at_root = str(page) in BESIDE_DOCS.values()
     folder = ROOT if at_root else (ROOT / "docs" / page).parent
 
@@ -83,7 +83,8 @@ def rewritten(text: str, page: Path) -> str:
             return match[0]
         path = (folder / target).resolve().relative_to(ROOT)
         anchor = f"#{fragment}" if fragment else ""
-        if path.name in PICTURES:
+        if path.suffix == ".png" and path.parts[0] != "docs":
+            shutil.copy(ROOT / path, pages / "images")
             return f"]({'../' * (len(page.parts) - 1)}images/{path.name})"
         if str(path) in BESIDE_DOCS:
             return f"]({'../' * (len(page.parts) - 1)}{BESIDE_DOCS[str(path)]}{anchor})"
