@@ -80,6 +80,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Builds the site into site/, strictly, and tries its live figure in Chromium, if there is one; torch is shared."""
+    if sys.version_info < (3, 11, 5):
+        session.skip("Zensical and its extensions need Python 3.11.5")
     share(session, "torch", "transformers", "accelerate")
     session.install("-e", ".", "zensical==0.0.73", "mkdocstrings-python==2.0.11", "playwright", "pytest", "hypothesis")
     session.run("python", "-m", "pytest", "-q", "tests/test_website.py")
