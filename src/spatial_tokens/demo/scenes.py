@@ -4,11 +4,16 @@ Python's `random.Random` decides what is in a scene and numpy's frozen `RandomSt
 on every machine. Coordinates are pixels, x to the right and y down.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import cos, hypot, pi, sin
-from random import Random
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    from random import Random
+
+    import numpy as np
 
 VERSION = 2  # of scenes and questions: another one gives other pictures, and results that cannot be compared
 
@@ -116,6 +121,8 @@ def _place(random: Random, pairs: list[tuple[str, str]]) -> tuple[Thing, ...] | 
 
 def render(scene: Scene) -> np.ndarray:
     """The picture, `(SIDE, SIDE, 3)` in uint8."""
+    import numpy as np
+
     noise = np.random.RandomState(scene.noise)
     shade = noise.randint(150, 211)
     canvas = np.full((SIDE * OVERSAMPLING, SIDE * OVERSAMPLING, 3), shade, dtype=np.float64)
@@ -134,6 +141,8 @@ def render(scene: Scene) -> np.ndarray:
 
 def covers(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Where a shape of radius 1 around the origin is."""
+    import numpy as np
+
     if shape == "circle":
         return x**2 + y**2 <= 1
     if shape == "ring":
@@ -150,6 +159,8 @@ def covers(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _draw_clutter(canvas: np.ndarray, noise: np.random.RandomState, shade: int) -> None:
     """A grey stroke or dot, lighter or darker than the background."""
+    import numpy as np
+
     grey = shade + noise.choice([-1, 1]) * noise.randint(20, 45)
     x, y = noise.randint(0, SIDE, 2)
     length, angle = (noise.randint(6, 22), noise.uniform(0, 2 * pi)) if noise.rand() < 0.7 else (1, 0.0)
