@@ -11,6 +11,6 @@ def as_prompt(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
     if getattr(processor, "chat_template", None):
         text: str = processor.apply_chat_template(list(messages), add_generation_prompt=True)
         return text
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
+    placeholder = str(getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>"))
     parts = [part for message in messages for part in message["content"]]
-    return " ".join(placeholder if part["type"] == "image" else part["text"] for part in parts)
+    return " ".join(placeholder if part["type"] == "image" else str(part["text"]) for part in parts)
