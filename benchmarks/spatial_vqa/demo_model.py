@@ -30,6 +30,7 @@ from benchmarks.spatial_vqa.plans import LONGER, PLANS, Job
 from benchmarks.spatial_vqa.splits import Example, examples
 from benchmarks.spatial_vqa.training import STAGES, prefix_of
 from benchmarks.spatial_vqa.words import END, IGNORED, Rows, Segment, encode, pack, questions_of
+from spatial_tokens.adapters.huggingface.ready import TRAINED
 from spatial_tokens.compression import compress
 from spatial_tokens.demo.questions import KINDS, record
 from spatial_tokens.storage.files import make_directory, read_tensors
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
     """Makes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("spatial-vqa-work"), help="the work folder of run.py [spatial-vqa-work]")
-    parser.add_argument("--output", type=Path, default=demo_files.TRAINED, help="the folder to write [the package's]")
+    parser.add_argument("--output", type=Path, default=TRAINED, help="the folder to write [the package's]")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     plan, work = PLANS["factorized"], make_directory(options.work / "full")

@@ -176,9 +176,7 @@ def _looked_at(model: Any, inputs: Any) -> pictures.Look:
     paid = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0, :, -1].mean((0, 1))
     ids, spatial = inputs["input_ids"][0], attachment_of(model).token_id
     patches, tokens = paid[ids == model.config.image_token_id], paid[ids == spatial]
-    return pictures.Look(
-        patches.unflatten(0, model.spatial_tokens.config.grid_size), float(tokens.sum() / (tokens.sum() + patches.sum()))
-    )
+    return pictures.Look(patches.view(model.spatial_tokens.config.grid_size), float(tokens.sum() / (tokens.sum() + patches.sum())))
 
 
 def _place(words: str) -> tuple[int, int] | None:

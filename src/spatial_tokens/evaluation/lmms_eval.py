@@ -119,7 +119,10 @@ class SpatialTokens(lmms):  # type: ignore[misc]
 
     def _batches(self, arguments: Sequence[tuple[Any, ...]]) -> Iterator[list[int]]:
         """Numbers of requests that go together: generated in the same way, alike in length."""
-        key = lambda number: repr(sorted(self.options_of(arguments[number]).items()))  # noqa: E731
+
+        def key(number: int) -> str:
+            return repr(sorted(self.options_of(arguments[number]).items()))
+
         order = sorted(range(len(arguments)), key=lambda number: (key(number), -len(arguments[number][0])))
         for _, group in groupby(order, key):
             numbers = list(group)
@@ -149,7 +152,8 @@ class SpatialTokens(lmms):  # type: ignore[misc]
 
     def _generation_options(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What of a task's options `generate` knows; sampling at a temperature above 0 alone."""
-        known = {name: each for name, each in asked.items() if hasattr(GenerationConfig(), name) and each is not None}
+        defaults = GenerationConfig()  # type: ignore[no-untyped-call]
+        known = {name: each for name, each in asked.items() if hasattr(defaults, name) and each is not None}
         sampled = bool(asked.get("temperature")) and asked.get("do_sample", True)
         if not sampled:
             known = {name: each for name, each in known.items() if name not in SAMPLING}

@@ -55,13 +55,13 @@ class Block(nn.Module):
         query, key, value = self.attn["qkv"](self.norm1(tokens)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         tokens = tokens + self.attn["proj"](seen)
-        hidden = self.norm2(tokens)
+        hidden: torch.Tensor = self.norm2(tokens)
         for layer in self.mlp.values():
             hidden = layer(hidden)
         return tokens + hidden
 
 
-class RolledViT(PreTrainedModel):
+class RolledViT(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A ViT with a class token, and learned embeddings of places, that sees each picture rolled."""
 
     config_class = RolledViTConfig
@@ -75,7 +75,7 @@ class RolledViT(PreTrainedModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, config.patch_size, config.patch_size)})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Pixels `(B, 3, H, W)`, from -1 to 1, to the hidden states before and after each layer, `(B, 1 + N, C)` each."""
@@ -100,7 +100,7 @@ class RolledViT(PreTrainedModel):
 
     def _roll_back(self, tokens: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         side = self.config.image_size // self.config.patch_size
-        maps = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        maps = tokens[:, 1:].transpose(1, 2).reshape(len(tokens), -1, side, side)
         return torch.cat([tokens[:, :1], _roll(maps, -shifts).flatten(2).transpose(1, 2)], dim=1)
 
 
