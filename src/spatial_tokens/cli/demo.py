@@ -43,7 +43,7 @@ def _run_scene_demo(arguments: Namespace) -> None:
     print(
         "setting: an encoder whose features give wrong places. Of 1,200 questions about position the model answers "
         f"{report.accuracy[1]:.0f}% with spatial tokens, {report.accuracy[0]:.0f}% without. Where features give the right places, "
-        "spatial tokens brought nothing measurable: docs/evidence.md"
+        "spatial tokens brought nothing measurable (docs/evidence.md; yours: spatial-tokens probe)"
     )
     for note in report.notes:
         print(f"note: {note}")
