@@ -33,11 +33,12 @@ EXTRAS: dict[str, list[list[str]]] = {
     "timm": [["pytest", "tests/adapters/test_timm.py"]],
     "viz": [["pytest", "tests/test_visualize.py"]],
     "timm,viz": [
-        ["spatial-tokens", "demo"],
+        ["spatial-tokens", "demo", "--preset", "llava-sp-cropping"],
         ["spatial-tokens", "probe", "vit_tiny_patch16_224", "--random-weights", "--limit", "8"],
     ],
+    "hf,viz": [["spatial-tokens", "demo"]],
     "hf": [
-        ["pytest", "tests/test_examples.py", "tests/test_demo_model.py"],
+        ["pytest", "tests/test_examples.py", "tests/test_demo_hub_model.py"],
         ["python", "-c", SAVE_TINY_LLAVA],
         ["python", "{root}/examples/own_loop.py", "--steps", "5"],
         ["python", "{root}/examples/pipeline.py", "--model", "llava", "--image", "picture.png"],
@@ -109,7 +110,7 @@ def package(session: nox.Session) -> None:
 @nox.parametrize("extra", list(EXTRAS), ids=list(EXTRAS))
 def extras(session: nox.Session, extra: str) -> None:
     """Each extra runs what it is for, alone in an environment of its own, which shares torch with the one that nox is in."""
-    share(session, "torch", *(["torchvision"] if extra in ("timm", "timm,viz", "hf", "train") else []))
+    share(session, "torch", *(["torchvision"] if extra in ("timm", "timm,viz", "hf", "hf,viz", "train") else []))
     session.install(
         "." if extra == "core" else f".[{extra}]", "pytest", "hypothesis", *(["onnxruntime"] if extra == "onnx" else [])
     )
@@ -174,3 +175,12 @@ def vllm(session: nox.Session) -> None:
     session.install("--no-deps", "-e", ".")
     here = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "PYTHONPATH": str(Path("tests/serving/site").resolve())}
     session.run("pytest", "tests/serving", *session.posargs, env=here)
+
+
+@nox.session
+def lmms(session: nox.Session) -> None:
+    """lmms-eval on the trained model, in an environment that shares torch and transformers with the one that nox is in."""
+    share(session, "torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy", "pillow")
+    session.install("lmms-eval>=0.7.3", "filelock<4", "pytest")
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "tests/evaluation", *session.posargs)

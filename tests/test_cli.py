@@ -54,7 +54,7 @@ def run(capsys, *arguments, code=0):
 
 
 def test_demo_draws_its_own_picture(capsys, tmp_path):
-    report = json.loads(run(capsys, "demo", "--output", tmp_path, "--json"))
+    report = json.loads(run(capsys, "demo", "--preset", "llava-sp-cropping", "--output", tmp_path, "--json"))
     shapes = {stage["stage"]: stage["shape"] for stage in report["stages"]}
     assert shapes == {
         "picture": [336, 336, 3],
@@ -109,13 +109,13 @@ def test_demo_leaves_the_random_state_alone(capsys, tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    run(capsys, "demo", "--output", tmp_path)
+    run(capsys, "demo", "--preset", "llava-sp-cropping", "--output", tmp_path)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_demo_scales_sixteen_bits(capsys, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("spatial_tokens.demo._run_stages", lambda picture, *rest: (seen.append(picture), (picture, None))[1])
+    monkeypatch.setattr("spatial_tokens.demo.stages._run_stages", lambda picture, *rest: (seen.append(picture), (picture, None))[1])
     Image.new("I;16", (20, 10), 128 * 256).save(tmp_path / "gray.png")
     run(capsys, "demo", tmp_path / "gray.png", "--output", tmp_path, "--json")
     assert seen[0].getpixel((0, 0)) == (128, 128, 128)

@@ -24,8 +24,8 @@ LAYERS = [  # lowest first; each holds top-level names of the package
     {"config", "presets", "pictures", "ops", "storage"},
     {"modules"},
     {"adapters", "visualize", "bench", "compression", "export"},
-    {"checkpoint", "training", "serving", "diagnostics"},
-    {"demo", "demo_model", "cli"},
+    {"checkpoint", "training", "serving", "diagnostics", "evaluation"},
+    {"demo", "cli"},
     {"__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
@@ -37,13 +37,16 @@ FORBIDDEN = {  # what a package must not import although it is in a lower layer
 OPTIONAL = {  # libraries beyond the core's, and the packages that may import them
     "timm": {"adapters", "bench", "diagnostics"},
     "torchvision": {"adapters"},
-    "transformers": {"adapters", "bench", "checkpoint", "training", "serving", "diagnostics"},
+    "transformers": {"adapters", "bench", "checkpoint", "training", "serving", "diagnostics", "evaluation"},
     "tokenizers": {"adapters"},
     "huggingface_hub": {"storage"},
     "peft": {"adapters", "training"},
     "deepspeed": {"storage"},
     "triton": {"ops"},
     "vllm": {"serving"},
+    "lmms_eval": {"evaluation"},
+    "accelerate": {"evaluation"},
+    "tqdm": {"evaluation"},
     "numpy": {"visualize", "bench", "demo"},
     "PIL": {"pictures", "visualize", "adapters", "diagnostics"},
     "torchao": {"storage", "compression"},
@@ -53,6 +56,8 @@ OPTIONAL = {  # libraries beyond the core's, and the packages that may import th
     "rich": {"bench"},
 }
 SUBCLASSES = {  # of an optional library's classes: nothing else imports these with itself
+    "spatial_tokens.adapters.huggingface.rolled_vit",
+    "spatial_tokens.evaluation.lmms_eval",
     "spatial_tokens.training.trainer",
     "spatial_tokens.serving.vllm.model",
     "spatial_tokens.serving.vllm.processing",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from benchmarks.spatial_vqa import encoder
-from benchmarks.spatial_vqa.scenes import SIDE
+from spatial_tokens.demo.scenes import SIDE
 
 PICTURES = 64
 

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from benchmarks.spatial_vqa.layout import GRID, cover
 from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
-from benchmarks.spatial_vqa.questions import CELL, phrase
-from benchmarks.spatial_vqa.scenes import SIDE
 from benchmarks.spatial_vqa.splits import Example, pictures
 from benchmarks.spatial_vqa.words import IDS, PAD, WORDS, encode
+from spatial_tokens.demo.questions import CELL, phrase
+from spatial_tokens.demo.scenes import SIDE
 
 PATCH = CELL
 HIDDEN_SIZE = 128

@@ -6,7 +6,7 @@ from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
+from spatial_tokens.demo.questions import CATEGORIES, KINDS
 
 ALL = "all"
 ONE = " (one seed)"  # of which there is no interval

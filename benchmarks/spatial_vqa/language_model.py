@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.spatial_vqa.layout import NOTHING, Place, lay_out
 from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
-from benchmarks.spatial_vqa.questions import KINDS, Question, counts
-from benchmarks.spatial_vqa.scenes import PAIRS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IGNORED, WORDS, Rows, Segment, list_of, pack, questions_of, records_of
+from spatial_tokens.demo.questions import KINDS, Question, counts
+from spatial_tokens.demo.scenes import PAIRS
 
 HIDDEN_SIZE = 128
 SPREAD = 0.4  # of the texts have things at many places, as patches have

@@ -7,9 +7,9 @@ patches. It never learns the patches' order: a text's places stand in any order.
 from collections.abc import Sequence
 from random import Random
 
-from benchmarks.spatial_vqa.questions import CELL
-from benchmarks.spatial_vqa.scenes import SIDE, Thing
 from benchmarks.spatial_vqa.words import IDS, START
+from spatial_tokens.demo.questions import CELL
+from spatial_tokens.demo.scenes import SIDE, Thing
 
 NOTHING = -1
 GRID = SIDE // CELL  # 12 x 12: half the paper's 24 x 24, each way

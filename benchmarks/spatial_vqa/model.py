@@ -8,8 +8,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.spatial_vqa import encoder
 from benchmarks.spatial_vqa.language_model import llama_config
-from benchmarks.spatial_vqa.scenes import SIDE
 from benchmarks.spatial_vqa.words import IDS, IMAGE
+from spatial_tokens.demo.scenes import SIDE
 
 
 class Tower(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.spatial_vqa.layout import GRID, cover
-from benchmarks.spatial_vqa.scenes import COLORS, RADII, SHAPES
 from benchmarks.spatial_vqa.splits import Example
+from spatial_tokens.demo.scenes import COLORS, RADII, SHAPES
 
 NOTHING = -1
 RIDGE = 10.0

@@ -42,9 +42,9 @@ try:
     from benchmarks.spatial_vqa import dense_or_factorized, tables, tasks
     from benchmarks.spatial_vqa.plans import PLANS, Compression, Job, Plan
     from benchmarks.spatial_vqa.results import Results
-    from benchmarks.spatial_vqa.scenes import VERSION
     from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
     from benchmarks.spatial_vqa.training import STAGES
+    from spatial_tokens.demo.scenes import VERSION
 except ImportError as error:
     sys.exit(f"run.py: error: {reason(error)}; in a clone: pip install -e '.[timm,train,bench]' 'torch>=2.9'")
 

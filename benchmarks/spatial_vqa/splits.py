@@ -6,8 +6,8 @@ from random import Random
 
 import numpy as np
 
-from benchmarks.spatial_vqa.questions import Question, caption, reading, sample
-from benchmarks.spatial_vqa.scenes import HARD, STANDARD, TOLD, VERSION, Scene, render
+from spatial_tokens.demo.questions import Question, caption, reading, sample
+from spatial_tokens.demo.scenes import HARD, STANDARD, TOLD, VERSION, Scene, render
 
 SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": HARD, "told": TOLD}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, LEARNED, MAIN, MLP, WITHOUT_A_PYRAMID
 from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, by_questions, chance, estimate
-from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import Results, committed, told_features
+from spatial_tokens.demo.questions import CATEGORIES, KINDS
 
 SPLITS = ("test", "hard")
 OVER = "over the MLP"

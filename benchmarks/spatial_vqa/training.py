@@ -13,9 +13,9 @@ from torch import nn
 from benchmarks.spatial_vqa.designs import VISION, Design, install
 from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
 from benchmarks.spatial_vqa.layout import GRID
-from benchmarks.spatial_vqa.questions import KINDS
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
+from spatial_tokens.demo.questions import KINDS
 from spatial_tokens.diagnostics import another_pictures
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING, LoRA, Parts, Stage, freeze, parameter_groups, schedule
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.spatial_vqa.questions import CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, Question, plurals, record
-from benchmarks.spatial_vqa.scenes import COLORS, PAIRS, RADII, SHAPES, SIDE, Thing
 from benchmarks.spatial_vqa.splits import Example
+from spatial_tokens.demo.questions import CELL, COUNTS, QUADRANTS, THIRDS, YES_NO, Question, plurals, record
+from spatial_tokens.demo.scenes import COLORS, PAIRS, RADII, SHAPES, SIDE, Thing
 
 PAD, START, END, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 SPOKEN = "a is are there the which what how many color things in of left right above below nearer than to larger quadrant third"

@@ -47,7 +47,7 @@ def draw_windows(image: Image, grid_size: KernelSize, kernel_sizes: Sequence[Ker
     _check_picture(image)
     grid = as_size(grid_size, "grid_size")
     sizes = [as_size(k, "kernel size") for k in check_kernel_sizes(grid, kernel_sizes, variant)]
-    figure, axes = _panels(len(sizes), f"{variant}: what each spatial token covers")
+    figure, axes = panels(len(sizes), f"{variant}: what each spatial token covers")
     for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
         axis.set_title(f"token {i + 1}: {size[0]} x {size[1]}", fontsize=9)
         if variant == "cropping":
@@ -86,7 +86,7 @@ def draw_attention(
             f"attention must have shape (K, {len(windows)}), one picture's, got {tuple(attention.shape)}; index the batch first"
         )
     weights = attention.detach().float().cpu()
-    figure, axes = _panels(
+    figure, axes = panels(
         len(weights),
         "attention of each spatial token over the detail map (outlined: the window with the largest weight)",
         colorbar=True,
@@ -94,7 +94,7 @@ def draw_attention(
     low, high = weights.min().item(), weights.max().item()
     for i, (axis, row) in enumerate(zip(axes, weights, strict=True)):
         axis.set_title(f"token {i + 1}: max / min = {(row.max() / row.min()).item():.3g}", fontsize=9)
-        _show_picture(axis, image, grid, brightness=0.6)
+        show_picture(axis, image, grid, brightness=0.6)
         cells = [_center_cell(window, step) for window in windows]
         drawn = _draw_cells(axis, cells, row.tolist(), low, high)
         best = windows[int(row.argmax())]
@@ -146,12 +146,13 @@ def _check_picture(image: object) -> None:
         raise SpatialTokensError(f"image must be a PIL.Image.Image, got {type(image).__name__}; make one: PIL.Image.fromarray(...)")
 
 
-def _panels(count: int, title: str, *, colorbar: bool = False) -> tuple[Figure, list[Axes]]:
+def panels(count: int, title: str, *, columns: int = 6, colorbar: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with a title and `count` empty panels in rows of at most `columns`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
-    columns = min(count, 6)
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure = Figure(figsize=(2.1 * columns + colorbar, 2.3 * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -161,14 +162,14 @@ def _panels(count: int, title: str, *, colorbar: bool = False) -> tuple[Figure, 
     return figure, list(axes[:count])
 
 
-def _show_picture(axis: Axes, image: Image, grid: Size, *, brightness: float) -> None:
+def show_picture(axis: Axes, image: Image, grid: Size, *, brightness: float) -> None:
     """The picture in coordinates of patches, so that a window's integers are its place."""
     dimmed = image.convert("RGB").point(lambda value: round(value * brightness))
     axis.imshow(dimmed, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
 
 
 def _draw_crop(axis: Axes, image: Image, grid: Size, window: Window) -> None:
-    _show_picture(axis, image, grid, brightness=0.35)
+    show_picture(axis, image, grid, brightness=0.35)
     width, height = image.size
     left, right = (round(x * width / grid[1]) for x in (window.left, window.right))
     top, bottom = (round(y * height / grid[0]) for y in (window.top, window.bottom))

@@ -8,9 +8,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS, counts
-from benchmarks.spatial_vqa.scenes import COLORS, RADII, SHAPES, SIDE, UNSEEN, Scene, Thing, render
 from benchmarks.spatial_vqa.splits import SPLITS, digest, example, examples, pictures
+from spatial_tokens.demo.questions import CATEGORIES, KINDS, counts
+from spatial_tokens.demo.scenes import COLORS, RADII, SHAPES, SIDE, UNSEEN, Scene, Thing, render
 
 DIGESTS = {  # of version 2
     "train": "f12c1c3fe9ee2a06",

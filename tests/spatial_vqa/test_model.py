@@ -17,12 +17,12 @@ from benchmarks.spatial_vqa.designs import BINS, CROPPING, DEEP, DESIGNS, DETAIL
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE, inputs_of, lay_out, read, text_of
 from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
 from benchmarks.spatial_vqa.model import build_llava
-from benchmarks.spatial_vqa.questions import KINDS
-from benchmarks.spatial_vqa.scenes import RADII, render
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import BATCH, STAGES, KernelRate, Material, Schedule, another_pictures, logits_of, prefix_of
 from benchmarks.spatial_vqa.words import IDS, IGNORED, WORDS, encode, list_of, pack, questions_of, records_of
 from spatial_tokens import SpatialTokensError
+from spatial_tokens.demo.questions import KINDS
+from spatial_tokens.demo.scenes import RADII, render
 from spatial_tokens.training import ALIGNMENT, INSTRUCTION_TUNING
 
 

@@ -36,11 +36,11 @@ from benchmarks.spatial_vqa.designs import (
 from benchmarks.spatial_vqa.estimates import STUDENT, accuracy, by_questions, chance, difference, estimate
 from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import LONG, LONGER, PLANS, SOON, Compression, Job, Plan
-from benchmarks.spatial_vqa.questions import CATEGORIES, KINDS
 from benchmarks.spatial_vqa.results import COMMITTED, Results, committed
 from benchmarks.spatial_vqa.splits import examples
 from benchmarks.spatial_vqa.training import KernelRate, Schedule
 from spatial_tokens import SpatialTokensError
+from spatial_tokens.demo.questions import CATEGORIES, KINDS
 from spatial_tokens.storage.files import read_tensors
 
 SHORT = Schedule(scenes=8, steps=(1, 2), curve=2)

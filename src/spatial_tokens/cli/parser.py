@@ -34,19 +34,22 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     demo = _command(
-        subparsers, "demo", "demo:run", "run encoder and projector on a picture", "demo photo.jpg --preset llava-sp-pooling"
+        subparsers,
+        "demo",
+        "demo:run",
+        "ask a small trained model about a scene, without and with spatial tokens; or run a projector on a picture",
+        'demo --scene "red circle top left, large blue ring right"\n  spatial-tokens demo photo.jpg --preset llava-sp-pooling',
     )
-    demo.add_argument("image", nargs="?", metavar="IMAGE", help="a picture; the demo draws its own without one")
-    demo.add_argument(
-        "--preset", default="llava-sp-cropping", help="the projector (default: %(default)s); see: spatial-tokens info"
-    )
+    demo.add_argument("image", nargs="?", metavar="IMAGE", help="show what each stage of a (random) projector makes of a picture")
+    demo.add_argument("--scene", metavar="WORDS", help="what to draw: things between commas, each with color, shape, place [drawn]")
+    demo.add_argument("--prompt", help="a question more; or what to ask --model (default: What is in this picture?)")
+    demo.add_argument("--preset", help="the projector (default: llava-sp-cropping); see: spatial-tokens info")
     demo.add_argument("--encoder", metavar="NAME", help="a timm model (default: CLIP ViT-L/14-336, narrowed to run in seconds)")
     demo.add_argument("--full-size", action="store_true", help="the paper's widths; about 6 GB of memory")
     demo.add_argument("--pretrained", action="store_true", help="load the encoder's weights from the hub (random otherwise)")
-    demo.add_argument("--output", default="spatial-tokens-demo", metavar="DIR", help="where the PNGs go (default: %(default)s)")
     demo.add_argument("--model", metavar="tiny|HUB_ID", help="show a vision-language model without and with spatial tokens instead")
-    demo.add_argument("--prompt", default="What is in this picture?", help="what to ask it (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    demo.add_argument("--output", default="spatial-tokens-demo", metavar="DIR", help="where the PNGs go (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the scene, or of random weights (default: %(default)s)")
 
     info = _command(subparsers, "info", "info:run", "print a projector's sizes and costs", "info llava-sp-cropping --dtype float32")
     info.add_argument(

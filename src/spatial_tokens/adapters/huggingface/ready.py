@@ -1,16 +1,27 @@
-"""Models that are ready to attach to: one of the hub, or tiny ones of random weights to try things on."""
+"""Models that are ready to attach to: one of the hub, a small trained one, or tiny ones of random weights to try things on."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.storage.hub import in_reach
 
+TRAINED = Path(__file__).with_name("trained")  # base, adapter, and what is known of them
+TRAINED_ADAPTER = TRAINED / "adapter"
 
-def from_hub(name: str) -> tuple[Any, Any]:
+
+def from_hub(name: str, **options: Any) -> tuple[Any, Any]:
     """A vision-language model of the hub, or of a folder, and its processor.
+
+    Args:
+        name: "owner/name", or a folder.
+        **options: For the model's `from_pretrained`; its dtype is the file's unless given.
 
     Raises:
         SpatialTokensError: If it cannot be loaded.
@@ -19,13 +30,37 @@ def from_hub(name: str) -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
+    import_module("spatial_tokens.adapters.huggingface.rolled_vit")  # registers the vision tower of the trained model
     try:
         place = str(in_reach(name))
-        model = transformers.AutoModelForImageTextToText.from_pretrained(place, dtype="auto")
+        model = transformers.AutoModelForImageTextToText.from_pretrained(place, **{"dtype": "auto", **options})
         model.name_or_path = model.config._name_or_path = name  # not the cache's folder
         return model, transformers.AutoProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot load the model {name!r}: {reason(error)}") from error
+
+
+def trained_llava(folder: Path = TRAINED, **options: Any) -> tuple[Any, Any]:
+    """A small trained LLaVA that answers questions about scenes of colored shapes, without its spatial tokens; and its processor.
+
+    It is the model of `spatial-tokens demo`. `load_adapter(model, TRAINED_ADAPTER, processor)` adds the six spatial tokens it was
+    trained with. Its encoder's features give wrong places, so it needs them to say where things are. It reads images of 96 x 96
+    pixels and the words of `benchmarks/spatial_vqa`, whose `demo_model.py` trains it.
+
+    Args:
+        folder: Where its files are.
+        **options: For `from_pretrained`.
+
+    Returns:
+        The model, in float32 unless `dtype` is given, and its processor.
+
+    Raises:
+        MissingExtraError: If transformers is not installed.
+        SpatialTokensError: If it cannot be loaded.
+    """
+    with quiet_transformers():
+        model, processor = from_hub(str(folder / "base"), **{"dtype": torch.float32, **options})
+    return model.eval(), processor
 
 
 def tiny_llava() -> tuple[Any, Any]:

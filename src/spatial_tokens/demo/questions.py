@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 
-from benchmarks.spatial_vqa.scenes import COLORS, PAIRS, SHAPES, SIDE, UNSEEN, Difficulty, Scene, Thing, distance, sample_scene
+from spatial_tokens.demo.scenes import COLORS, PAIRS, SHAPES, SIDE, UNSEEN, Difficulty, Scene, Thing, distance, sample_scene
 
 CATEGORIES = ("relation", "position", "counting", "size", "attribute")
 COUNTS = ("1", "2", "3", "4")

@@ -14,6 +14,7 @@ from spatial_tokens.adapters.huggingface.api import ATTRIBUTE, attachment_of
 from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import find_parts
 from spatial_tokens.adapters.huggingface.processing import TOKEN
+from spatial_tokens.adapters.huggingface.prompts import as_prompt
 from spatial_tokens.adapters.huggingface.ready import from_hub, tiny_llava
 from spatial_tokens.checks import check_seed
 from spatial_tokens.errors import SpatialTokensError, shown
@@ -93,7 +94,10 @@ def run_model_demo(name: str, image: str | None, *, prompt: str, preset: str, se
 
 def _ask(model: Any, processor: Any, picture: Image, prompt: str, label: str) -> tuple[Run, torch.Tensor, torch.Tensor]:
     """How one model fares; the next token's logits, and the sequence."""
-    inputs: Mapping[str, Any] = processor(images=picture, text=_text(processor, prompt), return_tensors="pt").to(model.device)
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    inputs: Mapping[str, Any] = processor(images=picture, text=as_prompt(processor, [question]), return_tensors="pt").to(
+        model.device
+    )
     logits = model(**inputs).logits[0, -1].float()
     model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)  # what is only slow the first time
     start = time.perf_counter()
@@ -114,12 +118,3 @@ def _check_prompt(processor: Any, prompt: str) -> None:
     for token in [TOKEN, *processor.tokenizer.all_special_tokens, *(each.content for each in added if each.special), *placeholders]:
         if token and token in prompt:
             raise SpatialTokensError(f"the prompt must not contain the special token {token!r}, got {shown(prompt)}; leave it out")
-
-
-def _text(processor: Any, prompt: str) -> str:
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return text
-    placeholder = getattr(processor, "boi_token", None) or getattr(processor, "image_token", "<image>")
-    return f"{placeholder} {prompt}"

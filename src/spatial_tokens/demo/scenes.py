@@ -4,11 +4,17 @@ Python's `random.Random` decides what is in a scene and numpy's frozen `RandomSt
 on every machine. Coordinates are pixels, x to the right and y down.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import cos, hypot, pi, sin
-from random import Random
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    from random import Random
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 VERSION = 2  # of scenes and questions: another one gives other pictures, and results that cannot be compared
 
@@ -114,30 +120,35 @@ def _place(random: Random, pairs: list[tuple[str, str]]) -> tuple[Thing, ...] | 
     return tuple(things)
 
 
-def render(scene: Scene) -> np.ndarray:
+def render(scene: Scene) -> NDArray[np.uint8]:
     """The picture, `(SIDE, SIDE, 3)` in uint8."""
+    import numpy as np
+
     noise = np.random.RandomState(scene.noise)
     shade = noise.randint(150, 211)
     canvas = np.full((SIDE * OVERSAMPLING, SIDE * OVERSAMPLING, 3), shade, dtype=np.float64)
     for _ in range(scene.clutter):
         _draw_clutter(canvas, noise, shade)
-    centres = (np.arange(SIDE * OVERSAMPLING) + 0.5) / OVERSAMPLING
+    centers = (np.arange(SIDE * OVERSAMPLING) + 0.5) / OVERSAMPLING
     for each in scene.things:
         reach = each.radius + 1
         rows, columns = (slice((c - reach) * OVERSAMPLING, (c + reach + 1) * OVERSAMPLING) for c in (each.y, each.x))
-        y, x = (centres[rows, None] - each.y - 0.5) / each.radius, (centres[columns] - each.x - 0.5) / each.radius
+        y, x = (centers[rows, None] - each.y - 0.5) / each.radius, (centers[columns] - each.x - 0.5) / each.radius
         canvas[rows, columns][covers(each.shape, x, y)] = np.array(COLORS[each.color]) * noise.uniform(0.85, 1.1)
-    small = sum(canvas[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in np.ndindex(OVERSAMPLING, OVERSAMPLING))
-    small = small / OVERSAMPLING**2
+    parts = [canvas[row::OVERSAMPLING, column::OVERSAMPLING] for row, column in np.ndindex(OVERSAMPLING, OVERSAMPLING)]
+    small = sum(parts, np.zeros((SIDE, SIDE, 3))) / OVERSAMPLING**2
     return (small + noise.normal(0, 6, small.shape)).clip(0, 255).round().astype(np.uint8)
 
 
-def covers(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def covers(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Where a shape of radius 1 around the origin is."""
+    import numpy as np
+
+    squared = x * x + y * y
     if shape == "circle":
-        return x**2 + y**2 <= 1
+        return squared <= 1
     if shape == "ring":
-        return (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.3)
+        return (squared <= 1) & (squared >= 0.3)
     if shape == "square":
         return np.maximum(abs(x), abs(y)) <= 0.88
     if shape == "diamond":
@@ -148,8 +159,10 @@ def covers(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (y <= 0.85) & (2 * abs(x) <= y + 1)
 
 
-def _draw_clutter(canvas: np.ndarray, noise: np.random.RandomState, shade: int) -> None:
+def _draw_clutter(canvas: NDArray[np.float64], noise: np.random.RandomState, shade: int) -> None:
     """A grey stroke or dot, lighter or darker than the background."""
+    import numpy as np
+
     grey = shade + noise.choice([-1, 1]) * noise.randint(20, 45)
     x, y = noise.randint(0, SIDE, 2)
     length, angle = (noise.randint(6, 22), noise.uniform(0, 2 * pi)) if noise.rand() < 0.7 else (1, 0.0)
@@ -161,5 +174,5 @@ def _draw_clutter(canvas: np.ndarray, noise: np.random.RandomState, shade: int) 
 
 
 def distance(one: Thing, other: Thing) -> float:
-    """Pixels from centre to centre."""
+    """Pixels from center to center."""
     return hypot(one.x - other.x, one.y - other.y)
