@@ -247,6 +247,24 @@ def test_a_transformers_encoder_and_a_vision_language_model_are_read(tmp_path):
     assert report.layers[0].column.r2 == report.main.column.r2  # LLaVA takes the last but one
 
 
+def test_a_vision_language_model_that_takes_pictures_of_any_size_is_read():
+    pytest.importorskip("transformers")
+    from tests.adapters.huggingface.models import qwen
+
+    model, processor = qwen()
+    pictures = [generated(number).resize((112, 112 if number % 3 else 84)) for number in range(8)]
+    report = probe(model, pictures, processor=processor)
+    assert [each.name for each in report.layers] == ["1", "2", "projector"]
+    assert report.main.grid is None
+    assert report.verdict[0].startswith("No verdict")
+
+
+def test_one_tested_picture_gives_no_intervals_and_no_verdict():
+    report = found(sine_cosine_embeddings, limit=4)
+    assert (report.tested, report.main.column.r2.low, report.main.column.follows) == (1, None, None)
+    assert "only one picture was tested" in report.verdict[0]
+
+
 def run(capsys, *arguments, code=0):
     try:
         given = main(["probe", *map(str, arguments)])

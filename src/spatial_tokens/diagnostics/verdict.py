@@ -51,6 +51,8 @@ def _comparison(layer: Layer) -> str:
             f"No verdict: {told}. The evidence has {SECTIONS} x {SECTIONS} patches. With fewer patches on a side, or pictures of "
             "different sizes, finding the right twelfth is not the same task."
         )
+    if column.right.low is None:
+        return f"No verdict: {told}, but only one picture was tested, so there are no intervals. Use more pictures."
     as_plain = all(_high(each.skill) >= skill_of(figure) for each, figure in zip(layer.readings, PLAIN_RIGHT, strict=True))
     as_rolled = all(_low(each.skill) <= skill_of(figure) for each, figure in zip(layer.readings, ROLLED_RIGHT, strict=True))
     if as_plain and as_rolled:
@@ -107,12 +109,10 @@ def _rival(report: ProbeReport) -> str:
 
 
 def _caveats(report: ProbeReport) -> list[str]:
-    """What to know about the pictures and weights that were given."""
+    """What to know about the weights and pictures that were given."""
     found = []
     if report.random_weights:
         found.append("The weights are random. This says nothing about a trained encoder.")
     if report.generated:
         found.append("The pictures were generated, with shapes at random places. In photographs, content may give places away.")
-    if report.tested < 2:
-        found.append("Only one picture was tested, so there are no intervals.")
     return found
