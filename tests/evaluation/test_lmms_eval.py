@@ -66,7 +66,7 @@ def runs(folder):
         logged = set((folder / "out").rglob("*.json*")) - before
         (rows,) = (path for path in logged if path.suffix == ".jsonl")
         (result,) = (path for path in logged if path.name.endswith("_results.json"))
-        answers = {row["doc_id"]: row["filtered_resps"][0] for row in map(json.loads, rows.read_text("utf-8").splitlines())}
+        answers = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, rows.read_text("utf-8").splitlines())}
         found[name] = answers, json.loads(result.read_text("utf-8"))["results"]["shapes_pope"]["pope_accuracy,none"]
     return found
 

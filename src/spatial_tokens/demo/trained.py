@@ -82,10 +82,9 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     else:
         scene = read_scene(described, random.getrandbits(31))
         questions = questions_about(scene, random)
-    picture = draw_scene(scene)
+    picture, folder = draw_scene(scene), make_directory(output)
     base, plain = trained_llava(attn_implementation="eager")  # which gives attentions
     _check_words(plain, prompt)
-    folder = make_directory(output)
 
     asked = [_in_words(each) for each in questions] + ([prompt] if prompt else [])
     names = [thing.name for thing in scene.things]
