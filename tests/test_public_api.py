@@ -48,7 +48,7 @@ OPTIONAL = {  # libraries beyond the core's, and the packages that may import th
     "accelerate": {"evaluation"},
     "tqdm": {"evaluation"},
     "numpy": {"visualize", "bench", "demo"},
-    "PIL": {"pictures", "visualize", "adapters", "diagnostics"},
+    "PIL": {"pictures", "visualize", "adapters", "diagnostics", "demo"},
     "torchao": {"storage", "compression"},
     "onnx_ir": {"export"},
     "onnxscript": {"export"},

@@ -82,18 +82,17 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     else:
         scene = read_scene(described, random.getrandbits(31))
         questions = questions_about(scene, random)
-    picture = draw_scene(scene)
+    picture, folder = draw_scene(scene), make_directory(output)
     base, plain = trained_llava(attn_implementation="eager")  # which gives attentions
     _check_words(plain, prompt)
-    folder = make_directory(output)
 
     asked = [_in_words(each) for each in questions] + ([prompt] if prompt else [])
     names = [thing.name for thing in scene.things]
     with torch.inference_mode():
-        before = _say(base, plain, picture, [*asked, *names])
+        before = _say(base, plain, picture, asked, names)
         model, processor = load_adapter(base, TRAINED_ADAPTER, plain)
         model.float()
-        after = _say(model, processor, picture, [*asked, *names])
+        after = _say(model, processor, picture, asked, names)
         stages, looks = _look(model, processor, picture, asked)
     right = [*(each.answer for each in questions), None]
     answers = [Answer(*each) for each in zip(asked, right, before, after, strict=False)]
@@ -145,13 +144,14 @@ def _check_words(processor: Any, prompt: str | None) -> None:
         )
 
 
-def _say(model: Any, processor: Any, picture: Image, prompts: list[str]) -> list[str]:
-    """What a model answers to each prompt about a picture."""
-    inputs = processor(
-        images=[picture] * len(prompts), text=[f"<image> {each}" for each in prompts], padding=True, return_tensors="pt"
-    )
-    made = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    said: list[str] = processor.batch_decode(made, skip_special_tokens=True)
+def _say(model: Any, processor: Any, picture: Image, questions: list[str], names: list[str]) -> list[str]:
+    """What a model answers about a picture: a word to each question, and after each name a size, a column and a row."""
+    said: list[str] = []
+    for prompts, length in ((questions, 1), (names, 3)):
+        texts = [f"<image> {each}" for each in prompts]
+        inputs = processor(images=[picture] * len(prompts), text=texts, padding=True, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        said += processor.batch_decode(made, skip_special_tokens=True)
     return said
 
 
