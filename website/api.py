@@ -2,7 +2,10 @@
 
 import importlib
 import inspect
+from pathlib import Path
 from types import ModuleType
+
+SOURCE = Path(__file__).parent.parent / "src"
 
 # Each page: what it is called, its modules, and what they are for.
 PAGES: dict[str, tuple[str, ...]] = {
@@ -29,6 +32,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "Geometry and pictures": (
         "spatial_tokens.grid", "spatial_tokens.pictures", "spatial_tokens.visualize", "spatial_tokens.errors",
     ),
+    "Diagnostics": ("spatial_tokens.diagnostics",),
     "Benchmarks": ("spatial_tokens.bench.own_projector",),
 }  # fmt: skip
 
@@ -45,8 +49,12 @@ def written() -> tuple[dict[str, str], dict[str, list[str]]]:
     """The pages by file name, and the names that each documents.
 
     Raises:
-        LookupError: If a public function or class has no docstring.
+        LookupError: If a public function or class has no docstring, or a package exports names and is on no page.
     """
+    exporting = [path for path in SOURCE.rglob("__init__.py") if "\n__all__" in path.read_text(encoding="utf-8")]
+    packages = {".".join(path.parent.relative_to(SOURCE).parts) for path in exporting}
+    if lacking := packages - {module for modules in PAGES.values() for module in modules}:
+        raise LookupError(f"website/api.py: no page documents {', '.join(sorted(lacking))}")
     pages, documented = {}, {}
     for title, modules in PAGES.items():
         file = f"reference/{title.lower().replace(' ', '-')}.md"
