@@ -262,7 +262,7 @@ def test_a_vision_language_model_that_takes_pictures_of_any_size_is_read():
 def test_one_tested_picture_gives_no_intervals_and_no_verdict():
     report = found(sine_cosine_embeddings, limit=4)
     assert (report.tested, report.main.column.r2.low, report.main.column.follows) == (1, None, None)
-    assert "only one picture was tested" in report.verdict[0]
+    assert "too few pictures were tested" in report.verdict[0]
 
 
 def run(capsys, *arguments, code=0):

@@ -104,7 +104,8 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say():
         (found,) = bootstrap(torch.cat([values, torch.ones_like(values)], dim=1), ratios, seed=seed)
         held += found.low <= 0 <= found.high
     assert 180 <= held <= 199
-    assert bootstrap(torch.ones(1, 2), ratios) == [Estimate(1.0)]
+    assert bootstrap(torch.ones(5, 2), ratios) == [Estimate(1.0)]
+    assert bootstrap(torch.ones(6, 2), ratios) == [Estimate(1.0, 1.0, 1.0)]
 
 
 def test_the_readers_find_what_those_of_the_evidence_find():

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 RESAMPLES = 2000
+LEAST = 6  # pictures: so few as five agree in sign by chance in 2 / 2**5 of cases, over 5 %, and all resamples with them
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval over pictures; None for the bounds where there are fewer than two pictures.
+    """A value and its 95 % interval over pictures; None for the bounds where there are fewer than `LEAST` pictures.
 
     Args:
         value: Of all pictures.
@@ -43,7 +44,7 @@ def bootstrap(sums: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tens
     """
     sums = sums.double().cpu()
     values = statistic(sums.sum(0, keepdim=True))[0]
-    if len(sums) < 2:
+    if len(sums) < LEAST:
         return [Estimate(value) for value in values.tolist()]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=generator)

@@ -89,7 +89,7 @@ class UsageReport:
         """What it means, in a sentence."""
         gain, found = self.another.loss, f"on {self.samples} samples of {self.pictures} pictures"
         if gain.low is None or gain.high is None:
-            return f"No verdict: intervals need two pictures at least, {found}."
+            return f"No verdict: too few pictures for intervals, {found}. Use more pictures."
         if gain.low > 0:
             return f"The spatial tokens are used: with another picture's the loss is higher by {gain:.4f}, {found}."
         if gain.high < 0:

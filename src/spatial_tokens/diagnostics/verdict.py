@@ -52,7 +52,7 @@ def _comparison(layer: Layer) -> str:
             "different sizes, finding the right twelfth is not the same task."
         )
     if column.right.low is None:
-        return f"No verdict: {told}, but only one picture was tested, so there are no intervals. Use more pictures."
+        return f"No verdict: {told}, but too few pictures were tested for intervals. Use more pictures."
     as_plain = all(_high(each.skill) >= skill_of(figure) for each, figure in zip(layer.readings, PLAIN_RIGHT, strict=True))
     as_rolled = all(_low(each.skill) <= skill_of(figure) for each, figure in zip(layer.readings, ROLLED_RIGHT, strict=True))
     if as_plain and as_rolled:
