@@ -1,4 +1,4 @@
-"""How the demo's model is trained and measured: rows without spatial tokens are those of the base, and files keep what was trained."""
+"""How the demo's model is trained and measured: rows without spatial tokens are those of the base."""
 
 import pytest
 import torch
