@@ -181,6 +181,6 @@ def vllm(session: nox.Session) -> None:
 def lmms(session: nox.Session) -> None:
     """lmms-eval on the trained model, in an environment that shares torch and transformers with the one that nox is in."""
     share(session, "torch", "torchvision", "transformers", "accelerate", "einops", "safetensors", "numpy", "pillow")
-    session.install("lmms-eval>=0.7.3", "filelock<4", "pytest")
+    session.install("lmms-eval>=0.7.3", "filelock<4", "pytest", "hypothesis")
     session.install("--no-deps", "-e", ".")
     session.run("pytest", "tests/evaluation", *session.posargs)

@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         "demo",
         "demo:run",
         "ask a small trained model about a scene, without and with spatial tokens; or run a projector on a picture",
-        'demo --scene "red circle top left, large blue ring right"\n  spatial-tokens demo photo.jpg --preset llava-sp-pooling',
+        'demo --scene "green circle top left, large blue ring right"\n  spatial-tokens demo photo.jpg --preset llava-sp-pooling',
     )
     demo.add_argument("image", nargs="?", metavar="IMAGE", help="show what each stage of a (random) projector makes of a picture")
     demo.add_argument("--scene", metavar="WORDS", help="what to draw: things between commas, each with color, shape, place [drawn]")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 MIDDLE = {"center": "middle", "centre": "middle", "central": "middle"}
-EXAMPLE = '"red circle top left, large blue ring right"'
+EXAMPLE = '"green circle top left, large blue ring right"'
 CLUTTER = 6  # pieces, as many as the scenes have that the model was trained on
 
 

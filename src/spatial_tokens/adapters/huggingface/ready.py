@@ -35,7 +35,7 @@ def from_hub(name: str, **options: Any) -> tuple[Any, Any]:
         place = str(in_reach(name))
         model = transformers.AutoModelForImageTextToText.from_pretrained(place, **{"dtype": "auto", **options})
         model.name_or_path = model.config._name_or_path = name  # not the cache's folder
-        return model, transformers.AutoProcessor.from_pretrained(place)
+        return model, transformers.AutoProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"cannot load the model {name!r}: {reason(error)}") from error
 
