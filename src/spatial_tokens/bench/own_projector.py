@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spatial_tokens.bench.baselines import LlavaMLP
-from spatial_tokens.bench.comparison import Candidate, Comparison, Row
+from spatial_tokens.bench.comparison import Candidate, Comparison, Row, Setting
 from spatial_tokens.bench.options import DTYPES
 from spatial_tokens.bench.runner import run_comparison
 from spatial_tokens.bench.suites.kernels import TOLERANCE, verified
@@ -45,7 +45,7 @@ def bench_projector(projector: nn.Module, patches: torch.Tensor, *, name: str = 
         batch, count, channels = patches.shape
         mlp = LlavaMLP(channels, width, grid_size=(1, count), device=patches.device, dtype=patches.dtype).eval()
         candidates = {each: _candidate(module, patches, dtype) for each, module in ((BASELINE, mlp), (name, projector))}
-        setting = {"dtype": dtype, "batch": batch}
+        setting: Setting = {"dtype": dtype, "batch": batch}
         builders = {each: lambda candidate=candidate: replace(candidate) for each, candidate in candidates.items()}
         comparison = Comparison("projectors", name, setting, builders, baseline=BASELINE)
         return {row.implementation: row for row in run_comparison(comparison, patches.device, None, seconds)}

@@ -90,7 +90,7 @@ class FactorizedKernels(nn.Module):
         for i, core in enumerate(self.cores):
             rows, columns = (_scales(side, self.bases[i].frequencies) for side in self.bases[i].map_size)
             scales = torch.tensor([row * column for row in rows for column in columns])
-            cast(nn.Linear, core).weight.unflatten(1, (-1, self.rank)).mul_(scales[:, None].to(weight))
+            torch.unflatten(cast(nn.Linear, core).weight, 1, (-1, self.rank)).mul_(scales[:, None].to(weight))
 
     def forward(self, patches: torch.Tensor, grid_sizes: GridSizes | None = None) -> torch.Tensor:
         """Patch features to `(B, sum of P, S)`."""

@@ -136,6 +136,7 @@ def attach(
 
 def _log(attachment: Attachment, projector: SPProjector) -> None:
     """What was added, as PEFT's `print_trainable_parameters` says it: how much, and where the tokens go."""
+    config: Any = attachment.parts.model.config
     weights = list(projector.parameters())
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     grid = attachment.to_tokens.grid_size
@@ -143,7 +144,7 @@ def _log(attachment: Attachment, projector: SPProjector) -> None:
         "attached %d spatial tokens to %s: %s parameters (%.1f MiB in %s), patch grid %s; they go before each %s, marked by %s "
         "(id %d)",
         attachment.num_spatial_tokens,
-        attachment.parts.model.config.model_type,
+        config.model_type,
         f"{sum(weight.numel() for weight in weights):,}",
         size / 2**20,
         str(weights[0].dtype).removeprefix("torch.") if weights else "no dtype",
