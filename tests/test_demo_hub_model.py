@@ -27,7 +27,7 @@ def test_figures(capsys):
 
 def test_table(capsys):
     printed = run(capsys, "--model", "tiny", "--preset", "llava-sp-pooling").out
-    assert "at 0, 1, 2, 3, 4, 5" in printed
+    assert "at positions 0, 1, 2, 3, 4, 5" in printed
     assert "without" in printed
     assert "with" in printed
 

@@ -368,13 +368,13 @@ def test_truncated_files(tmp_path, suffix, kept):
     path = SOURCES[suffix](released(), tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    refused(f"{re.escape(str(path))} is not a whole", path)
+    refused(f"{re.escape(str(path))} is not a complete", path)
 
 
 @pytest.mark.parametrize("name", ["text.bin", "text.safetensors", "text.txt"])
 def test_text_files(tmp_path, name):
     (tmp_path / name).write_text("these are not the weights that you are looking for\n")
-    refused(f"{name} is not a whole", tmp_path / name)
+    refused(f"{name} is not a complete", tmp_path / name)
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -453,7 +453,7 @@ def test_lost_kernels_are_named(variant, kept):
     if kept in TOKENS.values():
         assert from_llava_sp(without(tensors, *lost)).config.kernel_sizes == kept
         return
-    message = f"has the kernels {', '.join(map(str, kept))} on a grid of 24 x 24: missing: {', '.join(lost)}; find the whole"
+    message = f"has the kernels {', '.join(map(str, kept))} on a grid of 24 x 24: missing: {', '.join(lost)}; find the complete"
     refused(message, without(tensors, *lost), grid_size=24)
     preset = "llava-sp-cropping" if variant == "cropping" else "llava-sp-pooling"
     sizes = {"vision_hidden_size": 1, "spatial_hidden_size": 1, "text_hidden_size": 1}

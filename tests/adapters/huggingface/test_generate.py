@@ -207,7 +207,7 @@ def test_a_second_turn_of_qwen():
     place = "<|vision_start|><|image_pad|><|vision_end|>"
     first, second = pictures(1, (48, 32)), pictures(1, (32, 64), seed=1)
     whole = inputs_of(processor, [f"What {place} is this {place} ?"], first + second)
-    before, after = inputs_of(processor, [f"What {place}"], first), inputs_of(processor, [f"is this {place} ?"], second)
+    before, after = inputs_of(processor, [f"What {place}"], first), inputs_of(processor, [f" is this {place} ?"], second)
     assert torch.equal(torch.cat([before["input_ids"], after["input_ids"]], dim=1), whole["input_ids"])
     length = before["input_ids"].shape[1]
     types = {"mm_token_type_ids": (whole["input_ids"] == model.config.image_token_id).long()}
