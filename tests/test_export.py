@@ -10,7 +10,7 @@ import torch
 
 from spatial_tokens import SpatialTokensError, SPProjector, SPProjectorConfig
 from spatial_tokens.cli import main
-from spatial_tokens.export import compile_package, export_onnx, export_program, export_pt2
+from spatial_tokens.export import compile_package, data_files, export_onnx, export_program, export_pt2
 from spatial_tokens.modules import MLPHead
 from spatial_tokens.presets import PRESETS
 from tests.modules.test_factorized import refused
@@ -36,6 +36,7 @@ def outputs(projector, patches, *grid):
     return found if isinstance(found, tuple) else (found,)
 
 
+WRITERS = (export_pt2, export_onnx, compile_package)
 KINDS = ("llava-sp-cropping", "llava-sp-pooling-dfi", "factorized-pooling")
 
 
@@ -108,26 +109,87 @@ def test_onnx(tmp_path, preset, dtype):
 
 
 def test_onnx_weights_beside_the_model(tmp_path, monkeypatch):
+    """A killed export leaves the model that was there, with its own weights; a whole one removes what it replaces."""
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr("spatial_tokens.export.LARGEST_MESSAGE", 1000)
-    for seed in (0, 1):  # the second takes the place of the first
-        projector, grid = make()
-        torch.nn.init.normal_(projector.patch_head.fc1.weight, generator=torch.Generator().manual_seed(seed))
-        export_onnx(projector, tmp_path / "p.onnx")
-        assert sorted(os.listdir(tmp_path)) == ["p.onnx", "p.onnx.data"]
-        patches = patches_of(projector, grid)
-        for given, expected in zip(onnx_outputs(tmp_path / "p.onnx", patches), outputs(projector, patches), strict=True):
+    path, foreign = tmp_path / "p.onnx", tmp_path / "p.onnx.data"
+    foreign.write_text("mine")
+    projector, grid = make(kernel_sizes=(24,), detail_kernel_size=None)
+    patches = patches_of(projector, grid)
+
+    replace = os.replace
+
+    def killed(source, target):
+        if target == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spatial_tokens.export.LARGEST_MESSAGE", 1000)
+        export_onnx(projector, path)
+        (data,) = data_files(path)
+        before = {each: each.read_bytes() for each in (path, data, foreign)}
+        assert set(tmp_path.iterdir()) == set(before)
+        for given, expected in zip(onnx_outputs(path, patches), outputs(projector, patches), strict=True):
             assert_close(given, expected)
+        torch.nn.init.ones_(projector.patch_head.fc1.weight)
+        patched.setattr("spatial_tokens.storage.files.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_onnx(projector, path)
+    assert len(data_files(path)) == 2
+    assert {each: each.read_bytes() for each in before} == before
+    export_onnx(projector, path)
+    assert set(tmp_path.iterdir()) == {path, foreign}
+    assert_close(onnx_outputs(path, patches)[0], outputs(projector, patches)[0])
 
 
-def test_factorized_kernels_for_another_grid(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_that_onnx_runtime_cannot_run(tmp_path, capsys, dtype):
+    pytest.importorskip("onnxscript")
+    projector, _ = make(kernel_sizes=(24,), detail_kernel_size=None)
+    projector.to(dtype).save_pretrained(tmp_path / "in")
+    name = str(dtype).removeprefix("torch.")
+    message = f"is in {name}, which ONNX Runtime cannot run; cast first: projector.to(torch.float16)"
+    with refused(message):
+        export_onnx(projector, tmp_path / "p.onnx")
+    given = ["export", str(tmp_path / "in"), str(tmp_path / "p.onnx")]
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["in"]
+    if dtype == torch.bfloat16:
+        assert main([*given, "--dtype", "float16"]) == 0
+        expected = SPProjector.from_pretrained(tmp_path / "in", dtype=torch.float32)
+        patches = patches_of(expected, expected.extractor.grid_size).half()
+        tokens = onnx_outputs(tmp_path / "p.onnx", patches)[0]
+        assert tokens.dtype == torch.float16
+        assert_close(tokens, outputs(expected, patches.float())[0], rounding(torch.float16, 10))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_quantized_weights_need_another_library(tmp_path, write):
+    pytest.importorskip("torchao")
+    from spatial_tokens.compression import quantize_int8
+
+    if write is export_onnx:
+        pytest.importorskip("onnxscript")
+    with refused("is quantized (a Int8Tensor), plain weights are needed; use the projector before quantization"):
+        write(quantize_int8(make()[0]), tmp_path / "p.pt2")
+    assert os.listdir(tmp_path) == []
+
+
+def test_factorized_kernels_for_another_grid():
     projector, _ = make("factorized-cropping")
     program = export_program(projector, grid_size=(10, 16)).module()
     patches = patches_of(projector, (10, 16))
     for given, expected in zip(program(patches), outputs(projector, patches, (10, 16)), strict=True):
         assert_close(given, expected)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_dense_kernels_for_another_grid(tmp_path, write):
+    if write is export_onnx:
+        pytest.importorskip("onnxscript")
     with refused("dense kernels belong to the grid that they were built for, got grid_sizes=(10, 16)"):
-        export_pt2(make()[0], tmp_path / "p.pt2", grid_size=(10, 16))
+        write(make()[0], tmp_path / "p.pt2", grid_size=(10, 16))
     assert os.listdir(tmp_path) == []
 
 

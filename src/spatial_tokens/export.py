@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +17,12 @@ from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.grid import KernelSize, Size, as_size
 from spatial_tokens.modules import SPProjector
-from spatial_tokens.storage.files import atomic_write
+from spatial_tokens.storage.files import atomic_write, check_writable
+from spatial_tokens.storage.int8 import require_plain
+from spatial_tokens.storage.staging import sync
 
 LARGEST_MESSAGE = 2**31 - 2**20  # of a protobuf file; what does not fit goes into a file next to it
+ONNX_DTYPES = (torch.float32, torch.float16)  # ONNX Runtime has no bfloat16 MatMul and no float64 Erf
 EXAMPLE = 2  # images: a batch of one would be taken for a constant
 
 
@@ -50,8 +56,8 @@ def export_program(
         strict: torch.export's `strict`.
 
     Raises:
-        SpatialTokensError: If it is no projector, its parameters have no values, dense kernels are given another grid, or torch
-            cannot export one of its parts.
+        SpatialTokensError: If it is no projector, its parameters have no values or are quantized, dense kernels are given another
+            grid, or torch cannot export one of its parts.
 
     Examples:
         >>> from spatial_tokens import SPProjectorConfig
@@ -82,16 +88,17 @@ def export_pt2(projector: SPProjector, path: str | PathLike[str], *, grid_size: 
 def export_onnx(projector: SPProjector, path: str | PathLike[str], *, grid_size: KernelSize | None = None) -> None:
     """Writes an ONNX model: input `patches`, outputs `tokens` and, where there is an integrator, `attention`.
 
-    The number of images is free. Weights of more than 2 GB lie in a file beside it, of the same name with `.data` at its end.
+    The number of images is free. Weights of more than 2 GB are in a file beside it, `NAME.onnx.XXXXXXXX.data`, with a new name for
+    each export; `data_files` finds it. An export that replaces a model removes that model's file of weights.
 
     Args:
-        projector: In float32 or float16, which ONNX runtimes know best.
+        projector: In float32 or float16.
         path: The `.onnx` file.
         grid_size: As `export_program` takes it.
 
     Raises:
         MissingExtraError: If onnx or onnxscript is not installed.
-        SpatialTokensError: As `export_program`; or if the file cannot be written.
+        SpatialTokensError: As `export_program`; or if the projector is in another dtype, or the file cannot be written.
     """
     try:
         import onnx_ir
@@ -100,20 +107,39 @@ def export_onnx(projector: SPProjector, path: str | PathLike[str], *, grid_size:
         raise MissingExtraError("onnxscript", "onnx") from error
     target = as_path(path)
     program, patches = _program(projector, grid_size)
+    weights = projector.state_dict()
+    for name, weight in weights.items():
+        if weight.is_floating_point() and weight.dtype not in ONNX_DTYPES:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise SpatialTokensError(
+                f"{name} is in {dtype}, which ONNX Runtime cannot run; cast first: projector.to(torch.float16) (--dtype float16)"
+            )
+    check_writable(target)
     names = ["tokens"] if projector.integrator is None else ["tokens", "attention"]
     with _evaluated(program), _refused("export this projector to ONNX"):
         made: Any = torch.onnx.export(
             program, (patches,), dynamo=True, dynamic_shapes=_any_batch(), input_names=["patches"], output_names=names,
             verbose=False,
         )  # fmt: skip
+    old = data_files(target)
     with atomic_write(target) as file:
-        if sum(each.nbytes for each in projector.state_dict().values()) < LARGEST_MESSAGE:
+        if sum(each.nbytes for each in weights.values()) < LARGEST_MESSAGE:
             made.save(file)
-            return
-        beside = target.with_name(f"{target.name}.data")
-        onnx_ir.save(made.model, file, external_data=beside.name)
-        target.unlink(missing_ok=True)  # which names a file that is about to change
-        (file.parent / beside.name).replace(beside)
+        else:
+            # A new name, so that the model that is there stays whole until the new one takes its place.
+            data = f"{target.name}.{secrets.token_hex(4)}.data"
+            onnx_ir.save(made.model, file, external_data=data)
+            sync(file.parent / data)
+            (file.parent / data).replace(target.with_name(data))
+    for each in old:
+        each.unlink(missing_ok=True)
+
+
+def data_files(path: str | PathLike[str]) -> list[Path]:
+    """The files of weights that `export_onnx` wrote beside a model: one if it is larger than 2 GB, else none."""
+    target = as_path(path)
+    pattern = re.compile(re.escape(target.name) + r"\.[0-9a-f]{8}\.data")
+    return [each for each in target.parent.iterdir() if pattern.fullmatch(each.name)]
 
 
 def compile_package(projector: SPProjector, path: str | PathLike[str], *, grid_size: KernelSize | None = None) -> None:
@@ -144,6 +170,7 @@ def _program(projector: SPProjector, grid_size: KernelSize | None) -> tuple[nn.M
     weight = next(projector.parameters())
     if weight.is_meta:
         raise SpatialTokensError("the projector is on the meta device, without values; load or initialize it first")
+    require_plain(projector.state_dict(), "cannot export this projector")
     own, channels = (getattr(projector.extractor, name, None) for name in ("grid_size", "vision_hidden_size"))
     grid = own if grid_size is None else as_size(grid_size, "grid_size")
     if grid is None or channels is None:
@@ -176,4 +203,9 @@ def _refused(what: str) -> Iterator[None]:
     except (SpatialTokensError, OSError):
         raise
     except Exception as error:
+        cause: BaseException | None = error  # ONNX's exporter wraps what tracing raised
+        while cause is not None:
+            if isinstance(cause, SpatialTokensError):
+                raise cause from error
+            cause = cause.__cause__
         raise SpatialTokensError(f"torch cannot {what}: {reason(error)}") from error

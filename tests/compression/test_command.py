@@ -287,6 +287,22 @@ def test_mistakes(capsys, tmp_path, projector, features, photos, clip):
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
+def test_frequencies_of_each_kernel(capsys, tmp_path, projector, features):
+    told = [tmp_path / "dense", tmp_path / "small", "--features", tmp_path / "features.safetensors", "--rank", 2, "--frequencies"]
+    assert "use frequencies=(2, 4, 5)" in run(capsys, *told, "5", code=2)
+    run(capsys, *told, "2,3,4")
+    assert SPProjector.from_pretrained(tmp_path / "small").config.frequencies == (2, 3, 4)
+    assert "must be a positive integer, got" in run(capsys, *told, "2,,4", "--overwrite", code=2)
+
+
+def test_a_share_that_no_kernels_reach(capsys, tmp_path, projector, features):
+    told = [tmp_path / "dense", tmp_path / "small", "--features", tmp_path / "features.safetensors"]
+    said = run(capsys, *told, "--error", 0.0001, "--frequencies", 1, code=2)
+    assert said.endswith(
+        "allow more, or give more frequencies, a higher rank, or learned maps (spatial_basis='learned', or --basis learned)"
+    )
+
+
 def test_what_was_there_is_kept_if_it_fails(capsys, tmp_path, projector, features):
     told = ["--features", tmp_path / "features.safetensors"]
     run(capsys, tmp_path / "dense", tmp_path / "small", *told, "--rank", 2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
+import torch
+
 from spatial_tokens.checks import as_path
 from spatial_tokens.cli.convert import is_own_format
 from spatial_tokens.cli.output import print_json
 from spatial_tokens.errors import SpatialTokensError
-from spatial_tokens.export import compile_package, export_onnx, export_pt2
+from spatial_tokens.export import compile_package, data_files, export_onnx, export_pt2
 from spatial_tokens.modules import SPProjector
 
 
@@ -23,10 +25,11 @@ def run(arguments: Namespace) -> None:
         raise SpatialTokensError(f"{target} is already there; choose another OUT or give --overwrite")
     if not is_own_format(source):
         raise SpatialTokensError(f"{source} is no directory of this library's format; make one: spatial-tokens convert IN OUT")
-    projector = SPProjector.from_pretrained(source)
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    projector = SPProjector.from_pretrained(source, dtype=dtype)
     write = compile_package if arguments.compile else export_onnx if target.suffix == ".onnx" else export_pt2
     write(projector, target, grid_size=None if arguments.grid is None else tuple(arguments.grid))
-    size = os.path.getsize(target)
+    size = sum(map(os.path.getsize, (target, *data_files(target))))
     if arguments.json:
         print_json({"input": str(source), "output": str(target), "bytes": size})
         return

@@ -114,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("input", metavar="IN", help="a directory of this library's format")
     export.add_argument("output", metavar="OUT", help="a .onnx file; or a .pt2 file, which torch.export.load reads")
     export.add_argument("--compile", action="store_true", help="an AOTInductor package, for this kind of machine; a .pt2 file too")
+    export.add_argument("--dtype", choices=DTYPES, help="of the program (default: the dtype of IN; ONNX: float32 or float16)")
     export.add_argument("--grid", type=_positive, nargs=2, metavar=("H", "W"), help="of factorized kernels: the patch grid to read")
     export.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     serve = _command(
@@ -184,9 +185,9 @@ def _add_compress(subparsers: Any) -> None:
     size.add_argument("--error", type=float, metavar="SHARE", help="choose the smallest that miss at most this share of variance")
     compress.add_argument(
         "--frequencies",
-        type=_positive,
-        metavar="N",
-        help="maps of each side of a window (default: 3), or the most that are tried (5)",
+        type=_numbers,
+        metavar="N[,N...]",
+        help="maps of each side of a window, of all kernels or of each (default: 3), or the most that are tried (5)",
     )
     compress.add_argument("--basis", choices=get_args(SpatialBasis), help="what maps are (default: cosine)")
     compress.add_argument("--device", metavar="DEVICE", help="where to compute (default: cpu)")
@@ -205,6 +206,11 @@ def _command(subparsers: Any, name: str, run: str, purpose: str, example: str, *
         parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
     return parser
+
+
+def _numbers(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(map(_positive, text.split(",")))
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _positive(text: str) -> int:

@@ -167,7 +167,8 @@ def _choice(curve: Sequence[CurvePoint], error: float | None, parameters: int | 
         least = min(point.unexplained for point in curve)
         raise SpatialTokensError(
             f"no kernels of rank {max(point.rank for point in curve)} or less miss {error:.2%} of the tokens' variance or less: "
-            f"{least:.2%} is the least; allow more, or give more frequencies, a rank or spatial_basis='learned'"
+            f"{least:.2%} is the least; allow more, or give more frequencies, a higher rank, or learned maps "
+            "(spatial_basis='learned', or --basis learned)"
         )
     return min(enough, key=lambda i: (curve[i].parameters, curve[i].unexplained))
 
