@@ -189,7 +189,7 @@ def test_truncated_files(tmp_path, suffix):
     whole = path.read_bytes()
     for length in {*range(40), *range(40, len(whole), 37), len(whole) - 1}:
         path.write_bytes(whole[:length])
-        with refused(rf"{re.escape(str(path))} is not a whole"):
+        with refused(rf"{re.escape(str(path))} is not a complete"):
             read_tensors(path)
 
 
@@ -228,7 +228,7 @@ def stored(value, save):
 def test_files_of_another_kind_are_named(tmp_path, suffix, content, kind):
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
-    with refused(f"^{re.escape(str(path))} is not a whole .*{kind}") as caught:
+    with refused(f"^{re.escape(str(path))} is not a complete .*{kind}") as caught:
         read_tensors(path)
     assert "weights_only" not in str(caught.value)
     assert "header" not in str(caught.value) or content[:1] in b"\0\xff"
@@ -307,7 +307,7 @@ def test_advice_to_run_code_is_not_passed_on(tmp_path, monkeypatch):
 
     (tmp_path / "file.bin").write_bytes(b"\x80\x02\xff")
     monkeypatch.setattr(torch, "load", load)
-    with refused(r"file\.bin is not a whole .*: it is damaged, or was not written by torch\.save$"):
+    with refused(r"file\.bin is not a complete .*: it is damaged, or was not written by torch\.save$"):
         read_tensors(tmp_path / "file.bin")
 
 
