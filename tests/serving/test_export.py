@@ -1,12 +1,15 @@
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spatial_tokens.cli import main
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.serving import hf_overrides, serve_export
+from spatial_tokens.storage.files import read_safetensors
 
 transformers = pytest.importorskip("transformers")
 from spatial_tokens.adapters.huggingface import attach, detach, load_adapter, save_adapter  # noqa: E402
@@ -112,6 +115,31 @@ def test_an_adapter_of_another_model(folder, tmp_path):
         kind(text_config={"model_type": "llama", "hidden_size": width}).save_pretrained(tmp_path)
         with pytest.raises(SpatialTokensError, match=message):
             hf_overrides(tmp_path, folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {"unrelated": torch.zeros(2)}, r"do not fit: missing: .*spatial_head\.fc\.weight.*unexpected: unrelated"),
+        (lambda tensors: {**tensors, "spatial_head.fc.weight": torch.zeros(2, 3)}, r"spatial_head\.fc\.weight \(2, 3\) instead of"),
+    ],
+    ids=["other names", "another shape"],
+)
+def test_weights_that_are_not_the_projectors(change, message, folder, tmp_path):
+    tensors, metadata = read_safetensors(folder / "adapter" / "adapter_model.safetensors")
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    save_file(change(tensors), tmp_path / "adapter" / "adapter_model.safetensors", metadata)
+    with pytest.raises(SpatialTokensError, match=message):
+        serve_export(folder / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_modules_and_of_earlier_versions_are_no_fault(folder, tmp_path):
+    tensors, metadata = read_safetensors(folder / "adapter" / "adapter_model.safetensors")
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    more = {"module.model.multi_modal_projector.linear_1.bias": torch.zeros(64), "reserved_token.input": torch.zeros(64)}
+    save_file(tensors | more, tmp_path / "adapter" / "adapter_model.safetensors", metadata)
+    assert serve_export(folder / "base", tmp_path / "adapter", tmp_path / "out")["architectures"] == [OURS]
 
 
 def attached(name, folder, **options):

@@ -189,7 +189,11 @@ def _add_compress(subparsers: Any) -> None:
         metavar="N[,N...]",
         help="maps of each side of a window, of all kernels or of each (default: 3), or the most that are tried (5)",
     )
-    compress.add_argument("--basis", choices=get_args(SpatialBasis), help="what maps are (default: cosine)")
+    compress.add_argument(
+        "--basis",
+        choices=get_args(SpatialBasis),
+        help="the maps on each window: fixed cosines, or learned from the features (default: cosine)",
+    )
     compress.add_argument("--device", metavar="DEVICE", help="where to compute (default: cpu)")
     compress.add_argument("--overwrite", action="store_true", help="replace OUT if it is there and holds nothing else")
 

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spatial_tokens.adapters.huggingface.families import Family
 from spatial_tokens.adapters.huggingface.hooks import NAME, Mode, Unit
 from spatial_tokens.adapters.huggingface.layouts import OF_ANY_SIZE
 from spatial_tokens.adapters.huggingface.maps_to_tokens import Resize
 from spatial_tokens.adapters.huggingface.model_parts import family_of
-from spatial_tokens.adapters.huggingface.saving import WEIGHTS_NAME, read_config
+from spatial_tokens.adapters.huggingface.saving import MODULE, ROW, WEIGHTS_NAME, read_config
 from spatial_tokens.config import SPProjectorConfig
 from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.modules import SPProjector
 from spatial_tokens.serving.families import require_served
-from spatial_tokens.storage.files import read_safetensors
+from spatial_tokens.storage.files import read_safetensors, read_shapes
 from spatial_tokens.storage.int8 import METADATA_ENTRY
+from spatial_tokens.storage.pretrained import require_exactly
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def read_adapter(folder: Path, hf_config: Any) -> ServedAdapter:
     """An adapter for a base model of this config.
 
     Raises:
-        SpatialTokensError: If it is damaged, of another model, or of one that cannot be served.
+        SpatialTokensError: If it is damaged, of another family or width, or of a family that cannot be served.
     """
     values = read_config(folder)
     config = SPProjectorConfig.from_dict(values["projector"])
@@ -74,10 +78,20 @@ def read_adapter(folder: Path, hf_config: Any) -> ServedAdapter:
     family, resize = family_of(hf_config), values["resize"]
     if family.layout in OF_ANY_SIZE and resize is None and not config.any_grid:
         raise SpatialTokensError(
-            f"{kind} takes images of any size, and {folder} has no resize: an image of another patch grid would end the engine; "
+            f"{kind} takes images of any size, and {folder} has no resize: an image of another patch grid would stop the engine; "
             "attach with resize='pool' or 'interpolate', or with factorized kernels"
         )
     return ServedAdapter(folder, values["mode"], values["unit"], resize, values["token_id"], config, family)
+
+
+def require_weights(adapter: ServedAdapter) -> None:
+    """Raises SpatialTokensError unless an adapter's file has exactly the projector's tensors, by its header's names and shapes."""
+    path = adapter.folder / WEIGHTS_NAME
+    # on "meta": only shapes are compared
+    found = {name: torch.empty(shape, device="meta") for name, shape in read_shapes(path).items()}
+    expected = SPProjector.from_config(adapter.config, device="meta").state_dict()
+    own = {name: each for name, each in found.items() if not name.startswith((MODULE, ROW))}
+    require_exactly({name: each.shape for name, each in expected.items()}, own, str(path))
 
 
 def adapter_of(hf_config: Any, model: str) -> ServedAdapter:

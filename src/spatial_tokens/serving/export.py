@@ -14,7 +14,7 @@ from spatial_tokens.adapters.huggingface.hooks import NAME
 from spatial_tokens.adapters.huggingface.saving import FORMAT
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
-from spatial_tokens.serving.adapter import read_adapter
+from spatial_tokens.serving.adapter import read_adapter, require_weights
 from spatial_tokens.serving.vllm import ARCHITECTURE, MOE_ARCHITECTURE
 from spatial_tokens.storage.directories import new_directory
 from spatial_tokens.storage.files import make_directory, write_text
@@ -41,7 +41,7 @@ def hf_overrides(base: str | PathLike[str], adapter: str | PathLike[str]) -> dic
             transformers.
     """
     config, folder = _config(as_path(base, "base")), Path(os.path.abspath(as_path(adapter, "adapter")))
-    read_adapter(folder, config)
+    require_weights(read_adapter(folder, config))
     text = config.get_text_config()
     experts = any(getattr(text, name, None) for name in EXPERTS)
     return {"architectures": [MOE_ARCHITECTURE if experts else ARCHITECTURE], NAME: str(folder)}

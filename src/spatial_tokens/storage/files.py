@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -151,16 +151,33 @@ def read_safetensors(
         SpatialTokensError: If it is missing, or not whole.
     """
     path = as_path(path)
+    with _opened(path) as file:
+        # A tensor of `safe_open` is a view of the mapped file, and changes with it.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
+    return restored(tensors, metadata, str(path)), metadata
+
+
+def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a safetensors file, from its header: no values are read.
+
+    Raises:
+        SpatialTokensError: If it is missing, or not whole.
+    """
+    with _opened(as_path(path)) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; its errors, and those of reading it, as SpatialTokensErrors."""
     try:
         with path.open("rb") as held, safe_open(_same_file(path, held.fileno()), framework="pt") as file:
-            # A tensor of `safe_open` is a view of the mapped file, and changes with it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
+            yield file
     except FileNotFoundError as error:
         raise SpatialTokensError(f"{path} does not exist") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise SpatialTokensError(f"{path} is not a complete safetensors file: {_fault(path, reason(error))}") from error
-    return restored(tensors, metadata, str(path)), metadata
 
 
 def _same_file(path: Path, descriptor: int) -> Path:
