@@ -218,6 +218,10 @@ def test_every_layer_of_a_timm_model_is_read(tmp_path):
     assert len(plot_probe(report).axes) == 3
     again = json.loads(report.to_json())
     assert len(again["layers"]) == 12
+    assert (
+        probe("hf-hub:timm/test_vit", random_weights=True, limit=4).main.column
+        == probe("test_vit", random_weights=True, limit=4).main.column
+    )
     stages = probe("test_convnext", random_weights=True, limit=4, layer=2)
     assert len({each.grid for each in stages.layers}) > 1
     assert stages.layer == "2"
@@ -285,6 +289,8 @@ def test_the_command_prints_a_table_and_writes_a_report_and_a_plot(tmp_path, cap
     given = ("vit_tiny_patch16_224", "--image-size", 64, "--random-weights", "--images", folder, "--output", tmp_path / "out")
     printed = run(capsys, *given)
     assert "11*" in printed
+    heads = [line for line in printed.splitlines() if line.startswith("layer ")]
+    assert [line.split() for line in heads] == [["layer", "patches", "channels", *["col", "row"] * 6]]
     assert "No verdict" in printed
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert (report["pictures"], report["generated"]) == (8, False)
@@ -309,6 +315,8 @@ def test_bad_input_of_the_command_is_one_line(tmp_path, capsys):
     assert "2 x 2" in run(capsys, *model[:2], "--image-size", 16, code=2)
     assert "go with a timm model" in run(capsys, tmp_path, "--random-weights", "--output", tmp_path / "out", code=2)
     assert "cannot use the device" in run(capsys, *model, "--device", "gpu", code=2)
+    assert "timm does not know a model 'no_such_model'" in run(capsys, "timm/no_such_model", "--output", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_said():

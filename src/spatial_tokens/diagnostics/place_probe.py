@@ -51,7 +51,7 @@ def probe(
     they are tested on the last quarter. Pictures are encoded batch by batch, and no features are kept.
 
     Args:
-        encoder: The name of a timm model; the folder or hub repository of a vision model or a vision-language model of
+        encoder: The name of a timm model, also as `timm/NAME`; the folder or hub repository of a vision model or a vision-language model of
             transformers; such a vision-language model; or a callable from pixels `(B, 3, h, w)`, 0 to 1, to maps of features
             `(B, H, W, C)`, or a dict of maps by layer.
         pictures: A folder; or paths and PIL images. None: generated ones, whose content says nothing of places.

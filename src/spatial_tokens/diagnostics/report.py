@@ -124,12 +124,13 @@ class ProbeReport:
 
 
 WIDTH = 110  # of sentences
-COLUMNS = ("layer", "patches", "channels", "R²", "right twelfth", "order of two", "slot", "border", "content")
+COLUMNS = ("layer", "patches", "channels")
+MEASURES = ("R²", "right twelfth", "order of two", "slot", "border", "content")  # of column and row
 
 
 def _table(report: ProbeReport) -> list[str]:
     """Every layer in a line; of column and row."""
-    rows: list[tuple[str, ...]] = [COLUMNS]
+    rows: list[tuple[str, ...]] = [(*("" for _ in COLUMNS), *MEASURES), (*COLUMNS, *(_pair("col", "row") for _ in MEASURES))]
     for each in report.layers:
         mark = "*" if each.name == report.layer else ""
         follows = [reading.follows for reading in each.readings]
@@ -155,7 +156,7 @@ def _table(report: ProbeReport) -> list[str]:
         f"{report.encoder}{weights}: a patch's column and row, by linear readers; {report.pictures} {kind}pictures, tested on "
         f"{report.tested}"
     )
-    return [title, "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return [title, "", *lines[:2], "  ".join("-" * width for width in widths), *lines[2:]]
 
 
 def _pair(column: str, row: str) -> str:
