@@ -119,6 +119,25 @@ def test_features_that_tell_no_place_are_read_at_chance(encoder):
     assert report.with_places.column.r2.low > 0.3
 
 
+def test_places_that_few_pictures_do_not_find_are_not_said_to_be_absent():
+    table = torch.randn(GRID, GRID, 192, generator=generator(1))
+
+    def weak_embeddings(pixels):
+        return content(pixels, 192) + 0.01 * table
+
+    few, more = found(weak_embeddings, limit=24), found(weak_embeddings, limit=100)
+    assert few.main.row.gain.low > 0  # still rising
+    assert few.verdict[0].startswith("No verdict")
+    assert "No place was found with 12 fitted pictures; more pictures may find it" in few.verdict[0]
+    assert more.verdict[0].startswith("The features encode places in part")
+
+    def no_embeddings_of_many_channels(pixels):
+        return content(pixels, 192)
+
+    assert found(no_embeddings_of_many_channels, limit=24).verdict[0].startswith("No verdict")
+    assert found(no_embeddings_of_many_channels, limit=144).verdict[0].startswith("The features do not encode places")
+
+
 def test_constant_features_are_exactly_at_chance():
     report = found(constant_features)
     for reading in report.main.readings:

@@ -34,6 +34,7 @@ class Reading:
     Args:
         r2: The share of the coordinate's variance that is read; below 0 where saying the middle would be nearer.
         right: How often the right twelfth of the picture is found.
+        gain: How much more often it is found than by a reader fitted to half as many pictures.
         chance: How often that is if always the most frequent twelfth is named: of 14 patches on a side, some twelfths have two.
         order: How often it is told rightly which of two patches of a picture is further; chance is 0.5.
         follows: What the reading follows; None where it was not asked, or of one picture.
@@ -41,6 +42,7 @@ class Reading:
 
     r2: Estimate
     right: Estimate
+    gain: Estimate
     chance: float
     order: Estimate
     follows: Shares | None = None
@@ -84,6 +86,7 @@ class ProbeReport:
         encoder: Its name.
         random_weights: Whether its weights are random.
         pictures: How many there were.
+        fitted: How many of them the readers were fitted to.
         tested: How many of them the readers were tested on; intervals are of a bootstrap over these.
         generated: Whether they were generated.
         layer: The layer that a projector reads.
@@ -95,6 +98,7 @@ class ProbeReport:
     encoder: str
     random_weights: bool
     pictures: int
+    fitted: int
     tested: int
     generated: bool
     layer: str
