@@ -198,7 +198,7 @@ def test_a_model_that_cannot_give_its_layers(monkeypatch):
 
 def test_weights_that_cannot_be_had_are_said_so_at_once(monkeypatch, tmp_path, capsys):
     no_connection(monkeypatch, tmp_path)
-    reason = "/.* is neither a folder here nor in Hugging Face's cache, and from the Hugging Face Hub it cannot be had: "
+    reason = "/.* is neither a folder here nor in Hugging Face's cache, and it could not be downloaded from the Hugging Face Hub: "
     with pytest.raises(SpatialTokensError, match=f"timm cannot make 'vit_small_patch14_dinov2': timm{reason}"):
         TimmPatchEncoder("vit_small_patch14_dinov2", pretrained=True)
     assert main(["demo", "--pretrained", "--output", str(tmp_path)]) == 2

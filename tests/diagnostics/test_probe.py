@@ -119,6 +119,25 @@ def test_features_that_tell_no_place_are_read_at_chance(encoder):
     assert report.with_places.column.r2.low > 0.3
 
 
+def test_places_that_few_pictures_do_not_find_are_not_said_to_be_absent():
+    table = torch.randn(GRID, GRID, 192, generator=generator(1))
+
+    def weak_embeddings(pixels):
+        return content(pixels, 192) + 0.01 * table
+
+    few, more = found(weak_embeddings, limit=24), found(weak_embeddings, limit=100)
+    assert few.main.row.gain.low > 0  # still rising
+    assert few.verdict[0].startswith("No verdict")
+    assert "No place was found with 12 fitted pictures; more pictures may find it" in few.verdict[0]
+    assert more.verdict[0].startswith("The features encode places in part")
+
+    def no_embeddings_of_many_channels(pixels):
+        return content(pixels, 192)
+
+    assert found(no_embeddings_of_many_channels, limit=24).verdict[0].startswith("No verdict")
+    assert found(no_embeddings_of_many_channels, limit=144).verdict[0].startswith("The features do not encode places")
+
+
 def test_constant_features_are_exactly_at_chance():
     report = found(constant_features)
     for reading in report.main.readings:
@@ -218,6 +237,10 @@ def test_every_layer_of_a_timm_model_is_read(tmp_path):
     assert len(plot_probe(report).axes) == 3
     again = json.loads(report.to_json())
     assert len(again["layers"]) == 12
+    assert (
+        probe("hf-hub:timm/test_vit", random_weights=True, limit=4).main.column
+        == probe("test_vit", random_weights=True, limit=4).main.column
+    )
     stages = probe("test_convnext", random_weights=True, limit=4, layer=2)
     assert len({each.grid for each in stages.layers}) > 1
     assert stages.layer == "2"
@@ -285,6 +308,8 @@ def test_the_command_prints_a_table_and_writes_a_report_and_a_plot(tmp_path, cap
     given = ("vit_tiny_patch16_224", "--image-size", 64, "--random-weights", "--images", folder, "--output", tmp_path / "out")
     printed = run(capsys, *given)
     assert "11*" in printed
+    heads = [line for line in printed.splitlines() if line.startswith("layer ")]
+    assert [line.split() for line in heads] == [["layer", "patches", "channels", *["col", "row"] * 6]]
     assert "No verdict" in printed
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert (report["pictures"], report["generated"]) == (8, False)
@@ -309,6 +334,8 @@ def test_bad_input_of_the_command_is_one_line(tmp_path, capsys):
     assert "2 x 2" in run(capsys, *model[:2], "--image-size", 16, code=2)
     assert "go with a timm model" in run(capsys, tmp_path, "--random-weights", "--output", tmp_path / "out", code=2)
     assert "cannot use the device" in run(capsys, *model, "--device", "gpu", code=2)
+    assert "timm does not know a model 'no_such_model'" in run(capsys, "timm/no_such_model", "--output", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_said():

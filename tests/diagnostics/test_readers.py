@@ -31,6 +31,9 @@ def test_moments_of_batches_are_those_of_all_rows_also_far_from_zero():
     rows = torch.cat([features, targets], dim=1)
     assert_close(made.mean, rows.mean(0), FLOAT64)
     assert_close(made.scatter / 89, rows.T.cov(), FLOAT64)
+    merged = moments((features[:40], targets[:40])).merged(moments((features[40:], targets[40:])))
+    assert_close(merged.mean, made.mean, FLOAT64)
+    assert_close(merged.scatter, made.scatter, FLOAT64)
 
 
 def test_a_fit_is_the_ridge_regression_that_is_best_on_validation():

@@ -13,7 +13,7 @@ from spatial_tokens import SpatialTokensError
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.adapters.huggingface.api import attachment_of
 from spatial_tokens.diagnostics import another_pictures, log_usage, plot_usage, usage
-from spatial_tokens.diagnostics.exchange import Others
+from spatial_tokens.diagnostics.exchange import Others, picture_names
 from tests.adapters.huggingface.models import llava, pictures, qwen
 from tests.tolerances import assert_close
 
@@ -187,14 +187,44 @@ def test_questions_about_one_picture_are_one_draw_of_the_intervals():
     assert single.verdict.startswith("No verdict")
 
 
+@pytest.mark.parametrize("make", [llava, qwen])
+def test_a_picture_is_known_again_in_batches_of_other_sizes(make):
+    model, processor = attached(make, **({"resize": "pool"} if make is qwen else {}))
+    image, size = ("<image>", (336, 336)) if make is llava else ("<|vision_start|><|image_pad|><|vision_end|>", (112, 112))
+    shown = pictures(COUNT, size)
+
+    def of(chosen):
+        given = dict(processor(images=[shown[i] for i in chosen], text=[f"{image} What ?"] * len(chosen), return_tensors="pt"))
+        return {**given, "labels": given["input_ids"].masked_fill(given["input_ids"] == 0, -100)}
+
+    report = usage(model, [of(range(COUNT)), of([0]), of([1, 2, 3])])
+    assert (report.samples, report.pictures) == (2 * COUNT, COUNT)
+    apart, together = usage(model, [of([0, 1]), of([1])]), usage(model, [of([0, 1, 1])])  # not its own, of the batch before
+    assert apart.another.loss.value == pytest.approx(together.another.loss.value, abs=1e-6)
+    assert (apart.pictures, together.pictures) == (2, 2)
+
+
+def test_names_of_padded_pictures_do_not_depend_on_the_batch():
+    small, wide = torch.randn(3, 4, 4), torch.randn(3, 4, 8)
+    both = torch.stack([functional.pad(small, (0, 4)), wide])
+    names = picture_names({"pixel_values": both, "image_sizes": torch.tensor([[4, 4], [4, 8]])}, 2)
+    assert names[:1] == picture_names({"pixel_values": small[None], "image_sizes": torch.tensor([[4, 4]])}, 1)
+    assert names[0] != names[1]
+    assert picture_names({"pixel_values": both}, 5) is None  # tiles
+    assert picture_names({}, 1) is None
+
+
 def test_others():
     a, b, c = torch.randn(3, 2, 4)
     assert torch.equal(Others()(torch.stack([a, b, c])), torch.stack([c, a, b]))
     assert torch.equal(Others()(torch.stack([a, a, b])), torch.stack([b, b, a]))
     assert torch.equal(Others()(torch.stack([a, a])), torch.stack([a, a]))
-    others = Others(c)
+    others = Others()
+    others.keep(c[None])
+    assert torch.equal(others(a[None]), c[None])
     assert torch.equal(others(a[None]), c[None])
     assert torch.equal(others(b[None]), a[None])
+    assert torch.equal(Others()(torch.stack([a, a + 1e-6, b]), ["a", "a", "b"])[:2], torch.stack([b, b]))
     part = nn.Identity()
     with another_pictures(part):
         assert torch.equal(part(torch.stack([a, b])), torch.stack([b, a]))

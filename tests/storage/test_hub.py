@@ -179,7 +179,7 @@ def test_without_a_connection_the_cache_is_taken(projector, monkeypatch, tmp_pat
 def test_without_a_connection_one_line_says_so_at_once(projector, monkeypatch, tmp_path):
     no_connection(monkeypatch, tmp_path)
     refused(
-        "me/mine is neither a folder here nor in Hugging Face's cache, and from the Hugging Face Hub it cannot be had: ",
+        "me/mine is neither a folder here nor in Hugging Face's cache, and it could not be downloaded from the Hugging Face Hub: ",
         lambda: SPProjector.from_pretrained("me/mine"),
     )
     monkeypatch.setattr(SPProjector, "save_pretrained", None)  # a long save for nothing
@@ -200,7 +200,7 @@ def test_what_is_here_or_answers_is_in_reach(there, tmp_path):
 
 def test_in_offline_mode_nobody_is_asked(there, projector, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("from the Hugging Face Hub it cannot be had: ", lambda: SPProjector.from_pretrained("me/mine"))
+    refused("it could not be downloaded from the Hugging Face Hub: ", lambda: SPProjector.from_pretrained("me/mine"))
     refused("cannot push to me/mine on the Hugging Face Hub: ", lambda: projector.push_to_hub("me/mine"))
     assert not there.requests
 

@@ -136,14 +136,14 @@ def _add_probe(subparsers: Any) -> None:
         subparsers,
         "probe",
         "probe:run",
-        "measure how well an encoder's features encode patch places, layer by layer: will spatial tokens help?",
+        "measure how well an encoder's features encode patch places, layer by layer, to see whether spatial tokens can help",
         "probe vit_large_patch14_clip_quickgelu_336.openai --images photos\n"
         "  spatial-tokens probe llava-hf/llava-1.5-7b-hf --images photos",
     )
     probe.add_argument(
         "encoder",
         metavar="ENCODER",
-        help="a timm model, or a vision or vision-language model of transformers (a folder, or owner/name)",
+        help="a timm model (NAME or timm/NAME), or a vision or vision-language model of transformers (a folder, or owner/name)",
     )
     probe.add_argument("--images", metavar="DIR", help="a folder of pictures, some hundred or more (default: generated ones)")
     probe.add_argument("--limit", type=_positive, metavar="N", help="use at most so many pictures (default: 400)")

@@ -20,7 +20,6 @@ REPORT_NAME, PLOT_NAME = "probe.json", "probe.png"
 def run(arguments: Namespace) -> None:
     """`spatial-tokens probe`: the table, and the report and its plot as files."""
     require_paths(arguments, "output", "images")
-    folder = make_directory(arguments.output)
     device = as_device(arguments.device)
     with Progress() as progress:
         report = probe(
@@ -35,6 +34,7 @@ def run(arguments: Namespace) -> None:
             progress=progress,
         )
     machine = describe(device)
+    folder = make_directory(arguments.output)
     write_text(folder / REPORT_NAME, report.to_json(machine=machine))
     written = [folder / REPORT_NAME]
     try:

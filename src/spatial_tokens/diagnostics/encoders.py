@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,10 +66,11 @@ def picture_encoder(
     """
     if isinstance(encoder, (str, os.PathLike)):
         name = os.fspath(encoder)
-        if not (os.path.isdir(name) or "/" in name):
+        known_to_timm = re.sub("^(hf-hub:)?timm/", "", name)  # the Hub's names of timm's own models
+        if not (os.path.isdir(name) or "/" in known_to_timm):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                timm = TimmPatchEncoder(name, -1, pretrained=not random_weights, image_size=image_size)
+                timm = TimmPatchEncoder(known_to_timm, -1, pretrained=not random_weights, image_size=image_size)
             return _of_timm(timm, layer, device)
         if random_weights or image_size is not None:
             raise SpatialTokensError("random_weights and image_size go with a timm model")

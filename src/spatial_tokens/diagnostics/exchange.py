@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,25 +37,70 @@ def another_pictures(*parts: nn.Module) -> Iterator[None]:
 class Others:
     """Gives each picture of a batch the tokens of the one before it, the first those of the last.
 
-    Pictures with the same tokens are passed over: one with several questions in a row is not given its own. If a batch has no
-    other, the last picture of the batch before is taken; if there is none, a picture keeps its own tokens.
-
-    Args:
-        last: Tokens of a picture `(tokens, D)`, as if of an earlier batch.
+    The same picture is passed over: one with several questions in a row is not given its own tokens. If a batch has no other
+    picture, the latest other one of the batches before is taken; if there is none, a picture keeps its own tokens.
     """
 
-    def __init__(self, last: torch.Tensor | None = None) -> None:
-        self.last = last
+    def __init__(self) -> None:
+        self.latest: list[tuple[Any, torch.Tensor]] = []  # the last picture and the last other one: names, tokens (tokens, D)
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `(pictures, tokens, D)` to others of the same shape."""
-        found = torch.stack([self._other(tokens, number) for number in range(len(tokens))])
-        self.last = tokens[-1].detach()
+    def __call__(self, tokens: torch.Tensor, names: Sequence[Any] | None = None) -> torch.Tensor:
+        """Tokens `(pictures, tokens, D)` to others of the same shape.
+
+        Args:
+            tokens: Of the pictures of a batch.
+            names: The same for the same picture, as `picture_names` gives them. None: pictures with the same tokens are the same.
+        """
+        pictures = _named(tokens, names)
+        found = torch.stack([self._other(pictures, number) for number in range(len(tokens))])
+        self.keep(tokens, names)
         return found
 
-    def _other(self, tokens: torch.Tensor, number: int) -> torch.Tensor:
-        own = tokens[number]
-        for back in range(1, len(tokens)):
-            if not torch.equal(tokens[number - back], own):
-                return tokens[number - back]
-        return own if self.last is None or self.last.shape != own.shape else self.last
+    def keep(self, tokens: torch.Tensor, names: Sequence[Any] | None = None) -> None:
+        """Keeps what the next batch may need of this one."""
+        for picture in _named(tokens.detach(), names):
+            self.latest = [picture, *(each for each in self.latest if not _same(each, picture))][:2]
+
+    def _other(self, pictures: list[tuple[Any, torch.Tensor]], number: int) -> torch.Tensor:
+        own = pictures[number]
+        for other in [*(pictures[number - back] for back in range(1, len(pictures))), *self.latest]:
+            if not _same(other, own) and other[1].shape == own[1].shape:
+                return other[1]
+        return own[1]
+
+
+def _named(tokens: torch.Tensor, names: Sequence[Any] | None) -> list[tuple[Any, torch.Tensor]]:
+    return list(zip([None] * len(tokens) if names is None else names, tokens, strict=True))
+
+
+def _same(one: tuple[Any, torch.Tensor], other: tuple[Any, torch.Tensor]) -> bool:
+    if one[0] is None or other[0] is None:
+        return torch.equal(one[1], other[1])
+    return bool(one[0] == other[0])
+
+
+def picture_names(inputs: Mapping[str, Any], count: int) -> list[str] | None:
+    """Digests of the pixels that a model is given of each of `count` pictures, whatever else is in the batch.
+
+    Tokens would not do: their last bits depend on the size of the batch. None if pixels are not laid out picture by picture.
+    """
+    pixels, grids, sizes = (inputs.get(name) for name in ("pixel_values", "image_grid_thw", "image_sizes"))
+    if pixels is None:
+        return None
+    if grids is not None:  # patches, one picture's after another's
+        counts = grids.prod(1).tolist()
+        if len(counts) != count or sum(counts) != len(pixels):
+            return None
+        return [_digest(each, size) for each, size in zip(pixels.split(counts), grids.tolist(), strict=True)]
+    if pixels.ndim != 4 or len(pixels) != count:
+        return None
+    if sizes is None:
+        return [_digest(each, each.shape) for each in pixels]
+    return [
+        _digest(each[:, :height, :width], (height, width)) for each, (height, width) in zip(pixels, sizes.tolist(), strict=True)
+    ]
+
+
+def _digest(pixels: torch.Tensor, size: Sequence[int]) -> str:
+    values = pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(repr(tuple(size)).encode() + values.tobytes()).hexdigest()

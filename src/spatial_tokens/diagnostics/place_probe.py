@@ -51,9 +51,9 @@ def probe(
     they are tested on the last quarter. Pictures are encoded batch by batch, and no features are kept.
 
     Args:
-        encoder: The name of a timm model; the folder or hub repository of a vision model or a vision-language model of
-            transformers; such a vision-language model; or a callable from pixels `(B, 3, h, w)`, 0 to 1, to maps of features
-            `(B, H, W, C)`, or a dict of maps by layer.
+        encoder: The name of a timm model, also as `timm/NAME`; the folder or hub repository of a vision model or a
+            vision-language model of transformers; such a vision-language model; or a callable from pixels `(B, 3, h, w)`, 0 to 1,
+            to maps of features `(B, H, W, C)`, or a dict of maps by layer.
         pictures: A folder; or paths and PIL images. None: generated ones, whose content says nothing of places.
         processor: A vision-language model's.
         image_size: Height and width in pixels: of a callable; of a timm model, in place of its own.
@@ -90,6 +90,7 @@ def probe(
         encoder=reads.name,
         random_weights=random_weights,
         pictures=len(sources),
+        fitted=sum(number % PARTS < PARTS - 2 for number in range(len(sources))),
         tested=len(sources) // PARTS,
         generated=pictures is None,
         layer=main,
@@ -130,7 +131,7 @@ def _learn(reads: PictureEncoder, sources: list[Callable[[], Image]], progress: 
         main = main or list(found)[-1]
         for name, maps in _with_embedding(found, main, sums).items():
             for number, each in zip(numbers, maps, strict=True):
-                sums[name].add(each, held_out=number % PARTS == PARTS - 2)
+                sums[name].add(each, part=number % PARTS)
         progress("learn", known.index(numbers[-1]) + 1)
     return {name: (each.fit(), each.embedding) for name, each in sums.items()}, main
 
@@ -150,24 +151,23 @@ class _Learned:
 
     def __init__(self) -> None:
         self.embedding = 0.0
-        self.anywhere, self.within = (
-            (Moments(), Moments()),
-            (Moments(), Moments()),
-        )  # of those learned from, and to choose the ridge
+        self.anywhere = Moments(), Moments(), Moments()  # of both halves of those learned from, and to choose the ridge
+        self.within = Moments(), Moments()  # of those learned from, and to choose the ridge
 
-    def add(self, features: torch.Tensor, *, held_out: bool) -> None:
+    def add(self, features: torch.Tensor, *, part: int) -> None:
         """Adds a picture's map `(H, W, C)`."""
         rows = _rows(features, self.embedding)
         places = coordinates((features.shape[0], features.shape[1]), rows.device)
-        self.anywhere[held_out].add(rows, targets_of(places))
-        self.within[held_out].add(rows - rows.mean(0), places)
+        self.anywhere[part].add(rows, targets_of(places))
+        self.within[part == PARTS - 2].add(rows - rows.mean(0), places)
 
-    def fit(self) -> tuple[Reader, Reader]:
-        """A reader of places, and one of which of two patches is further.
+    def fit(self) -> tuple[Reader, Reader, Reader]:
+        """A reader of places, one fitted to half as many pictures, and one of which of two patches is further.
 
         Least squares on the differences of all pairs of a picture's patches are those on differences from the picture's mean.
         """
-        return fit(*self.anywhere), fit(*self.within)
+        half, other_half, held_out = self.anywhere
+        return fit(half.merged(other_half), held_out), fit(half, held_out), fit(*self.within)
 
 
 def _test(
@@ -195,10 +195,10 @@ def _test(
 class _Tested:
     """What a layer's readers say of pictures that they have not seen; each picture's sums."""
 
-    def __init__(self, readers: tuple[Reader, Reader], embedding: float) -> None:
-        self.anywhere, self.within = readers
+    def __init__(self, readers: tuple[Reader, Reader, Reader], embedding: float) -> None:
+        self.anywhere, self.from_half, self.within = readers
         self.embedding = embedding
-        self.sums: list[torch.Tensor] = []  # (2, 6) each: of column and row, what `Reading` is the ratios of
+        self.sums: list[torch.Tensor] = []  # (2, 8) each: of column and row, what `Reading` is the ratios of
         self.followed: dict[str, list[torch.Tensor]] = {
             "roll": [],
             "crop": [],
@@ -215,13 +215,14 @@ class _Tested:
         places = coordinates(grid, rows.device)
         read = self.anywhere(rows)
         missed = (read[:, :2] - places).square().sum(0)
-        told = torch.unflatten(read[:, 2:], 1, (2, -1)).argmax(-1)
         where = sections(places)
         self.there += torch.stack([torch.bincount(each, minlength=SECTIONS) for each in where.cpu().unbind(1)])
-        right = (told == where).sum(0).double()
+        right, right_from_half = (_right(each, where) for each in (read, self.from_half(rows)))
         ordered, pairs = right_order(self.within(rows), places)
         every = torch.full_like(right, len(rows))
-        self.sums.append(torch.stack([missed, places.square().sum(0), right, every, ordered, pairs], dim=1))
+        self.sums.append(
+            torch.stack([missed, places.square().sum(0), right, every, right - right_from_half, every, ordered, pairs], dim=1)
+        )
 
     def follow(self, features: torch.Tensor, shift: Shift) -> None:
         """Reads the map of a shifted picture."""
@@ -231,11 +232,17 @@ class _Tested:
         self.followed[shift.kind].append(torch.einsum("nai, naj -> aij", told, told).flatten(1))
 
 
+def _right(read: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """How many of the readings `(n, 2 + 2 * SECTIONS)` name the right twelfth `(n, 2)`, by column and row."""
+    told = torch.unflatten(read[:, 2:], 1, (2, -1)).argmax(-1)
+    return (told == where).sum(0).double()
+
+
 def _layer(name: str, test: _Tested, seed: int) -> Layer:
     sums = torch.stack(test.sums).cpu()
     readings = []
     for axis in range(2):
-        missed, right, order = bootstrap(sums[:, axis], ratios, seed=seed)
+        missed, right, gain, order = bootstrap(sums[:, axis], ratios, seed=seed)
         r2 = Estimate(1 - missed.value, *(None if each is None else 1 - each for each in (missed.high, missed.low)))
         follows = (
             _shares([torch.stack(test.followed[kind])[:, axis] for kind in ("roll", "crop")], seed)
@@ -243,7 +250,7 @@ def _layer(name: str, test: _Tested, seed: int) -> Layer:
             else None
         )
         chance = (test.there[axis].max() / test.there[axis].sum()).item()
-        readings.append(Reading(r2, right, chance, order, follows))
+        readings.append(Reading(r2, right, gain, chance, order, follows))
     grid = next(iter(test.grids)) if len(test.grids) == 1 else None
     return Layer(name, grid, test.channels, *readings)
 

@@ -34,13 +34,23 @@ class Moments:
         rows = torch.cat([features.double(), targets.double()], dim=1)
         mean = rows.mean(0)
         centered = rows - mean
-        scatter = centered.T @ centered
+        self._merge(len(rows), mean, centered.T @ centered)
+
+    def merged(self, others: Moments) -> Moments:
+        """Those of the rows of both."""
+        made = Moments()
+        made.targets = self.targets
+        for each in (self, others):
+            made._merge(each.count, each.mean, each.scatter)
+        return made
+
+    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         if self.count == 0:
-            self.count, self.mean, self.scatter = len(rows), mean, scatter
+            self.count, self.mean, self.scatter = count, mean, scatter
             return
-        total, apart = self.count + len(rows), mean - self.mean
-        self.scatter += scatter + (self.count * len(rows) / total) * torch.outer(apart, apart)
-        self.mean = self.mean + (len(rows) / total) * apart
+        total, apart = self.count + count, mean - self.mean
+        self.scatter = self.scatter + scatter + (self.count * count / total) * torch.outer(apart, apart)
+        self.mean = self.mean + (count / total) * apart
         self.count = total
 
 

@@ -34,6 +34,7 @@ class Reading:
     Args:
         r2: The share of the coordinate's variance that is read; below 0 where saying the middle would be nearer.
         right: How often the right twelfth of the picture is found.
+        gain: How much more often it is found than by a reader fitted to half as many pictures.
         chance: How often that is if always the most frequent twelfth is named: of 14 patches on a side, some twelfths have two.
         order: How often it is told rightly which of two patches of a picture is further; chance is 0.5.
         follows: What the reading follows; None where it was not asked, or of one picture.
@@ -41,6 +42,7 @@ class Reading:
 
     r2: Estimate
     right: Estimate
+    gain: Estimate
     chance: float
     order: Estimate
     follows: Shares | None = None
@@ -84,6 +86,7 @@ class ProbeReport:
         encoder: Its name.
         random_weights: Whether its weights are random.
         pictures: How many there were.
+        fitted: How many of them the readers were fitted to.
         tested: How many of them the readers were tested on; intervals are of a bootstrap over these.
         generated: Whether they were generated.
         layer: The layer that a projector reads.
@@ -95,6 +98,7 @@ class ProbeReport:
     encoder: str
     random_weights: bool
     pictures: int
+    fitted: int
     tested: int
     generated: bool
     layer: str
@@ -124,12 +128,13 @@ class ProbeReport:
 
 
 WIDTH = 110  # of sentences
-COLUMNS = ("layer", "patches", "channels", "R²", "right twelfth", "order of two", "slot", "border", "content")
+COLUMNS = ("layer", "patches", "channels")
+MEASURES = ("R²", "right twelfth", "order of two", "slot", "border", "content")  # of column and row
 
 
 def _table(report: ProbeReport) -> list[str]:
     """Every layer in a line; of column and row."""
-    rows: list[tuple[str, ...]] = [COLUMNS]
+    rows: list[tuple[str, ...]] = [(*("" for _ in COLUMNS), *MEASURES), (*COLUMNS, *(_pair("col", "row") for _ in MEASURES))]
     for each in report.layers:
         mark = "*" if each.name == report.layer else ""
         follows = [reading.follows for reading in each.readings]
@@ -155,7 +160,7 @@ def _table(report: ProbeReport) -> list[str]:
         f"{report.encoder}{weights}: a patch's column and row, by linear readers; {report.pictures} {kind}pictures, tested on "
         f"{report.tested}"
     )
-    return [title, "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return [title, "", *lines[:2], "  ".join("-" * width for width in widths), *lines[2:]]
 
 
 def _pair(column: str, row: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn import functional
 from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
 from spatial_tokens.adapters.huggingface.hooks import Attachment
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED
-from spatial_tokens.diagnostics.exchange import Others, replaced_tokens
+from spatial_tokens.diagnostics.exchange import Others, picture_names, replaced_tokens
 from spatial_tokens.diagnostics.intervals import bootstrap, ratios
 from spatial_tokens.diagnostics.usage_report import Change, LayerAttention, UsageReport
 from spatial_tokens.errors import SpatialTokensError
@@ -103,15 +105,17 @@ class _Measurement:
     def average(self, batch: Batch, number: int) -> None:
         """Adds a batch's spatial tokens to their mean."""
         with _kept_outputs(self.attachment.projector) as tokens, _kept_outputs(self.parts.projector) as patches:
-            self._logits(self._inputs(batch, number)[0], number)
+            inputs = self._inputs(batch, number)[0]
+            self._logits(inputs, number)
         if not patches or not tokens:
             raise SpatialTokensError(f"batch {number}, counted from 0, has no images; leave out batches of text alone")
         (found,) = tokens
         self.sum, self.pictures = self.sum + found.double().sum(0), self.pictures + len(found)
-        self.another.last = found[-1]
+        names = self._pictures(inputs, len(found))
+        self.another.keep(found, names)
         self.patches_are_exchanged &= len(patches) == 1 and patches[0].ndim == 3 and len(patches[0]) == len(found)
         if self.patches_are_exchanged:
-            self.other_patches.last = patches[0][-1]
+            self.other_patches.keep(patches[0], names)
 
     def compare(self, batch: Batch, number: int) -> None:
         """Adds a batch's losses and answers, with each kind of tokens."""
@@ -121,16 +125,17 @@ class _Measurement:
         spatial, patches = self.attachment.projector, self.parts.projector
         with _kept_outputs(spatial) as tokens, self._attention(inputs) as attention:
             self._add("own", inputs, labels, told, number)
+        pictures = self._pictures(inputs, len(tokens[0]))
         replacements: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {
-            "another": (spatial, self.another),
+            "another": (spatial, partial(self.another, names=pictures)),
             "mean": (spatial, lambda each: mean.to(each).expand_as(each)),
         }
         if self.patches_are_exchanged:
-            replacements["patches"] = patches, self.other_patches
+            replacements["patches"] = patches, partial(self.other_patches, names=pictures)
         for name, (part, replace) in replacements.items():
             with replaced_tokens(part, replace):
                 self._add(name, inputs, labels, told, number)
-        names = self._names(ids, tokens, number)
+        names = self._names(ids, pictures, number)
         self.names += [each for each, kept in zip(names, told.tolist(), strict=True) if kept]
         if attention:
             self.attention.append(torch.stack(attention, dim=1)[told].cpu())
@@ -203,12 +208,17 @@ class _Measurement:
         self.losses.setdefault(name, []).append((missed.sum(1) / mask.sum(1))[told].cpu())
         self.right.setdefault(name, []).append((~wrong.any(1))[told].double().cpu())
 
-    def _names(self, ids: torch.Tensor, tokens: list[torch.Tensor], number: int) -> list[Any]:
-        """Of each sample's pictures, the same where their spatial tokens are; of pictures cut into tiles, every sample's own."""
+    def _pictures(self, inputs: dict[str, Any], count: int) -> list[str] | None:
+        """The batch's `picture_names`; None of pictures cut into tiles."""
+        return picture_names(inputs, count) if self.parts.family.tiles is None else None
+
+    def _names(self, ids: torch.Tensor, pictures: list[str] | None, number: int) -> list[Any]:
+        """Of each sample, what names its pictures; where that is not known, every sample's own."""
         counts = ((ids == self.attachment.token_id).sum(1) // self.attachment.num_spatial_tokens).tolist()
-        if sum(counts) != len(tokens[0]):
+        if pictures is None or sum(counts) != len(pictures):
             return [(number, row) for row in range(len(ids))]
-        return [hash(tuple(each.flatten().tolist())) for each in torch.split(tokens[0], counts)]
+        ends = list(accumulate(counts, initial=0))
+        return [tuple(pictures[start:end]) for start, end in pairwise(ends)]
 
     @contextmanager
     def _attention(self, inputs: dict[str, Any]) -> Iterator[list[torch.Tensor]]:

@@ -19,7 +19,7 @@ from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason,
 CARD = "README.md"
 _SECONDS = 10  # to wait for an answer of the Hub
 _PART = r"[A-Za-z0-9_][\w.-]*"
-_NOT_HERE = "neither a folder here nor in Hugging Face's cache, and from the Hugging Face Hub it"
+_NOT_HERE = "neither a folder here nor in Hugging Face's cache, and it could not be downloaded from the Hugging Face Hub"
 _LIBRARY = {"library_name": "spatial-tokens", "library_version": __version__}
 
 
@@ -39,7 +39,7 @@ def folder_of(source: str | os.PathLike[str], names: Sequence[str], revision: st
         revision: A branch, tag or commit of the repository; its main branch when None.
 
     Raises:
-        SpatialTokensError: If the repository, its revision or a file cannot be had, or a revision is given with a folder.
+        SpatialTokensError: If the repository, its revision or a file cannot be downloaded, or a revision is given with a folder.
     """
     path = as_path(source)
     if not is_repository(source):
@@ -57,7 +57,7 @@ def folder_of(source: str | os.PathLike[str], names: Sequence[str], revision: st
             "in with 'hf auth login' and accept the repository's terms"
         ) from error
     except Exception as error:  # what the client raises without a connection depends on its version
-        raise SpatialTokensError(f"{source} is {_NOT_HERE} cannot be had: {reason(error)}") from error
+        raise SpatialTokensError(f"{source} is {_NOT_HERE}: {reason(error)}") from error
     missing = [name for name in names if not (found / name).is_file()]
     if missing:
         raise SpatialTokensError(f"{source} on the Hugging Face Hub has no {' and no '.join(missing)}")
@@ -82,7 +82,7 @@ def in_reach(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
         cache = Path(hub.constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
         if (cache / "refs" / "main").is_file():
             return cache / "snapshots" / (cache / "refs" / "main").read_text()
-        raise ConnectionError(f"{repo_id} is {_NOT_HERE} cannot be had: {reason(error)}") from error
+        raise ConnectionError(f"{repo_id} is {_NOT_HERE}: {reason(error)}") from error
     return name
 
 

@@ -101,7 +101,7 @@ def test_a_repository_of_something_else(there):
 def test_without_a_connection_one_line_says_so_at_once(monkeypatch, tmp_path, capsys):
     base, _ = llava()
     no_connection(monkeypatch, tmp_path)
-    place = "is neither a folder here nor in Hugging Face's cache, and from the Hugging Face Hub it cannot be had: "
+    place = "is neither a folder here nor in Hugging Face's cache, and it could not be downloaded from the Hugging Face Hub: "
     refused(f"me/mine {place}", lambda: load_adapter(base, "me/mine"))
     assert not hasattr(base, "spatial_tokens")
     refused(f"cannot load the model 'us/base': us/base {place}", lambda: from_hub("us/base"))
