@@ -147,7 +147,7 @@ def front_page() -> str:
         times = ["not measured" if values is None else milliseconds(values["ms"]) for values in found]
         lines.append((name, f"{extractor / 1e6:.1f} M", f"{whole / 1e6:.1f} M", *times))
     head = (
-        f"Milliseconds of the extractor (six tokens from 24 x 24 patches of CLIP-L's width), {machine['device']}, "
+        f"Milliseconds per call of the extractor (six tokens from 24 x 24 patches of CLIP-L's width), {machine['device']}, "
         f"{machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}. LLaVA-1.5's own projector, which is "
         "part of each whole projector, has 21.0 M parameters."
     )

@@ -79,6 +79,7 @@ def test_demo_prints_a_table_and_where_to_go_next(capsys, tmp_path):
     assert "1 x 582 x 512" in printed
     assert f"wrote {tmp_path / 'windows-pooling.png'}" in printed
     assert "no attention to draw" in printed
+    assert "weights of encoder and projector are random, and the encoder is narrowed to 4 layers of width 192" in printed
     assert "next: " in printed
 
 

@@ -119,6 +119,7 @@ def test_report(capsys, tmp_path):
         "whole model": report["stages"][-1]["shape"],
     }
     assert report["accuracy"][1] > report["accuracy"][0] + 30
+    assert report["chance"] == pytest.approx(100 * (1 / 4 + 1 / 3) / 2)
     assert [Path(each).name for each in report["pictures"]] == ["places.png", "windows.png", "attention.png"]
     assert all(Image.open(each).format == "PNG" for each in report["pictures"])
     again = json.loads(run(capsys, "--output", tmp_path, "--json").out)
@@ -131,15 +132,20 @@ def test_a_scene_in_words_with_a_question_of_ones_own(capsys, tmp_path):
     assert "a scene of green-circle, blue-ring" in printed
     assert "is the green circle left of the blue ring?" in printed
     assert "features give wrong places" in printed
+    assert "A model trained without them reaches 45%, and guessing 29%" in printed
     assert f"wrote {tmp_path / 'places.png'}" in printed
-    assert (
-        "no picture that it was trained on had a red circle" in run(capsys, "--scene", "red circle top", "--output", tmp_path).out
-    )
+
+
+def test_a_pair_that_was_not_trained_on_is_named_first(capsys, tmp_path):
+    printed = run(capsys, "--scene", "a red circle in the upper left", "--output", tmp_path).out
+    unseen = ("red circle", "green square", "blue triangle", "yellow diamond", "purple cross", "orange ring")
+    note = f"note: the training pictures had no {', no '.join(unseen)}"
+    assert printed.startswith(f"{note} (in this scene: red circle)\n")
 
 
 def test_places_and_sizes_of_a_scene_in_words():
     scene = read_scene(
-        "small red-circle top left, large blue ring Right , green cross, yellow square bottom centre".replace(
+        "a small red-circle in the upper left, large blue ring at Right , green cross, yellow square lower centre".replace(
             "cross,", "cross middle,"
         ),
         3,
@@ -154,7 +160,9 @@ def test_places_and_sizes_of_a_scene_in_words():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must have one color, one shape and a place, got ''"),
+        ("", "--scene is empty; describe what to draw, such as"),
+        (" ,", "--scene is empty"),
+        ("red circle top,", "must have one color, one shape and a place, got ''"),
         ("red circle", "must have one color, one shape and a place, got 'red circle'; such as"),
         ("red circle top bottom", "must have one color, one shape and a place, got 'red circle top bottom'"),
         ("red blue circle top", "must have one color, one shape and a place"),

@@ -23,7 +23,7 @@ ROOT = HERE.parent
 
 REPOSITORY = "https://github.com/OWNER/spatial-tokens"
 BESIDE_DOCS = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-PICTURES = ("scaling.png", "projectors.png")
+PICTURES = ("scaling.png", "projectors.png", "place_probe.png")
 
 
 def main(site: Path) -> None:

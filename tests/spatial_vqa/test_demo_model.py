@@ -1,5 +1,7 @@
 """How the demo's model is trained and measured: rows without spatial tokens are those of the base."""
 
+from statistics import mean
+
 import pytest
 import torch
 
@@ -8,13 +10,18 @@ pytest.importorskip("timm")
 
 from benchmarks.spatial_vqa import demo_files
 from benchmarks.spatial_vqa.demo_model import answered, distilled, hide_spatial_tokens
+from benchmarks.spatial_vqa.designs import MLP
 from benchmarks.spatial_vqa.encoder import as_pixels
+from benchmarks.spatial_vqa.estimates import accuracy
 from benchmarks.spatial_vqa.language_model import inputs_of
+from benchmarks.spatial_vqa.plans import LONGER
+from benchmarks.spatial_vqa.results import committed
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import prefix_of
 from benchmarks.spatial_vqa.words import IGNORED, pack, questions_of
 from spatial_tokens.adapters.huggingface import load_adapter
 from spatial_tokens.adapters.huggingface.ready import TRAINED_ADAPTER, trained_llava
+from spatial_tokens.cli.demo import TRAINED_WITHOUT
 from tests.tolerances import assert_close
 
 
@@ -56,3 +63,9 @@ def test_distilled(monkeypatch):
     narrow, missed = distilled(wide, torch.randn(40, 60, 128))
     assert narrow is not wide
     assert 0 < missed < 0.5
+
+
+def test_the_demo_compares_with_the_evidence():
+    runs = committed("full").runs(MLP.name, rolled=True, tuning=LONGER.steps[1]).values()
+    assert len(runs) == 5
+    assert round(mean(accuracy(run["test"], "position") for run in runs)) == TRAINED_WITHOUT

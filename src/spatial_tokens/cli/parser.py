@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_args
 from spatial_tokens import __version__
 from spatial_tokens.bench.names import DTYPES, SUITES
 from spatial_tokens.cli.info import BYTES
+from spatial_tokens.demo.scene_text import UNSEEN_NAMES
 from spatial_tokens.errors import on_one_line, shown
 from spatial_tokens.grid import SpatialBasis, is_positive_int
 
@@ -41,8 +42,13 @@ def make_parser() -> argparse.ArgumentParser:
         'demo --scene "green circle top left, large blue ring right"\n  spatial-tokens demo photo.jpg --preset llava-sp-pooling',
     )
     demo.add_argument("image", nargs="?", metavar="IMAGE", help="show what each stage of a (random) projector makes of a picture")
-    demo.add_argument("--scene", metavar="WORDS", help="what to draw: things between commas, each with color, shape, place [drawn]")
-    demo.add_argument("--prompt", help="a question more; or what to ask --model (default: What is in this picture?)")
+    demo.add_argument(
+        "--scene",
+        metavar="WORDS",
+        help="what to draw: things between commas, each with color, shape, place (default: drawn from the seed). "
+        f"The training pictures had no {', no '.join(UNSEEN_NAMES)}",
+    )
+    demo.add_argument("--prompt", help="an additional question; or what to ask --model (default: What is in this picture?)")
     demo.add_argument("--preset", help="the projector (default: llava-sp-cropping); see: spatial-tokens info")
     demo.add_argument("--encoder", metavar="NAME", help="a timm model (default: CLIP ViT-L/14-336, narrowed to run in seconds)")
     demo.add_argument("--full-size", action="store_true", help="the paper's widths; about 6 GB of memory")
@@ -68,7 +74,11 @@ def make_parser() -> argparse.ArgumentParser:
         "bench --suite kernels --batch 1 --json kernels.json\n  spatial-tokens bench compare before.json after.json",
         json=False,
     )
-    bench.add_argument("--suite", choices=SUITES, help="one of them (default: all, one after another)")
+    bench.add_argument(
+        "--suite",
+        choices=SUITES,
+        help="one of them (default: all, one after another; the progress bar shows about how much time is left)",
+    )
     bench.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     bench.add_argument("--dtype", choices=DTYPES, help="of weights and features (default: float32 and bfloat16)")
     bench.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the suite's own choice)")

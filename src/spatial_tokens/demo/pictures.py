@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spatial_tokens.demo.questions import CELL
-from spatial_tokens.demo.scenes import SIDE
-from spatial_tokens.visualize import ACCENT, panels, show_picture
+from spatial_tokens.demo.scenes import COLORS, SIDE
+from spatial_tokens.visualize import panels, show_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,15 +24,23 @@ Places = list[tuple[int, int] | None]
 
 def draw_places(picture: Image, scene: Scene, without: Places, having: Places) -> Figure:
     """Where the model says that each thing is, without and with spatial tokens: a line from the thing to the patch it names."""
+    from matplotlib.lines import Line2D
+
     figure, axes = panels(2, "where the model says that each thing is")
-    for axis, title, places in zip(axes, ("without spatial tokens", "with"), (without, having), strict=True):
+    square = {"marker": "s", "markeredgecolor": "white", "markersize": 7}
+    for axis, title, places in zip(axes, ("without spatial tokens", "with spatial tokens"), (without, having), strict=True):
         axis.set_title(title, fontsize=9)
         show_picture(axis, picture, GRID, brightness=1)
         for thing, place in zip(scene.things, places, strict=True):
             if place is not None:
                 end = (place[0] + 0.5, place[1] + 0.5)
                 axis.plot(*zip((thing.x / CELL, thing.y / CELL), end, strict=True), color="black", linewidth=1)
-                axis.plot(*end, marker="s", color=ACCENT, markeredgecolor="white", markersize=6)
+                axis.plot(*end, color=[value / 255 for value in COLORS[thing.color]], **square)
+    key = [
+        Line2D([], [], color="gray", linewidth=0, label="the model's answer, in the thing's color", **square),
+        Line2D([], [], color="black", linewidth=1, label="to where the thing is"),
+    ]
+    figure.legend(handles=key, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return figure
 
 
@@ -45,15 +53,21 @@ class Look:
 
 
 def draw_looks(picture: Image, answers: Sequence[tuple[str, str]], looks: Sequence[Look]) -> Figure:
-    """The attention that each question pays to the patches as its answer is said; each panel has a scale of its own.
+    """The attention that each question pays to the patches as its answer is said, as shares of the panel's largest.
 
-    Titles give the answer, and the share of the attention to the picture that the spatial tokens have.
+    Titles give the answer, and the share of the attention to the picture's tokens that the spatial tokens have.
     """
-    figure, axes = panels(len(looks), "what the language model attends to as it answers", columns=4)
+    title = (
+        "Attention of each question's last token to the patch tokens, mean over layers and heads\n"
+        "Yellow: the most. Above each panel: the answer, and the spatial tokens' share of the attention to the image"
+    )
+    figure, axes = panels(len(looks), title, columns=4, colorbar=True)
     for axis, (question, answer), look in zip(axes, answers, looks, strict=True):
-        axis.set_title(f"{_broken(question)}\n{answer} (spatial tokens: {look.spatial:.0%})", fontsize=7)
+        axis.set_title(f"{_broken(question)}\n{answer} ({look.spatial:.0%} to spatial tokens)", fontsize=7)
         show_picture(axis, picture, GRID, brightness=0.8)
-        axis.imshow(look.patches.float().numpy(), extent=(0, GRID[1], GRID[0], 0), cmap="viridis", alpha=0.6)
+        patches = (look.patches / look.patches.max()).float().numpy()
+        drawn = axis.imshow(patches, extent=(0, GRID[1], GRID[0], 0), cmap="viridis", alpha=0.6, vmin=0, vmax=1)
+    figure.colorbar(drawn, ax=list(axes), fraction=0.03, pad=0.02, label="attention / the panel's largest")
     return figure
 
 

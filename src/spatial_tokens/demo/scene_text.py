@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spatial_tokens.demo.scenes import COLORS, RADII, SHAPES, SIDE, Scene, Thing, render
+from spatial_tokens.demo.scenes import COLORS, RADII, SHAPES, SIDE, UNSEEN, Scene, Thing, render
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
-MIDDLE = {"center": "middle", "centre": "middle", "central": "middle"}
+SYNONYMS = {"center": "middle", "centre": "middle", "central": "middle", "upper": "top", "lower": "bottom"}
+SKIPPED = {"a", "an", "the", "at", "in", "on"}
+UNSEEN_NAMES = [f"{color} {shape}" for color, shape in UNSEEN]  # of things that no training picture has
 EXAMPLE = '"green circle top left, large blue ring right"'
 CLUTTER = 6  # pieces, as many as the scenes have that the model was trained on
 
@@ -21,12 +23,15 @@ def read_scene(text: str, noise: int) -> Scene:
 
     Args:
         text: Such as "red circle top left, large blue ring right". Places are top, middle or bottom, and left, middle or right; one
-            word is enough. Sizes are small, medium (the default) and large.
+            word is enough; "upper" and "lower" are read as top and bottom. Sizes are small, medium (the default) and large.
+            Articles, "at", "in" and "on" are skipped.
         noise: The seed of the background.
 
     Raises:
-        SpatialTokensError: If a thing is not so described, or two have the same place or name.
+        SpatialTokensError: If there is no text, a thing is not so described, or two have the same place or name.
     """
+    if not text.replace(",", " ").strip():
+        raise SpatialTokensError(f"--scene is empty; describe what to draw, such as {EXAMPLE}")
     things: list[Thing] = []
     for part in text.split(","):
         thing = _read_thing(part)
@@ -56,7 +61,7 @@ def draw_scene(scene: Scene | str, noise: int = 0) -> Image:
 
 
 def _read_thing(text: str) -> Thing:
-    words = [MIDDLE.get(word, word) for word in text.lower().replace("-", " ").split()]
+    words = [SYNONYMS.get(word, word) for word in text.lower().replace("-", " ").split() if word not in SKIPPED]
     kinds = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(RADII), "place": (*ROWS, *COLUMNS)}
     found = {name: [word for word in words if word in choices] for name, choices in kinds.items()}
     unknown = [word for word in words if not any(word in choices for choices in kinds.values())]

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes among clutter: what is in one, drawn from a seed, and the picture of it.
+"""Scenes of colored shapes among clutter: what is in one, drawn from a seed, and the picture of it.
 
 Python's `random.Random` decides what is in a scene and numpy's frozen `RandomState` the noise, so that a seed means the same scene
 on every machine. Coordinates are pixels, x to the right and y down.
@@ -160,17 +160,17 @@ def covers(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArra
 
 
 def _draw_clutter(canvas: NDArray[np.float64], noise: np.random.RandomState, shade: int) -> None:
-    """A grey stroke or dot, lighter or darker than the background."""
+    """A gray stroke or dot, lighter or darker than the background."""
     import numpy as np
 
-    grey = shade + noise.choice([-1, 1]) * noise.randint(20, 45)
+    gray = shade + noise.choice([-1, 1]) * noise.randint(20, 45)
     x, y = noise.randint(0, SIDE, 2)
     length, angle = (noise.randint(6, 22), noise.uniform(0, 2 * pi)) if noise.rand() < 0.7 else (1, 0.0)
     radius = noise.uniform(0.5, 1.5) * OVERSAMPLING
     for step in np.linspace(0, 1, length * OVERSAMPLING):
         row, column = ((c + step * length * t) * OVERSAMPLING for c, t in ((y, sin(angle)), (x, cos(angle))))
         top, left = (max(0, int(c - radius)) for c in (row, column))
-        canvas[top : max(0, int(row + radius) + 1), left : max(0, int(column + radius) + 1)] = grey
+        canvas[top : max(0, int(row + radius) + 1), left : max(0, int(column + radius) + 1)] = gray
 
 
 def distance(one: Thing, other: Thing) -> float:

@@ -98,13 +98,13 @@ def run_demo(
         seen, attention = _run_stages(picture, encoder, projector, report)
     if (cut := _cut_off(picture.size, seen.size)) is not None:
         report.notes.append(cut)
+    report.notes.append(_random(pretrained, small))
 
     figures = {f"windows-{config.variant}.png": visualize.draw_windows(seen, config.grid_size, config.kernel_sizes, config.variant)}
     if attention is not None and config.detail_kernel_size is not None and config.detail_stride is not None:
         figures["attention.png"] = visualize.draw_attention(
             seen, attention, config.grid_size, config.detail_kernel_size, config.detail_stride
         )
-        report.notes.append("the projector's weights are random: the attention shows where its positions lie, not yet a meaning")
     else:
         report.notes.append(f"{preset} has no DetailFeatureIntegrator: no attention to draw")
     for name, figure in figures.items():
@@ -136,6 +136,13 @@ def _run_stages(
         report.run("patch head", patch_head, partial(patch_head, patches))
     report.run("whole projector", projector, lambda: projector(patches, *grid))
     return encoder.picture(pixels[0]), None if attention is None else attention[0]
+
+
+def _random(pretrained: bool, small: bool) -> str:
+    """Which weights are random, and what that means for the report."""
+    which = "the projector's weights are random" if pretrained else "the weights of encoder and projector are random"
+    narrowed = f", and the encoder is narrowed to {SMALL['depth']} layers of width {SMALL['embed_dim']}" if small else ""
+    return f"{which}{narrowed}: shapes and windows are right, but no attention means anything yet"
 
 
 def _cut_off(size: tuple[int, int], seen: tuple[int, int]) -> str | None:

@@ -18,8 +18,8 @@ from spatial_tokens.adapters.huggingface.ready import TRAINED, TRAINED_ADAPTER, 
 from spatial_tokens.checks import check_seed
 from spatial_tokens.demo import pictures
 from spatial_tokens.demo.questions import CELL, KINDS, Question, sample
-from spatial_tokens.demo.scene_text import draw_scene, read_scene
-from spatial_tokens.demo.scenes import STANDARD, UNSEEN, Scene
+from spatial_tokens.demo.scene_text import UNSEEN_NAMES, draw_scene, read_scene
+from spatial_tokens.demo.scenes import STANDARD, Scene
 from spatial_tokens.demo.stages import Report, Stage
 from spatial_tokens.errors import SpatialTokensError, shown
 from spatial_tokens.storage.files import make_directory
@@ -49,6 +49,7 @@ class SceneReport:
         distances: How far the places that the model names are from the things, in the mean, in patches: without and with; None if
             it names none.
         accuracy: Of questions about position in the test scenes, in percent: without and with.
+        chance: Of the same questions, in percent, what guessing reaches.
         stages: What ran, as in a `Report`.
         pictures: The files that were written.
         notes: What else to know.
@@ -58,6 +59,7 @@ class SceneReport:
     answers: list[Answer]
     distances: tuple[float | None, float | None]
     accuracy: tuple[float, float]
+    chance: float
     stages: list[Stage]
     pictures: list[str]
     notes: list[str]
@@ -69,7 +71,7 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     Args:
         described: The scene in words, as `read_scene` takes it; None for one that is drawn from the seed.
         output: The directory for the PNGs.
-        prompt: A question more.
+        prompt: An additional question.
         seed: Of the scene, and of which questions are asked.
 
     Raises:
@@ -106,11 +108,11 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     }
     for name, figure in drawn.items():
         visualize.save(figure, folder / name)
-    unseen = [f"{color} {shape}" for color, shape in UNSEEN if f"{color}-{shape}" in names]
-    notes = [f"no picture that it was trained on had a {', or a '.join(unseen)}"] if unseen else []
+    here = [name for name in UNSEEN_NAMES if name.replace(" ", "-") in names]
+    new = f"the training pictures had no {', no '.join(UNSEEN_NAMES)} (in this scene: {', '.join(here)})"
     return SceneReport(
         [thing.name for thing in scene.things], answers, (_distance(scene, told[0]), _distance(scene, told[1])), _accuracy(),
-        stages, [str(folder / name) for name in drawn], notes,
+        _chance(), stages, [str(folder / name) for name in drawn], [new] if here else [],
     )  # fmt: skip
 
 
@@ -203,3 +205,8 @@ def _accuracy() -> tuple[float, float]:
         for name in ("without", "with")
     )
     return without, having
+
+
+def _chance() -> float:
+    """Of questions about position, in percent; there are as many of each kind."""
+    return 100 * mean(1 / len(kind.answers) for kind in KINDS.values() if kind.category == "position")
