@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spatial_tokens.demo.questions import CELL
 from spatial_tokens.demo.scenes import COLORS, SIDE
@@ -27,7 +27,7 @@ def draw_places(picture: Image, scene: Scene, without: Places, having: Places) -
     from matplotlib.lines import Line2D
 
     figure, axes = panels(2, "where the model says that each thing is")
-    square = {"marker": "s", "markeredgecolor": "white", "markersize": 7}
+    square: dict[str, Any] = {"marker": "s", "markeredgecolor": "white", "markersize": 7}
     for axis, title, places in zip(axes, ("without spatial tokens", "with spatial tokens"), (without, having), strict=True):
         axis.set_title(title, fontsize=9)
         show_picture(axis, picture, GRID, brightness=1)
