@@ -155,8 +155,7 @@ def covers(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArra
         return abs(x) + abs(y) <= 1
     if shape == "cross":
         return (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1)
-    assert shape == "triangle"
-    return (y <= 0.85) & (2 * abs(x) <= y + 1)
+    return (y <= 0.85) & (2 * abs(x) <= y + 1)  # a triangle
 
 
 def _draw_clutter(canvas: NDArray[np.float64], noise: np.random.RandomState, shade: int) -> None:

@@ -89,6 +89,7 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     _check_words(plain, prompt)
 
     asked = [_in_words(each) for each in questions] + ([prompt] if prompt else [])
+    right = [each.answer for each in questions] + ([None] if prompt else [])
     names = [thing.name for thing in scene.things]
     with torch.inference_mode():
         before = _say(base, plain, picture, asked, names)
@@ -96,8 +97,8 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
         model.float()
         after = _say(model, processor, picture, asked, names)
         stages, looks = _look(model, processor, picture, asked)
-    right = [*(each.answer for each in questions), None]
-    answers = [Answer(*each) for each in zip(asked, right, before, after, strict=False)]
+    counted = (each[: len(asked)] for each in (before, after))
+    answers = [Answer(*each) for each in zip(asked, right, *counted, strict=True)]
     told = [[_place(words) for words in each[len(asked) :]] for each in (before, after)]
 
     config = model.spatial_tokens.config

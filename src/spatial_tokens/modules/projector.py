@@ -353,7 +353,7 @@ class SPProjector(nn.Module):
 
         Raises:
             SpatialTokensError: If a file is missing or damaged, the tensors are not exactly the config's, the device or dtype is
-                not one that parameters can have, or the repository cannot be had.
+                not one that parameters can have, or the repository cannot be downloaded.
         """
         checked_factory(device, dtype)
         folder = hub.folder_of(directory, (pretrained.CONFIG_NAME, pretrained.WEIGHTS_NAME), revision)

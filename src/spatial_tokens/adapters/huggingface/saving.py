@@ -117,7 +117,7 @@ def load_adapter(
         The model and a copy of the processor, as `attach` gives them.
 
     Raises:
-        SpatialTokensError: If a file is missing or damaged, or does not fit the model, or the repository cannot be had; the model
+        SpatialTokensError: If a file is missing or damaged, or does not fit the model, or the download fails; the model
             is then as it was.
     """
     folder = hub.folder_of(directory, (CONFIG_NAME, WEIGHTS_NAME), revision)
