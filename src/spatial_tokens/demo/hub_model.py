@@ -70,7 +70,7 @@ def run_model_demo(name: str, image: str | None, *, prompt: str, preset: str, se
         seed: Of the random weights.
 
     Raises:
-        SpatialTokensError: If picture, model or preset cannot be read, spatial tokens cannot be attached to the model, or the prompt
+        SpatialTokensError: If picture, model or preset cannot be read, the tokens cannot be attached to the model, or the prompt
             contains a special token such as an image's placeholder.
     """
     check_seed(seed)
