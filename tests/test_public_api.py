@@ -52,7 +52,7 @@ OPTIONAL = {  # libraries beyond the core's, and the packages that may import th
     "torchao": {"storage", "compression"},
     "onnx_ir": {"export"},
     "onnxscript": {"export"},
-    "matplotlib": {"visualize", "bench", "compression", "diagnostics"},
+    "matplotlib": {"visualize", "bench", "compression", "diagnostics", "demo"},
     "rich": {"bench"},
 }
 SUBCLASSES = {  # of an optional library's classes: nothing else imports these with itself
