@@ -54,7 +54,7 @@ def page() -> str:
             parts += [f"### {_title(setting)}, retrained encoder and language model\n", designs(again, setting)]
     parts += [
         "### Dense kernels that were compressed\n",
-        compressed(results if again is None else again),
+        compressed(again if again is not None and again.told["compressions"] else results),
         "### Rates of the kernels\n",
         rates(results),
     ]
@@ -62,7 +62,7 @@ def page() -> str:
 
 
 def retrained() -> Results | None:
-    """The runs of the other CPU; they differ in the last bits of the encoder, and so are not in one table with the first ones."""
+    """The runs of the other CPU: their encoder and language model are others, so they are not in one table with the first ones."""
     return committed(RETRAINED) if (COMMITTED / f"{RETRAINED}.json").exists() else None
 
 

@@ -88,8 +88,8 @@ def export_pt2(projector: SPProjector, path: str | PathLike[str], *, grid_size: 
 def export_onnx(projector: SPProjector, path: str | PathLike[str], *, grid_size: KernelSize | None = None) -> None:
     """Writes an ONNX model: input `patches`, outputs `tokens` and, where there is an integrator, `attention`.
 
-    The number of images is free. Weights of more than 2 GB are in a file beside it, `NAME.onnx.XXXXXXXX.data`, with a new name for
-    each export; `data_files` finds it. An export that replaces a model removes that model's file of weights.
+    The number of images is free. Weights of more than 2 GB are in a file beside it, `NAME.onnx.ID.data`, with a new ID for each
+    export; `data_files` finds it. An export that replaces a model removes that model's file of weights.
 
     Args:
         projector: In float32 or float16.
