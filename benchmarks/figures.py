@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 sys.path[0] = str(ROOT)  # in place of this folder
@@ -187,16 +188,21 @@ def operators(*subjects: str) -> str:
 
 
 def projectors() -> str:
-    """What the projectors and llm suites found."""
+    """What the projectors and llm suites found; and whether one thread ranks the projectors alike."""
     _, rows = load(RESULTS / "cpu", "projectors", "llm")
+    _, alone = load(RESULTS / "cpu", "projectors_one_thread")
     lines, seen = [], set()
     for row in rows:
         name, setting, values = row["implementation"], row["setting"], row["values"]
         if row["suite"] == "projectors" and values and (name, setting["dtype"]) not in seen:
             seen.add((name, setting["dtype"]))
             figures = (f"{values['tokens']:.0f}", f"{values['parameters'] / 1e6:.1f} M", f"{values['gflop_per_image']:.1f}")
-            lines.append((name, setting["dtype"], *figures, f"{1 / values['ratio']:.2f}", f"{values['peak_mib']:.0f}"))
-    text = table(["projector, one image", "dtype", "tokens", "parameters", "GFLOP", "time / LLaVA MLP's", "peak MiB"], lines)
+            again = pick(alone, row["subject"], name, **setting)
+            ratios = ("not measured" if found is None else f"{1 / found['ratio']:.2f}" for found in (values, again))
+            lines.append((name, setting["dtype"], *figures, *ratios, f"{values['peak_mib']:.0f}"))
+    text = table(
+        ["projector, one image", "dtype", "tokens", "parameters", "GFLOP", "time / LLaVA MLP's", "on one thread", "peak MiB"], lines
+    )
     models = [
         (row["subject"], row["implementation"], f"{row['values']['image_tokens']:.0f}", f"{row['values']['tokens_per_s']:.2f}",
          f"{row['values']['ratio']:.3f}")
@@ -297,6 +303,55 @@ def scale_out() -> str:
     return head + "\n\n" + table(["engine", "processes", "weights", "gradients", "optimizer", "peak, building included"], lines)
 
 
+def exported() -> str:
+    """The whole projector as each program, beside itself in eager torch."""
+    machine, rows = load(RESULTS / "cpu", "export")
+    lines = []
+    for row in rows:
+        if row["subject"] == "program" and row["values"] and row["implementation"] != "eager":
+            setting = row["setting"]
+            eager = pick(rows, "program", "eager", **setting)
+            cost = (milliseconds(eager["ms"]), milliseconds(row["values"]["ms"]), f"{row['values']['ratio']:.2f}")
+            lines.append((setting["kernels"], setting["batch"], row["implementation"], *cost))
+    head = f"All widths half the paper's, float32; {told(machine)}."
+    return head + "\n\n" + table(["kernels", "batch", "program", "eager, ms", "program, ms", "times as fast"], lines)
+
+
+def int8() -> str:
+    """The extractor with kernels in 8 bits beside plain ones, neither compiled, and compiled."""
+    machine, rows = load(RESULTS / "cpu", "export")
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 8):
+            found = [
+                pick(rows, "extractor", name, kernels="dense", dtype=dtype, batch=batch)
+                for name in ("eager", "int8", "int8, compiled")
+            ]
+            lines.append((dtype, batch, *(milliseconds(values["ms"]) for values in found)))
+    head = f"The extractor with dense kernels, milliseconds, all widths half the paper's; {told(machine)}."
+    return head + "\n\n" + table(["dtype", "batch", "plain kernels", "int8", "int8, `torch.compile`"], lines)
+
+
+def served() -> str:
+    """Requests per second and time to first token with spatial tokens, over those without."""
+    report = json.loads((RESULTS / "cpu" / "serving.json").read_text())
+    settings, lines = report["settings"], []
+    for name in ("requests/s", "time to first token, s"):
+        without = median(report[name]["rounds"]["without"])
+        for kernels, ratio in report[name]["ratio"].items():
+            figures = (f"{without:.3f}", f"{median(report[name]['rounds'][kernels]):.3f}")
+            lines.append((name, kernels, *figures, f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"))
+    head = (
+        f"vLLM {report['vllm']}, {settings['dtype']}, {settings['requests']} requests at once with an image and "
+        f"{settings['tokens']} answered tokens each, {settings['rounds']} rounds; {told(report['machine'])}."
+    )
+    return head + "\n\n" + table(["", "kernels", "without", "with", "ratio of medians (95 %)"], lines)
+
+
+def told(machine: dict) -> str:
+    return f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}"
+
+
 def span(figures: list[float]) -> str:
     if not figures:
         return "not measured"
@@ -314,6 +369,9 @@ PAGES = {
     ROOT / "README.md": front_page,
     ROOT / "docs" / "benchmarks.md": lambda: "\n".join([against_targets(), projectors(), factorized()]),
     ROOT / "docs" / "scale-out.md": scale_out,
+    ROOT / "docs" / "export.md": exported,
+    ROOT / "docs" / "compression.md": int8,
+    ROOT / "docs" / "serving.md": served,
     ROOT / "docs" / "evidence-tables.md": tables.designs_page,
     ROOT / "docs" / "evidence-settings.md": tables.settings_page,
     ROOT / "docs" / "evidence.md": tables.front_page,

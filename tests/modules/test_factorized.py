@@ -210,6 +210,14 @@ def test_the_dense_projector_is_this(basis, detail):
     assert again.spatial_head.fc1.weight is not dense.spatial_head.fc1.weight
 
 
+def test_smaller_pooled_scales_are_nearly_linear_in_the_largest():
+    extractor = FactorizedFeatureExtractor(1, 1, rank=1, variant="pooling", **PAPER).kernels
+    *smaller, largest = (window_basis.weights(basis, extractor.grid_size, extractor.grid_size) for basis in extractor.bases)
+    span = torch.linalg.qr(largest.T)[0]
+    shares = [((maps @ span).square().sum() / maps.square().sum()).item() for maps in smaller]
+    assert [round(share, 2) for share in shares] == [0.85, 0.96, 0.99, 0.79, 0.86]  # docs/modules.md
+
+
 def test_dense_kernels_of_sixteen_bits_are_rounded_once():
     module = factorized(dtype=torch.bfloat16)
     exact = copy.deepcopy(module).double().to_dense()
