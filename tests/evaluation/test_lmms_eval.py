@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -38,14 +39,14 @@ SEVERAL = datasets.Features(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where lmms-eval runs: with questions of left, right, above and below, which POPE's yes and no answer; of one scene, or two."""
+    """Where lmms-eval runs: with questions of left, right, above and below, answered by yes and no; of one scene, or two."""
     made, random = tmp_path_factory.mktemp("lmms"), Random(7)
     rows, several = [], []
     for number in range(SCENES):
         scene, questions = sample(random, STANDARD)
         (side,) = (each for each in questions if each.kind == "side")
         rows.append({"question_id": str(number), "question": side.text, "answer": side.answer, "image": draw_scene(scene)})
-    for first, second in zip(rows[:SHARED], rows[1:], strict=False):
+    for first, second in pairwise(rows[: SHARED + 1]):
         kind = len(several) % 3  # one image; two, before the text; two, where the text says
         before = ("", "", f"<image> {first['question']} {first['answer']} <image> ")[kind]
         images = [second["image"]] if kind == 0 else [first["image"], second["image"]]
@@ -76,7 +77,10 @@ def ran(folder, *arguments, **options):
     for task, scores in json.loads(result.read_text("utf-8"))["results"].items():
         (rows,) = (path for path in logged if path.name.endswith(f"_samples_{task}.jsonl"))
         lines = list(map(json.loads, rows.read_text("utf-8").splitlines()))
-        found[task] = {row["doc_id"]: row["filtered_resps"] for row in lines}, {name: each for name, each in scores.items() if "stderr" not in name}
+        found[task] = (
+            {row["doc_id"]: row["filtered_resps"] for row in lines},
+            {name: each for name, each in scores.items() if "stderr" not in name},
+        )
         assert len(found[task][0]) == len(lines)
     return found
 
@@ -157,7 +161,9 @@ def test_requests_with_many_images_are_fewer_at_once(monkeypatch, tmp_path):
         return [messages, images]
 
     def to_messages(count):
-        files = [{"type": "image", "url": str(tmp_path / "scene.png")}] * (count - 1) + [{"type": "image", "url": picture}] * bool(count)
+        files = [{"type": "image", "url": str(tmp_path / "scene.png")}] * (count - 1) + [{"type": "image", "url": picture}] * bool(
+            count
+        )
         return [{"role": "user", "content": [*files, {"type": "text", "text": str(count)}]}]
 
     monkeypatch.setattr(model, "_inputs", inputs)

@@ -46,7 +46,7 @@ class Processes:
         return [each for each, _ in given]
 
     def own(self, batches: Any, number: int, size: int) -> int:
-        """How many of a batch's samples, its first, are no copies: accelerate fills the last batches up, so that all have as many."""
+        """How many of a batch's samples, its first, are no copies: accelerate fills up the last ones, so that all have as many."""
         try:
             length: int = batches.total_dataset_length
         except (AttributeError, TypeError):  # not accelerate's; of a data set without a length

@@ -24,8 +24,8 @@ def log_usage(trainer: Any, batches: Iterable[Batch] | None = None, *, limit: in
     Args:
         trainer: A `SpatialTokensTrainer`, or any Trainer of transformers, whose model has spatial tokens.
         batches: What is measured (see `usage`); the first of the evaluation's own when left out. Several processes share out a
-            DataLoader that accelerate has prepared, as the evaluation's own is, and log what all of them have found; of other batches
-            each measures all.
+            DataLoader that accelerate has prepared, as the evaluation's own is, and log what all of them have found; other batches
+            are all measured by each.
         limit: At most so many batches, of all processes together, but one of each.
 
     Raises:

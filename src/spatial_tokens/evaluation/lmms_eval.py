@@ -261,7 +261,7 @@ class SpatialTokensOnStrings(SpatialTokens):
 
 
 def _placed(messages: Messages) -> Messages:
-    """Each message's images where its text says `<image>`, if it does so for each of them; the harness puts them before the text."""
+    """Each message's images where its text says `<image>`, if it does so for each; the harness puts them before the text."""
     placed = []
     for message in messages:
         images = iter([part for part in message["content"] if part["type"] == "image"])
