@@ -15,6 +15,7 @@ from spatial_tokens.adapters.huggingface.api import attachment_of
 from spatial_tokens.diagnostics import another_pictures, log_usage, plot_usage, usage
 from spatial_tokens.diagnostics.exchange import Others, picture_names
 from tests.adapters.huggingface.models import llava, pictures, qwen
+from tests.diagnostics import usage_workers
 from tests.tolerances import assert_close
 
 COUNT = 4
@@ -277,3 +278,42 @@ def test_a_trainer_logs_usage_at_each_evaluation(tmp_path):
         log_usage(Trainer(model, TrainingArguments(tmp_path, report_to=[], use_cpu=True), train_dataset=rows))
     with pytest.raises(SpatialTokensError, match="read twice"):
         log_usage(trainer, iter([given]))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found."""
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("two")
+    usage_workers.start(2, folder)
+    return [torch.load(folder / f"found.{rank}") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", usage_workers.CASES)
+def test_two_processes_log_what_one_does(two_processes, name, tmp_path):
+    count, batch_size, limit = usage_workers.CASES[name]
+    model, rows = usage_workers.prepared(count)
+    expected, report = usage_workers.logged(model, rows, batch_size, limit, tmp_path)
+    first, second = (each[name] for each in two_processes)
+    assert first == second
+    found, found_report = first
+    if name == "copies":  # of the last batch's sample, the picture before it is a copy: another one than in one process
+        assert (found_report["samples"], found_report["pictures"]) == (7, 7)
+        expected, found = ({each: told[each] for each in ("usage_gain_over_mean", "usage_places")} for told in (expected, found))
+    assert found == pytest.approx(expected, rel=1e-5)
+    for each in ("loss", "right"):
+        assert found_report[each]["value"] == pytest.approx(report[each]["value"], rel=1e-5)
+
+
+def test_batches_of_every_process_are_measured_in_each(two_processes, tmp_path):
+    model, rows = usage_workers.prepared(8)
+    batches = [usage_workers.together(rows[:4])]
+    expected, _ = usage_workers.logged(model, rows, 2, 8, tmp_path, batches=batches)
+    for each in two_processes:
+        assert each["batches of every process"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_wrong_in_one_process_ends_all(two_processes):
+    first, second = (each["failure"] for each in two_processes)
+    assert second.startswith("batch 0, counted from 0, has no labels")
+    assert first == f"process 1: {second}"

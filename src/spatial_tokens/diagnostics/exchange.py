@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+Picture = tuple[Any, torch.Tensor]  # its name, or None, and its tokens (tokens, D)
+
 
 @contextmanager
 def replaced_tokens(part: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -42,7 +44,7 @@ class Others:
     """
 
     def __init__(self) -> None:
-        self.latest: list[tuple[Any, torch.Tensor]] = []  # the last picture and the last other one: names, tokens (tokens, D)
+        self.latest: list[Picture] = []  # the last one and the last other one
 
     def __call__(self, tokens: torch.Tensor, names: Sequence[Any] | None = None) -> torch.Tensor:
         """Tokens `(pictures, tokens, D)` to others of the same shape.
@@ -61,7 +63,23 @@ class Others:
         for picture in _named(tokens.detach(), names):
             self.latest = [picture, *(each for each in self.latest if not _same(each, picture))][:2]
 
-    def _other(self, pictures: list[tuple[Any, torch.Tensor]], number: int) -> torch.Tensor:
+    @property
+    def lacking(self) -> bool:
+        """Whether a picture may find no other one, as fewer than two are kept."""
+        return len(self.latest) < 2
+
+    def lent(self) -> list[Picture]:
+        """The last picture, for another process; none where there is none."""
+        return [(name, tokens.cpu()) for name, tokens in self.latest[:1]]
+
+    def borrow(self, pictures: Sequence[Picture]) -> None:
+        """Keeps another process's pictures, where this one has no other."""
+        for name, tokens in pictures if self.latest else ():
+            picture = name, tokens.to(self.latest[0][1].device)
+            if self.lacking and not any(_same(picture, each) for each in self.latest):
+                self.latest.append(picture)
+
+    def _other(self, pictures: list[Picture], number: int) -> torch.Tensor:
         own = pictures[number]
         for other in [*(pictures[number - back] for back in range(1, len(pictures))), *self.latest]:
             if not _same(other, own) and other[1].shape == own[1].shape:
@@ -69,11 +87,11 @@ class Others:
         return own[1]
 
 
-def _named(tokens: torch.Tensor, names: Sequence[Any] | None) -> list[tuple[Any, torch.Tensor]]:
+def _named(tokens: torch.Tensor, names: Sequence[Any] | None) -> list[Picture]:
     return list(zip([None] * len(tokens) if names is None else names, tokens, strict=True))
 
 
-def _same(one: tuple[Any, torch.Tensor], other: tuple[Any, torch.Tensor]) -> bool:
+def _same(one: Picture, other: Picture) -> bool:
     if one[0] is None or other[0] is None:
         return torch.equal(one[1], other[1])
     return bool(one[0] == other[0])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn import functional
 from spatial_tokens.adapters.huggingface.api import attachment_of, unwrapped
 from spatial_tokens.adapters.huggingface.hooks import Attachment
 from spatial_tokens.adapters.huggingface.placeholders import IGNORED
-from spatial_tokens.diagnostics.exchange import Others, picture_names, replaced_tokens
-from spatial_tokens.diagnostics.intervals import bootstrap, ratios
-from spatial_tokens.diagnostics.usage_report import Change, LayerAttention, UsageReport
+from spatial_tokens.diagnostics.exchange import Others, Picture, picture_names, replaced_tokens
+from spatial_tokens.diagnostics.processes import Processes
+from spatial_tokens.diagnostics.usage_report import UsageReport
+from spatial_tokens.diagnostics.usage_samples import Samples, report_of
 from spatial_tokens.errors import SpatialTokensError
 
 Batch = Mapping[str, Any]
@@ -28,6 +30,7 @@ def usage(
     model: Any,
     batches: Iterable[Batch],
     *,
+    gather: bool = False,
     progress: Progress = lambda stage, batches: None,
 ) -> UsageReport:
     """Measures a model's loss and answers with each picture's own spatial tokens, with another picture's, and with none.
@@ -43,11 +46,13 @@ def usage(
     Args:
         model: A model that `attach` gave spatial tokens.
         batches: What the model is called with, `labels` included: a list or a DataLoader.
+        gather: Whether each of torch.distributed's processes has batches of its own, which are measured together. All of them must
+            call it then, and all get the same report. A sample that accelerate repeats, to fill a batch up, counts once.
         progress: Told what batches are read for, and how many have been.
 
     Raises:
         SpatialTokensError: If the model has no spatial tokens, there are no batches, they can be read only once, or one has no
-            labels or no images.
+            labels or no images; with `gather`, if that is so in another process.
 
     Example:
         report = usage(model, DataLoader(dataset, batch_size=8, collate_fn=collator))
@@ -60,7 +65,7 @@ def usage(
     with torch.random.fork_rng(devices), torch.no_grad():
         model.eval()
         try:
-            return _measured(_Measurement(model, attachment), batches, progress)
+            return _measured(_Measurement(model, attachment, Processes(gather)), batches, progress)
         finally:
             for module in training:
                 module.training = True
@@ -75,34 +80,58 @@ def require_batches(batches: Any) -> None:
 
 
 def _measured(measured: _Measurement, batches: Iterable[Batch], progress: Progress) -> UsageReport:
-    for number, batch in enumerate(batches):
-        measured.average(batch, number)
-        progress("mean spatial tokens", number + 1)
-    if not measured.pictures:
-        raise SpatialTokensError("there are no batches; give one at least, with images and labels")
-    for number, batch in enumerate(batches):
-        measured.compare(batch, number)
-        progress("usage", number + 1)
-    return measured.report()
+    gather = measured.processes.gather
+
+    def averaged() -> _Average:
+        for number, batch in enumerate(batches):
+            measured.average(batch, number, batches)
+            progress("mean spatial tokens", number + 1)
+        return measured.averaged()
+
+    def compared() -> list[Samples]:
+        found = []
+        for number, batch in enumerate(batches):
+            found.append(measured.compare(batch, number, batches))
+            progress("usage", number + 1)
+        return found
+
+    averages = gather(averaged)
+    measured.take(averages)
+    if any(each.lacks_others for each in averages):
+        measured.borrow(gather(measured.lent))
+    rounds = zip_longest(*gather(compared))
+    return report_of([each for batches in rounds for each in batches if each is not None])
+
+
+@dataclass
+class _Average:
+    """What a process found of its pictures.
+
+    Args:
+        sum: Of their spatial tokens, `(tokens, D)`.
+        pictures: How many there are.
+        exchange_patches: Whether patch tokens can be exchanged.
+        lacks_others: Whether one of them may find no other here.
+    """
+
+    sum: torch.Tensor | float
+    pictures: int
+    exchange_patches: bool
+    lacks_others: bool
 
 
 class _Measurement:
     """One measurement of a model: what was found so far."""
 
-    def __init__(self, model: Any, attachment: Attachment) -> None:
-        self.model, self.attachment, self.parts = model, attachment, attachment.parts
+    def __init__(self, model: Any, attachment: Attachment, processes: Processes) -> None:
+        self.model, self.attachment, self.parts, self.processes = model, attachment, attachment.parts, processes
         self.device = next(self.parts.embeddings.parameters()).device
         self.sum: Any = 0.0  # of spatial tokens, over pictures
         self.pictures = 0
         self.another, self.other_patches = Others(), Others()
-        self.patches_are_exchanged = self.parts.family.tiles is None
-        self.names: list[Any] = []  # of each sample's pictures
-        self.losses: dict[str, list[torch.Tensor]] = {}  # of samples, by whose tokens they were given, (b,) each
-        self.right: dict[str, list[torch.Tensor]] = {}
-        self.attention: list[torch.Tensor] = []  # (b, layers, 2) each: to spatial tokens, to patches
-        self.places = [0, 0]  # of spatial tokens, of patches
+        self.exchange_patches = self.parts.family.tiles is None
 
-    def average(self, batch: Batch, number: int) -> None:
+    def average(self, batch: Batch, number: int, batches: Iterable[Batch]) -> None:
         """Adds a batch's spatial tokens to their mean."""
         with _kept_outputs(self.attachment.projector) as tokens, _kept_outputs(self.parts.projector) as patches:
             inputs = self._inputs(batch, number)[0]
@@ -110,71 +139,69 @@ class _Measurement:
         if not patches or not tokens:
             raise SpatialTokensError(f"batch {number}, counted from 0, has no images; leave out batches of text alone")
         (found,) = tokens
-        self.sum, self.pictures = self.sum + found.double().sum(0), self.pictures + len(found)
+        places = (inputs["input_ids"] == self.attachment.token_id).sum(1)
+        own = len(found) * int(places[: self.processes.own(batches, number, len(places))].sum()) // int(places.sum())
+        self.sum, self.pictures = self.sum + found[:own].double().sum(0), self.pictures + own
         names = self._pictures(inputs, len(found))
         self.another.keep(found, names)
-        self.patches_are_exchanged &= len(patches) == 1 and patches[0].ndim == 3 and len(patches[0]) == len(found)
-        if self.patches_are_exchanged:
+        self.exchange_patches &= len(patches) == 1 and patches[0].ndim == 3 and len(patches[0]) == len(found)
+        if self.exchange_patches:
             self.other_patches.keep(patches[0], names)
 
-    def compare(self, batch: Batch, number: int) -> None:
-        """Adds a batch's losses and answers, with each kind of tokens."""
+    def averaged(self) -> _Average:
+        """What this process's pictures told."""
+        found = self.sum.cpu() if isinstance(self.sum, torch.Tensor) else self.sum
+        return _Average(found, self.pictures, self.exchange_patches, self.another.lacking)
+
+    def take(self, found: list[_Average]) -> None:
+        """Takes what all processes' pictures told.
+
+        Raises:
+            SpatialTokensError: If there are none.
+        """
+        self.pictures = sum(each.pictures for each in found)
+        if not self.pictures:
+            raise SpatialTokensError("there are no batches; give one at least, with images and labels")
+        self.sum = sum(each.sum for each in found)
+        self.exchange_patches = all(each.exchange_patches for each in found)
+
+    def lent(self) -> tuple[list[Picture], list[Picture]]:
+        """The last picture, for processes that have no other one: its spatial tokens and its patch tokens."""
+        return self.another.lent(), self.other_patches.lent()
+
+    def borrow(self, lent: list[tuple[list[Picture], list[Picture]]]) -> None:
+        """Takes the last pictures of the processes before this one."""
+        for spatial, patches in reversed(lent[self.processes.rank :] + lent[: self.processes.rank]):
+            self.another.borrow(spatial)
+            self.other_patches.borrow(patches)
+
+    def compare(self, batch: Batch, number: int, batches: Iterable[Batch]) -> Samples:
+        """A batch's losses and answers, with each kind of tokens."""
         inputs, labels = self._inputs(batch, number)
         ids, mean = inputs["input_ids"], self.sum / self.pictures
+        own = self.processes.own(batches, number, len(ids))
         told = (labels != IGNORED).any(1) & (ids == self.attachment.token_id).any(1)
+        told[own:] = False
         spatial, patches = self.attachment.projector, self.parts.projector
         with _kept_outputs(spatial) as tokens, self._attention(inputs) as attention:
-            self._add("own", inputs, labels, told, number)
+            found = {"own": self._losses(inputs, labels, told, number)}
         pictures = self._pictures(inputs, len(tokens[0]))
         replacements: dict[str, tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]] = {
             "another": (spatial, partial(self.another, names=pictures)),
             "mean": (spatial, lambda each: mean.to(each).expand_as(each)),
         }
-        if self.patches_are_exchanged:
+        if self.exchange_patches:
             replacements["patches"] = patches, partial(self.other_patches, names=pictures)
         for name, (part, replace) in replacements.items():
             with replaced_tokens(part, replace):
-                self._add(name, inputs, labels, told, number)
+                found[name] = self._losses(inputs, labels, told, number)
         names = self._names(ids, pictures, number)
-        self.names += [each for each, kept in zip(names, told.tolist(), strict=True) if kept]
-        if attention:
-            self.attention.append(torch.stack(attention, dim=1)[told].cpu())
-
-    def report(self) -> UsageReport:
-        """What was found.
-
-        Raises:
-            SpatialTokensError: If no sample has both a picture and a label.
-        """
-        if not self.names:
-            raise SpatialTokensError("no sample has both a picture and labels: there is nothing to measure")
-        order = {name: number for number, name in enumerate(dict.fromkeys(self.names))}
-        index = torch.tensor([order[name] for name in self.names])
-
-        def estimates(*values: torch.Tensor) -> Any:
-            """Means over samples of values `(samples,)`; a picture's samples are drawn together."""
-            columns = torch.stack([column for each in values for column in (each, torch.ones_like(each))], dim=1).double()
-            return bootstrap(torch.zeros(len(order), columns.shape[1], dtype=torch.float64).index_add_(0, index, columns), ratios)
-
-        losses, right = ({name: torch.cat(each) for name, each in found.items()} for found in (self.losses, self.right))
-        loss, rightly = estimates(losses["own"], right["own"])
-        changes = {
-            name: Change(*estimates(losses[name] - losses["own"], right["own"] - right[name])) for name in losses if name != "own"
-        }
-        attention = None
-        if self.attention and sum(map(len, self.attention)) == len(self.names):
-            found = torch.cat(self.attention).double()
-            attention = [LayerAttention(*estimates(*layer.unbind(1))) for layer in found.unbind(1)]
-        return UsageReport(
-            samples=len(self.names),
-            pictures=len(order),
-            loss=loss,
-            right=rightly,
-            another=changes["another"],
-            mean=changes["mean"],
-            patches=changes.get("patches"),
-            attention=attention,
-            places=self.places[0] / sum(self.places),
+        return Samples(
+            names=[each for each, kept in zip(names, told.tolist(), strict=True) if kept],
+            losses={name: losses for name, (losses, _) in found.items()},
+            right={name: right for name, (_, right) in found.items()},
+            attention=torch.stack(attention, dim=1)[told].cpu() if attention else None,
+            places=(int((ids[:own] == self.attachment.token_id).sum()), int((ids[:own] == self.parts.image_token_id).sum())),
         )
 
     def _inputs(self, batch: Batch, number: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -194,8 +221,10 @@ class _Measurement:
             raise SpatialTokensError(f"the model gives NaN or infinity for batch {number}, counted from 0")
         return logits
 
-    def _add(self, name: str, inputs: dict[str, Any], labels: torch.Tensor, told: torch.Tensor, number: int) -> None:
-        """Adds each sample's mean loss over its labels, and whether all of them are predicted."""
+    def _losses(
+        self, inputs: dict[str, Any], labels: torch.Tensor, told: torch.Tensor, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each sample's mean loss over its labels, and whether all of them are predicted, `(b,)`."""
         logits = self._logits(inputs, number)
         if logits.shape[:2] != labels.shape:
             raise SpatialTokensError(f"labels have shape {tuple(labels.shape)}, the logits {tuple(logits.shape)}; pad them alike")
@@ -205,8 +234,7 @@ class _Measurement:
         wrong = torch.zeros_like(mask)
         missed[mask] = functional.cross_entropy(found, wanted, reduction="none").double()
         wrong[mask] = found.argmax(-1) != wanted
-        self.losses.setdefault(name, []).append((missed.sum(1) / mask.sum(1))[told].cpu())
-        self.right.setdefault(name, []).append((~wrong.any(1))[told].double().cpu())
+        return (missed.sum(1) / mask.sum(1))[told].cpu(), (~wrong.any(1))[told].double().cpu()
 
     def _pictures(self, inputs: dict[str, Any], count: int) -> list[str] | None:
         """The batch's `picture_names`; None of pictures cut into tiles."""
@@ -216,7 +244,7 @@ class _Measurement:
         """Of each sample, what names its pictures; where that is not known, every sample's own."""
         counts = ((ids == self.attachment.token_id).sum(1) // self.attachment.num_spatial_tokens).tolist()
         if pictures is None or sum(counts) != len(pictures):
-            return [(number, row) for row in range(len(ids))]
+            return [(self.processes.rank, number, row) for row in range(len(ids))]
         ends = list(accumulate(counts, initial=0))
         return [tuple(pictures[start:end]) for start, end in pairwise(ends)]
 
@@ -226,8 +254,6 @@ class _Measurement:
         found: list[torch.Tensor] = []
         ids = inputs["input_ids"]
         spatial, patches = ids == self.attachment.token_id, ids == self.parts.image_token_id
-        for i, keys in enumerate((spatial, patches)):
-            self.places[i] += int(keys.sum())
         if self.attachment.mode != "own":  # spatial tokens are image tokens, and are not told from patches
             yield found
             return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from math import ceil
 from typing import Any
 
 from spatial_tokens.adapters.huggingface.api import attachment_of
+from spatial_tokens.diagnostics.processes import is_shared_out
 from spatial_tokens.diagnostics.token_usage import Batch, require_batches, usage
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError
 from spatial_tokens.grid import check_positive
@@ -21,8 +23,10 @@ def log_usage(trainer: Any, batches: Iterable[Batch] | None = None, *, limit: in
 
     Args:
         trainer: A `SpatialTokensTrainer`, or any Trainer of transformers, whose model has spatial tokens.
-        batches: What is measured (see `usage`); the first of the evaluation's own when left out.
-        limit: At most so many batches.
+        batches: What is measured (see `usage`); the first of the evaluation's own when left out. Several processes share out a
+            DataLoader that accelerate has prepared, as the evaluation's own is, and log what all of them have found; other batches
+            are all measured by each.
+        limit: At most so many batches, of all processes together, but one of each.
 
     Raises:
         MissingExtraError: If transformers is not installed.
@@ -47,7 +51,9 @@ def log_usage(trainer: Any, batches: Iterable[Batch] | None = None, *, limit: in
     class LogUsage(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             found = trainer.get_eval_dataloader() if batches is None else batches
-            trainer.log(usage(trainer.model, _First(found, limit)).metrics())
+            shared = is_shared_out(found)
+            each = ceil(limit / args.world_size) if shared else limit
+            trainer.log(usage(trainer.model, _First(found, each), gather=shared).metrics())
 
     trainer.add_callback(LogUsage())
 
@@ -57,6 +63,11 @@ class _First:
 
     def __init__(self, batches: Iterable[Batch], count: int) -> None:
         self.batches, self.count = batches, count
+
+    @property
+    def total_dataset_length(self) -> int:
+        """As a DataLoader of accelerate's has it."""
+        return self.batches.total_dataset_length  # type: ignore[attr-defined, no-any-return]
 
     def __iter__(self) -> Any:
         return islice(self.batches, self.count)
