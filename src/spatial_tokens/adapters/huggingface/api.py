@@ -79,11 +79,13 @@ def attach(
             found), has them already, or the projector, the token or an option does not fit it.
 
     Examples:
-        ```python
-        model, processor = attach(model, processor, "llava-sp-cropping")
-        inputs = processor(images=image, text="<image> What is this?", return_tensors="pt")
-        model.generate(**inputs)
-        ```
+        >>> from spatial_tokens.adapters.huggingface.ready import trained_llava
+        >>> from spatial_tokens.demo.scene_text import draw_scene
+        >>> model, processor = attach(*trained_llava(), "factorized-cropping")
+        >>> scene = draw_scene("green circle top left, large blue ring right")
+        >>> inputs = processor(images=scene, text="<image> What color is the ring?", return_tensors="pt")
+        >>> processor.decode(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1])
+        'blue'
     """
     _require_transformers()
     if "config" in fields:
