@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +14,7 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -18,10 +22,21 @@ from spatial_tokens.adapters.huggingface import load_adapter
 from spatial_tokens.adapters.huggingface.prompts import as_prompt
 from spatial_tokens.adapters.huggingface.ready import from_hub
 from spatial_tokens.errors import SpatialTokensError, shown
+from spatial_tokens.pictures import read_picture
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 ANSWER = 1024  # tokens, where a task does not say
+IMAGE = "<image>"  # where a picture is in the text of many data sets, whatever a model's own token is
 Messages = list[dict[str, Any]]
+
+
+@contextmanager
+def _last_line() -> Iterator[None]:
+    """Ends the command with an error's one line and status 1: lmms-eval would print its own traceback, and end with status 0."""
+    try:
+        yield
+    except SpatialTokensError as error:
+        sys.exit(f"lmms-eval: spatial_tokens: {error}")
 
 
 class SpatialTokens(lmms):  # type: ignore[misc]
@@ -34,7 +49,7 @@ class SpatialTokens(lmms):  # type: ignore[misc]
         dtype: The base's; what its files have unless given.
         device_map: For a base that one device does not hold; "auto" spreads it.
         attn_implementation: As transformers takes it.
-        batch_size: Requests at once.
+        batch_size: Requests at once; of those with several images, as many as have so many images.
         max_batch_size: Of the harness; not used.
 
     Raises:
@@ -71,7 +86,25 @@ class SpatialTokens(lmms):  # type: ignore[misc]
         if adapter is not None:
             model, processor = load_adapter(model, str(adapter), processor)
             model.spatial_tokens.to(model.dtype)
-        self._model, self.processor = model.eval(), processor
+        self._model, self.processor, self.device = model.eval(), processor, model.device
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SpatialTokens:
+        """As the harness makes one from its command line. What is wrong then, or in its run, is the command's last line."""
+        known = list(inspect.signature(cls).parameters)
+        with _last_line():
+            try:
+                given = simple_parse_args_string(arg_string)
+            except ValueError as error:
+                raise SpatialTokensError(f"model_args must be NAME=VALUE,NAME=VALUE, got {shown(arg_string)}") from error
+            if unknown := [name for name in given if name not in known]:
+                raise SpatialTokensError(f"no model_args {', '.join(unknown)}; there are {', '.join(known)}")
+            if "pretrained" not in given:
+                raise SpatialTokensError("model_args must name the model: pretrained=BASE")
+            made: SpatialTokens = super().create_from_arg_string(arg_string, additional_config)
+        for asked in ("generate_until", "loglikelihood", "generate_until_multi_round"):
+            setattr(made, asked, _last_line()(getattr(made, asked)))
+        return made
 
     @property
     def tokenizer(self) -> Any:
@@ -129,19 +162,25 @@ class SpatialTokens(lmms):  # type: ignore[misc]
             yield from (numbers[at : at + self.batch_size] for at in range(0, len(numbers), self.batch_size))
 
     def _require_images(self, arguments: Sequence[tuple[Any, ...]]) -> None:
-        for task in dict.fromkeys(each[-2] for each in arguments):
-            if not any(self._images(self.messages_of(each)) for each in arguments if each[-2] == task):
+        for *start, _, task, split in {each[-2]: each for each in arguments}.values():
+            documents = range(len(self.task_dict[task][split]))  # all, as a process has requests of some
+            if not any(self._images(self.messages_of((*start, number, task, split))) for number in documents):
                 raise SpatialTokensError(f"task {task!r} has no images, and spatial tokens are made of images; leave it out")
 
     def _generate(self, batch: Sequence[tuple[Any, ...]], asked: dict[str, Any]) -> list[tuple[str, int]]:
-        """Each request's answer and its number of tokens; those with and without images one after the other."""
+        """Each request's answer and its number of tokens; those with as many images as each other together."""
         messages = [self.messages_of(each) for each in batch]
-        having = [bool(self._images(each)) for each in messages]
-        if len(set(having)) > 1:
-            parts = {kind: [each for each, has in zip(batch, having, strict=True) if has == kind] for kind in (True, False)}
-            answers = {kind: iter(self._generate(part, asked)) for kind, part in parts.items()}
-            return [next(answers[has]) for has in having]
-        inputs = self._inputs(messages)
+        images = [self._images(each) for each in messages]
+        answers: dict[int, tuple[str, int]] = {}
+        for count in sorted(set(map(len, images))):
+            rows = [row for row, each in enumerate(images) if len(each) == count]
+            size = max(1, self.batch_size // max(1, count))
+            for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+                inputs = self._inputs([messages[row] for row in part], [images[row] for row in part])
+                answers.update(zip(part, self._answers(inputs, asked), strict=True))
+        return [answers[row] for row in range(len(batch))]
+
+    def _answers(self, inputs: Any, asked: dict[str, Any]) -> list[tuple[str, int]]:
         with torch.inference_mode():
             made = self._model.generate(**inputs, **self._generation_options(asked))
         if not self._model.config.is_encoder_decoder:
@@ -164,9 +203,9 @@ class SpatialTokens(lmms):  # type: ignore[misc]
         pad = self.tokenizer.pad_token_id
         return int(self.eot_token_id if pad is None else pad)
 
-    def _inputs(self, messages: Sequence[Messages], continuation: str = "") -> Any:
-        images = [self._images(each) for each in messages]
-        texts = [as_prompt(self.processor, ChatMessages(messages=each).to_hf_messages()) + continuation for each in messages]
+    def _inputs(self, messages: Sequence[Messages], images: Sequence[list[Any]], continuation: str = "") -> Any:
+        placed = [_placed(ChatMessages(messages=each).to_hf_messages()) for each in messages]
+        texts = [as_prompt(self.processor, each) + continuation for each in placed]
         inputs = self.processor(text=texts, images=images if any(images) else None, padding=True, return_tensors="pt")
         return inputs.to(self._model.device, self._model.dtype)
 
@@ -175,14 +214,14 @@ class SpatialTokens(lmms):  # type: ignore[misc]
         """The images of a conversation, in RGB.
 
         Raises:
-            SpatialTokensError: If it has a video or sound.
+            SpatialTokensError: If it has a video or sound, or an image's file cannot be read.
         """
         images, videos, sounds = ChatMessages(messages=messages).extract_media()
         if videos or sounds:
             raise SpatialTokensError(
                 f"a task has {'videos' if videos else 'sound'}, and spatial tokens are made of images; leave it out"
             )
-        return [each.convert("RGB") for each in images]
+        return [read_picture(each, extra="hf") if isinstance(each, str) else each.convert("RGB") for each in images]
 
 
 class SpatialTokensOnStrings(SpatialTokens):
@@ -212,12 +251,31 @@ class SpatialTokensOnStrings(SpatialTokens):
     def _loss(self, arguments: tuple[Any, ...]) -> tuple[float, bool]:
         _, continuation, _, doc_id, task, split = arguments
         words = continuation if isinstance(continuation, str) else continuation(self.task_dict[task][split][doc_id])
-        messages = [self.messages_of(arguments)]
-        start = self._inputs(messages)["input_ids"].shape[1]
-        inputs = self._inputs(messages, words)
+        messages = self.messages_of(arguments)
+        images = self._images(messages)
+        start = self._inputs([messages], [images])["input_ids"].shape[1]
+        inputs = self._inputs([messages], [images], words)
         said = inputs["input_ids"][0, start:]
         logits = self._model(**inputs).logits[0, start - 1 : -1].float()
         return torch.nn.functional.cross_entropy(logits, said).item(), bool((logits.argmax(-1) == said).all())
+
+
+def _placed(messages: Messages) -> Messages:
+    """Each message's images where its text says `<image>`, if it does so for each; the harness puts them before the text."""
+    placed = []
+    for message in messages:
+        images = iter([part for part in message["content"] if part["type"] == "image"])
+        texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+        content = message["content"]
+        if sum(text.count(IMAGE) for text in texts) == len(content) - len(texts):
+            content = []
+            for text in texts:
+                first, *others = text.split(IMAGE)
+                content.append({"type": "text", "text": first})
+                for each in others:
+                    content += [next(images), {"type": "text", "text": each}]
+        placed.append({**message, "content": [part for part in content if part.get("text") != ""]})
+    return placed
 
 
 def _until(text: str, stops: Sequence[str] | str) -> str:

@@ -1,0 +1,6 @@
+def images(doc):
+    return doc["images"]
+
+
+def results(doc, answers):
+    return {"right": float(answers[0] == doc["answer"])}
