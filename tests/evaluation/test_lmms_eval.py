@@ -70,7 +70,7 @@ def ran(folder, *arguments, **options):
     """A run of the command: by task, what was answered, and all scores."""
     before = set((folder / "out").rglob("*.json*"))
     done = lmms_eval(folder, *arguments, **options)
-    assert "|shapes_pope|" in done.stdout, done.stdout + done.stderr
+    assert "|shapes_pope" in done.stdout, done.stdout + done.stderr
     logged = set((folder / "out").rglob("*.json*")) - before
     (result,) = (path for path in logged if path.name.endswith("_results.json"))
     found = {}
