@@ -117,6 +117,19 @@ def test_an_adapter_of_another_model(folder, tmp_path):
             hf_overrides(tmp_path, folder / "adapter")
 
 
+def test_an_adapter_of_a_base_of_another_name(folder, tmp_path, recwarn):
+    """It may be a renamed copy, so that is no error; nor is it asked of the export, which has a name of its own."""
+    base, adapter, out = tmp_path / "llava", tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(folder / "base", base)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
+    save_adapter(attach(model, None, "llava-sp-cropping", spatial_hidden_size=16)[0], adapter)
+    assert serve_export(base, adapter, out)["architectures"] == [OURS]
+    load_adapter(transformers.AutoModelForImageTextToText.from_pretrained(out), out / "spatial_tokens")
+    assert not [each for each in recwarn if "was saved with" in str(each.message)]
+    with pytest.warns(UserWarning, match=r"was saved with the base model '.*/llava', and this one is '.*/base'"):
+        hf_overrides(folder / "base", adapter)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

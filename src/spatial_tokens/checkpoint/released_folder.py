@@ -138,6 +138,7 @@ def convert_released(
             processor.save_pretrained(directory)
             model, _ = _with_tokens(model, processor, projector)
             model.save_pretrained(directory)
+            model.config._name_or_path = os.path.basename(os.path.realpath(out))  # its own base
             save_adapter(model, directory / NAME)
     return projector.config
 

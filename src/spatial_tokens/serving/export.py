@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spatial_tokens.adapters.huggingface.hooks import NAME
-from spatial_tokens.adapters.huggingface.saving import FORMAT
+from spatial_tokens.adapters.huggingface.saving import FORMAT, read_config, warn_of_another_base
 from spatial_tokens.checks import as_path
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.serving.adapter import read_adapter, require_weights
@@ -32,6 +32,8 @@ def hf_overrides(base: str | PathLike[str], adapter: str | PathLike[str]) -> dic
     The architecture is ours alone. vLLM takes the next of several where it does not know the first: without the plugin it would
     serve the base without spatial tokens.
 
+    Warns if the base has another name than the one the adapter was saved with.
+
     Args:
         base: The base model's folder.
         adapter: What `save_adapter` wrote.
@@ -42,6 +44,7 @@ def hf_overrides(base: str | PathLike[str], adapter: str | PathLike[str]) -> dic
     """
     config, folder = _config(as_path(base, "base")), Path(os.path.abspath(as_path(adapter, "adapter")))
     require_weights(read_adapter(folder, config))
+    warn_of_another_base(folder, read_config(folder), config)
     text = config.get_text_config()
     experts = any(getattr(text, name, None) for name in EXPERTS)
     return {"architectures": [MOE_ARCHITECTURE if experts else ARCHITECTURE], NAME: str(folder)}

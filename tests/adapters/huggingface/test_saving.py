@@ -56,6 +56,54 @@ def test_bit_equal_after_a_reload(saved):
     assert torch.equal(again["input_ids"], inputs["input_ids"])
 
 
+@pytest.fixture
+def saved_with(tmp_path):
+    """Saves an adapter of a base of this name, and gives the base another one."""
+
+    def save(name, loaded_on):
+        base, plain = llava()
+        base.config._name_or_path = name
+        save_adapter(attach(base, plain, **FIELDS)[0], tmp_path / "adapter")
+        detach(base).config._name_or_path = loaded_on
+        return base, tmp_path / "adapter"
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded_on"),
+    [("user/llava", "user/llava-med"), ("models/llava", "user/vip"), (r"C:\models\llava", "models/tiny"), ("here/a", "there/b/")],
+)
+def test_a_base_of_another_name_is_warned_about(saved_with, name, loaded_on):
+    with pytest.warns(UserWarning, match="was saved with the base model .*, and this one is .*; unless that is the same") as caught:
+        load_adapter(*saved_with(name, loaded_on))
+    (message,) = [str(each.message) for each in caught if "was saved with" in str(each.message)]
+    assert repr(name) in message
+    assert repr(loaded_on) in message
+    assert caught[-1].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded_on"),
+    [
+        ("user/llava", "user/llava"),
+        ("user/llava", "/models/Llava/"),
+        (r"C:\models\llava", "other/llava"),
+        ("user/llava", "/cache/models--user--llava/snapshots/0123abcd"),
+        ("", "user/llava"),
+        ("user/llava", ""),
+    ],
+)
+def test_a_copy_of_the_base_elsewhere_is_no_other(saved_with, recwarn, name, loaded_on):
+    load_adapter(*saved_with(name, loaded_on))
+    assert not [each for each in recwarn if "was saved with" in str(each.message)]
+
+
+def test_an_adapter_in_its_bases_folder_belongs_to_it(saved_with, recwarn, tmp_path):
+    load_adapter(*saved_with("user/llava", str(tmp_path)))
+    assert not [each for each in recwarn if "was saved with" in str(each.message)]
+
+
 @pytest.mark.parametrize("options", [{"resize": "pool"}, {"resize": "interpolate", "variant": "pooling"}])
 def test_options_are_kept(tmp_path, options):
     base, plain = qwen()

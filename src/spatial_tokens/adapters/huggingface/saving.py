@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, get_args
 
 import torch
@@ -35,6 +37,7 @@ FORMAT = FolderFormat(CONFIG_NAME, WEIGHTS_NAME, "adapter_config")
 KIND = "SPATIAL_TOKENS: load with spatial_tokens.adapters.huggingface.load_adapter"  # PEFT's KeyError shows it
 KINDS = (KIND, "SPATIAL_TOKENS")  # the latter in files of 0.1
 ROW = "reserved_token."  # of files that 0.1 wrote: a row of the embeddings, which needs none any more
+BASE_NAME = "base_model_name_or_path"
 MODULE = "module."  # and the name of a parameter of a module of the base that was trained too
 _LOADING = """
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -64,7 +67,7 @@ def save_adapter(model: Any, directory: str | PathLike[str]) -> None:
     values = {
         "peft_type": KIND,
         ENTRY: WRITER,
-        "base_model_name_or_path": getattr(inner.config, "_name_or_path", None) or None,
+        BASE_NAME: getattr(inner.config, "_name_or_path", None) or None,
         "base_model_type": inner.config.model_type,
         "mode": attachment.mode,
         "unit": attachment.unit,
@@ -106,6 +109,8 @@ def load_adapter(
 ) -> tuple[Model, Any]:
     """Attaches what `save_adapter` or `push_to_hub` wrote to a base model.
 
+    Warns if the model has another name than the one the adapter was saved with.
+
     Args:
         model: The base model, without spatial tokens.
         directory: That of the two files, or "user/name" on the Hugging Face Hub.
@@ -127,6 +132,7 @@ def load_adapter(
         raise SpatialTokensError(
             f"{folder} is an adapter of a {values['base_model_type']} model, not of a {inner.config.model_type}"
         )
+    warn_of_another_base(folder, values, inner.config)
     tensors = {name: each for name, each in tensors.items() if not name.startswith(ROW)}
     modules = {name.removeprefix(MODULE): tensors.pop(name) for name in list(tensors) if name.startswith(MODULE)}
     paths: list[str] = values.get("modules_to_save", [])
@@ -153,6 +159,30 @@ def read_config(directory: str | PathLike[str]) -> dict[str, Any]:
     """
     folder = as_path(directory)
     return FORMAT.load(folder, partial(_checked, folder=folder), lambda name: False)[0]
+
+
+def warn_of_another_base(folder: Path, values: dict[str, Any], config: Any) -> None:
+    """Warns if an adapter was saved with a base of another name than the model that has this config.
+
+    Folders are not compared, nor anything where a name is not known or the adapter is in the base's own folder. It is no error:
+    a copy of the base may have been renamed.
+    """
+    saved, given = values.get(BASE_NAME), getattr(config, "_name_or_path", None)
+    if not isinstance(saved, str) or not saved or not given or _model_name(saved) == _model_name(given):
+        return
+    if os.path.realpath(given) != os.path.realpath(folder.parent):
+        warnings.warn(
+            f"{folder} was saved with the base model {saved!r}, and this one is {given!r}; unless that is the same model under "
+            "another name, load the adapter's own base: another one does not understand its tokens",
+            stacklevel=3,
+        )
+
+
+def _model_name(name: str) -> str:
+    """What "user/name", a folder of any system and a folder of Hugging Face's cache have in common."""
+    path = PureWindowsPath(name)  # which takes / too
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    return (cached.rpartition("--")[2] if cached else path.name).lower()
 
 
 def _load_modules(inner: Any, paths: list[str], values: dict[str, torch.Tensor], source: str) -> None:
