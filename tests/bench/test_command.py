@@ -6,6 +6,7 @@ import re
 import sys
 import weakref
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from PIL import Image
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.bench import command, console
 from spatial_tokens.bench.comparison import Candidate, Comparison, Row
+from spatial_tokens.bench.names import MINUTES
 from spatial_tokens.bench.options import Options
 from spatial_tokens.bench.report import Report, read_report
 from spatial_tokens.bench.suites import SUITES
 from spatial_tokens.cli import main
 from tests.bench.tiny import COLLECT, TINY, shrink
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -434,6 +438,16 @@ def test_help_has_an_example_and_the_suites(capsys):
     assert "spatial-tokens bench compare" in printed
     assert all(suite in printed for suite in SUITES)
     assert all(name in printed for name in ("--suite", "--device", "--dtype", "--batch", "--json", "--plots"))
+    said = re.search(r"estimated minutes on two CPU cores: (.*); in all (\d+)", " ".join(printed.split()))
+    assert [each.split()[0] for each in said[1].split(", ")] == list(SUITES)
+    assert sum(int(each.split()[1]) for each in said[1].split(", ")) == int(said[2])
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_is_not_said_to_take_less_time_than_its_rows_did(suite):
+    rows = read_report(RESULTS / f"{suite}.json").rows
+    milliseconds = sum(row.values["ms"] * row.values["rounds"] for row in rows if not row.failure)
+    assert milliseconds / 60_000 < MINUTES[suite]
 
 
 def test_running_from_python_raises_one_of_ours(tmp_path):

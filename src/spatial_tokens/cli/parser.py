@@ -7,7 +7,7 @@ import sys
 from typing import Any, NoReturn, get_args
 
 from spatial_tokens import __version__
-from spatial_tokens.bench.names import DTYPES, SUITES
+from spatial_tokens.bench.names import DTYPES, MINUTES, SUITES
 from spatial_tokens.cli.info import BYTES
 from spatial_tokens.demo.scene_text import UNSEEN_NAMES
 from spatial_tokens.errors import on_one_line, shown
@@ -77,7 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--suite",
         choices=SUITES,
-        help="one of them (default: all, one after another; the progress bar shows about how much time is left)",
+        help="one of them (default: all, one after another; the progress bar shows about how much time is left); estimated minutes "
+        f"on two CPU cores: {', '.join(f'{name} {minutes}' for name, minutes in MINUTES.items())}; in all {sum(MINUTES.values())}",
     )
     bench.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     bench.add_argument("--dtype", choices=DTYPES, help="of weights and features (default: float32 and bfloat16)")
