@@ -214,10 +214,10 @@ def projectors() -> str:
 def factorized() -> str:
     """What the factorized suite found, and what is computed of it."""
     machine, rows = load(RESULTS / "cpu", "factorized")
-    told = "nothing is measured yet"
+    where = "nothing is measured yet"
     if machine is not None:
-        told = f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}"
-    times = f"The extractor with factorized kernels (`rank=128`, 3 x 3 cosines) at the paper's size; {told}."
+        where = f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}"
+    times = f"The extractor with factorized kernels (`rank=128`, 3 x 3 cosines) at the paper's size; {where}."
     steps = (
         "A training step of the whole projector: forward, backward, AdamW. Held: weights and moments; the peak above it: gradients "
         "and what the passes need."

@@ -46,24 +46,24 @@ def main() -> None:
         found[name] = {**report.to_dict(), "seconds": round(time.perf_counter() - started, 1)}
         print(report, flush=True)
     command = f"python benchmarks/place_probe.py --limit {options.limit} --device {options.device}"
-    told = {"command": command, "commit": commit, "machine": describe(as_device(options.device)), "encoders": found}
-    write_text(RESULTS / "place_probe.json", json.dumps(told, indent=1, allow_nan=False))
-    save(plot(told), RESULTS / "place_probe.png")
+    results = {"command": command, "commit": commit, "machine": describe(as_device(options.device)), "encoders": found}
+    write_text(RESULTS / "place_probe.json", json.dumps(results, indent=1, allow_nan=False))
+    save(plot(results), RESULTS / "place_probe.png")
 
 
-def plot(told: dict[str, Any]) -> Figure:
+def plot(results: dict[str, Any]) -> Figure:
     """Each architecture's readings over its depth, the mean of column and row."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = (("r2", "R²"), ("right", "right twelfth, beyond chance"), ("order", "which of two is further"))
     for axes, (field, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name, report in told["encoders"].items():
+        for name, report in results["encoders"].items():
             layers = report["layers"]
             depth = [(i + 1) / len(layers) for i in range(len(layers))]
             axes.plot(depth, [_mean(each, field) for each in layers], "o-", markersize=3, label=f"{name}: {ENCODERS[name]}")
         axes.set(title=title, xlabel="depth")
         axes.grid(True, alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
-    pictures = next(iter(told["encoders"].values()))["tested"]
+    pictures = next(iter(results["encoders"].values()))["tested"]
     figure.suptitle(f"What patches tell of their places, random weights, {pictures} generated pictures tested", fontsize=10)
     return figure
 

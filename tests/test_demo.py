@@ -22,7 +22,7 @@ from spatial_tokens.adapters.huggingface.ready import TRAINED, TRAINED_ADAPTER, 
 from spatial_tokens.adapters.huggingface.rolled_vit import RolledViT, RolledViTConfig
 from spatial_tokens.demo.trained import questions_about
 
-TOLD = json.loads((TRAINED / "trained.json").read_text("utf-8"))
+FACTS = json.loads((TRAINED / "trained.json").read_text("utf-8"))
 
 
 def run(capsys, *arguments, code=0):
@@ -32,7 +32,7 @@ def run(capsys, *arguments, code=0):
 
 def test_what_is_shipped_is_what_was_trained_and_small():
     weights = {str(path.relative_to(TRAINED)): path for path in TRAINED.rglob("*.safetensors")}
-    assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in weights.items()} == TOLD["checksums"]
+    assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in weights.items()} == FACTS["checksums"]
     files = [path for path in TRAINED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     assert {path.suffix for path in files} == {".json", ".safetensors", ".jinja"}
@@ -55,8 +55,8 @@ def test_answers_are_as_good_as_they_were_measured():
             right[name] += [words == each.answer for words, each in zip(said, asked, strict=True)]
     share = {name: sum(each) / len(each) for name, each in right.items()}
     measured = {
-        name: sum(TOLD["test"][name][kind][0] for kind in ("quadrant", "third"))
-        / sum(TOLD["test"][name][kind][1] for kind in ("quadrant", "third"))
+        name: sum(FACTS["test"][name][kind][0] for kind in ("quadrant", "third"))
+        / sum(FACTS["test"][name][kind][1] for kind in ("quadrant", "third"))
         for name in right
     }
     assert measured["with"] > measured["without"] + 0.3

@@ -17,7 +17,7 @@ def noise_pixels(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def look(model: Any, scenes: torch.Tensor) -> dict[str, Any]:
+def measure_attention(model: Any, scenes: torch.Tensor) -> dict[str, Any]:
     """The attention of a trained model.
 
     Args:
@@ -29,10 +29,10 @@ def look(model: Any, scenes: torch.Tensor) -> dict[str, Any]:
         pictures, as is that of the largest weight alone; and the first picture's map `(K, P)`.
     """
     noise = encoder.features_of(model.model.vision_tower.vit, noise_pixels(PICTURES))
-    return {name: _told(model, features) for name, features in (("scenes", scenes[:PICTURES]), ("noise", noise))}
+    return {name: _statistics(model, features) for name, features in (("scenes", scenes[:PICTURES]), ("noise", noise))}
 
 
-def _told(model: Any, features: torch.Tensor) -> dict[str, Any]:
+def _statistics(model: Any, features: torch.Tensor) -> dict[str, Any]:
     weight = next(model.spatial_tokens.parameters())
     _, attention = model.spatial_tokens(features[:, 1:].to(weight), return_attention=True)
     maps = attention.float().flatten(1)

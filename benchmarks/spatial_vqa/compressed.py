@@ -14,14 +14,14 @@ from spatial_tokens.compression import compress
 from spatial_tokens.training import Parts
 
 PICTURES = 4000  # whose features weigh the kernels
-BRIEFLY = replace(  # the second stage once more, at a tenth of its rates
+BRIEF_TUNING = replace(  # the second stage once more, at a tenth of its rates
     STAGES[1],
     projector_learning_rate=STAGES[1].projector_learning_rate / 10,
     lora=replace(LORA, learning_rate=LORA.learning_rate / 10),
 )
 
 
-def learned(model: Any) -> dict[str, torch.Tensor]:
+def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     """What a run has trained, by name."""
     return {name: each.detach().contiguous() for name, each in model.named_parameters() if each.requires_grad}
 
@@ -77,7 +77,7 @@ def run(
     for name, model, its_parts in (("tuned", small, parts), ("dense_tuned", dense, dense_parts)):
         order = torch.Generator().manual_seed(compression.of.seed)
         for _ in train(
-            model, design, its_parts, BRIEFLY, compression.tuning, material["train"], compression.of.schedule.scenes, order
+            model, design, its_parts, BRIEF_TUNING, compression.tuning, material["train"], compression.of.schedule.scenes, order
         ):
             progress()
         found[name] = _asked(model, design, material)

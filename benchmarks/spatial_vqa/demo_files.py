@@ -39,7 +39,7 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path, trained: Any, told: dict[str, Any]) -> None:
+def write(folder: Path, trained: Any, facts: dict[str, Any]) -> None:
     """Writes base and adapter in float16, and `trained.json` beside them."""
     make_directory(folder)
     base = _base(trained)
@@ -50,20 +50,20 @@ def write(folder: Path, trained: Any, told: dict[str, Any]) -> None:
     save_adapter(base, folder / "adapter")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)  # a wheel keeps modes
-    write_text(folder / "trained.json", json.dumps({**told, "checksums": checksums(folder)}, indent=2) + "\n")
+    write_text(folder / "trained.json", json.dumps({**facts, "checksums": checksums(folder)}, indent=2) + "\n")
 
 
 def measure(
-    folder: Path, examples: list[Example], answered: Callable[[Any, torch.Tensor, Sequence[Any], bool], dict[str, list[int]]]
+    folder: Path, examples: list[Example], count_right: Callable[[Any, torch.Tensor, Sequence[Any], bool], dict[str, list[int]]]
 ) -> None:
     """Adds to `trained.json` what the files answer, without the spatial tokens and with them, and where it was measured."""
     model, _ = load_adapter(trained_llava(folder)[0], folder / "adapter")
     pixels = as_pixels(torch.from_numpy(pictures(examples)))
     asked = [questions_of(each.questions) for each in examples]
-    found = {name: answered(model, pixels, asked, spatial) for name, spatial in (("without", False), ("with", True))}
-    told = json.loads((folder / "trained.json").read_text("utf-8"))
-    told |= {"test": found, "machine": describe(torch.device("cpu")), "date": date.today().isoformat()}
-    write_text(folder / "trained.json", json.dumps(told, indent=2) + "\n")
+    found = {name: count_right(model, pixels, asked, spatial) for name, spatial in (("without", False), ("with", True))}
+    facts = json.loads((folder / "trained.json").read_text("utf-8"))
+    facts |= {"test": found, "machine": describe(torch.device("cpu")), "date": date.today().isoformat()}
+    write_text(folder / "trained.json", json.dumps(facts, indent=2) + "\n")
     print(json.dumps(found))
 
 

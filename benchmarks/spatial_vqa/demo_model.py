@@ -25,7 +25,7 @@ import torch
 from benchmarks.spatial_vqa import demo_files, tasks
 from benchmarks.spatial_vqa.compressed import restore
 from benchmarks.spatial_vqa.designs import CROPPING
-from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
+from benchmarks.spatial_vqa.language_model import inputs_of, next_word_loss, tally
 from benchmarks.spatial_vqa.plans import LONGER, PLANS, Job
 from benchmarks.spatial_vqa.splits import Example, examples
 from benchmarks.spatial_vqa.training import STAGES, prefix_of
@@ -59,12 +59,12 @@ def main(arguments: list[str]) -> None:
     tasks.make_features(plan, work)
     if not tasks.model_file(work, JOB).exists():
         make_directory(work / "runs")
-        tasks.carry_out(JOB, plan, work)
+        tasks.run_job(JOB, plan, work)
     started = time.process_time()
-    model, told = train(work)
-    told |= {"run": JOB.name, "seed": SEED, "steps": STEPS, "seconds": round(time.process_time() - started)}
-    demo_files.write(options.output, model, told)
-    demo_files.measure(options.output, examples("test", SCENES["test"]), answered)
+    model, facts = train(work)
+    facts |= {"run": JOB.name, "seed": SEED, "steps": STEPS, "seconds": round(time.process_time() - started)}
+    demo_files.write(options.output, model, facts)
+    demo_files.measure(options.output, examples("test", SCENES["test"]), count_right)
 
 
 def train(work: Path) -> tuple[Any, dict[str, Any]]:
@@ -80,15 +80,15 @@ def train(work: Path) -> tuple[Any, dict[str, Any]]:
 
     def report(what: str) -> None:
         for name, spatial in (("without", False), ("with", True)):
-            print(f"{what}, {name}: {_shares(answered(model, features['validation'], asked, spatial))}", flush=True)
+            print(f"{what}, {name}: {_shares(count_right(model, features['validation'], asked, spatial))}", flush=True)
 
     model, parts = restore(CROPPING, lambda: tasks.make_llava(work), read_tensors(tasks.model_file(work, JOB)))
     model.spatial_tokens, found = compress(model.spatial_tokens, features["train"][:, 1:].float(), **FACTORS)
     mlp = model.model.multi_modal_projector
     narrow, missed = distilled(mlp, features["train"][:, 1:])
     mlp.linear_1, mlp.linear_2 = narrow.linear_1, narrow.linear_2  # the module itself has the hooks of the spatial tokens
-    told = {"unexplained": found.unexplained, "mlp_unexplained": missed, "kernel_parameters": found.parameters}
-    report(f"small ({told})")
+    facts = {"unexplained": found.unexplained, "mlp_unexplained": missed, "kernel_parameters": found.parameters}
+    report(f"small ({facts})")
     parts = Parts([mlp, model.spatial_tokens], lora=parts.lora)
     freeze(model, parts)
     optimizer = torch.optim.AdamW(parameter_groups(parts, TUNING))
@@ -96,10 +96,12 @@ def train(work: Path) -> tuple[Any, dict[str, Any]]:
     for step in range(1, STEPS + 1):
         model.train()
         chosen = torch.randint(SCENES["train"], (TUNING.global_batch_size,)).tolist()
-        rows = hide_spatial_tokens(pack([prefix_of(model)] * len(chosen), [_told(scenes["train"][i]) for i in chosen]), WITHOUT)
+        rows = hide_spatial_tokens(
+            pack([prefix_of(model)] * len(chosen), [_segments_of(scenes["train"][i]) for i in chosen]), WITHOUT
+        )
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(**inputs_of(rows), pixel_values=features["train"][chosen].float()).logits.float()
-        loss = foretold(logits, rows.labels)
+        loss = next_word_loss(logits, rows.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,7 +110,7 @@ def train(work: Path) -> tuple[Any, dict[str, Any]]:
             right = (logits.argmax(-1) == rows.labels)[rows.labels != IGNORED].float().mean()
             print(f"{step} of {STEPS}: loss {loss:.3f}, right {right:.0%}, {time.process_time():.0f} s", flush=True)
     report("tuned")
-    return model.eval(), told
+    return model.eval(), facts
 
 
 def distilled(mlp: Any, features: torch.Tensor) -> tuple[Any, float]:
@@ -140,23 +142,23 @@ def hide_spatial_tokens(rows: Rows, count: int) -> Rows:
 
 
 @torch.inference_mode()
-def answered(
+def count_right(
     model: Any, pictures_or_features: torch.Tensor, asked: Sequence[list[Segment]], spatial: bool, batch_size: int = 50
 ) -> dict[str, list[int]]:
     """How many questions of each kind are answered rightly, of how many, with or without spatial tokens."""
     model.eval()
     counts = {kind: [0, 0] for kind in KINDS}
     for start in range(0, len(asked), batch_size):
-        told = asked[start : start + batch_size]
-        rows = hide_spatial_tokens(pack([prefix_of(model)] * len(told), told), 0 if spatial else len(told))
+        batch = asked[start : start + batch_size]
+        rows = hide_spatial_tokens(pack([prefix_of(model)] * len(batch), batch), 0 if spatial else len(batch))
         logits = model(**inputs_of(rows), pixel_values=pictures_or_features[start : start + batch_size].float()).logits
-        for kind, (right, of) in tally(logits, rows.labels, told).items():
+        for kind, (right, of) in tally(logits, rows.labels, batch).items():
             counts[kind][0] += right
             counts[kind][1] += of
     return counts
 
 
-def _told(example: Example) -> list[Segment]:
+def _segments_of(example: Example) -> list[Segment]:
     """Questions whose answers end, so that `generate` does; and records, which end too."""
     questions = [replace(each, ids=[*each.ids, *encode(END)], learned=each.learned + 1) for each in questions_of(example.questions)]
     return [*questions, *(Segment(encode(f"{each.name} {record(each)} {END}"), 4) for each in example.scene.things)]

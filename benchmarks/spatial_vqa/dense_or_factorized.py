@@ -23,8 +23,8 @@ from benchmarks.spatial_vqa.designs import (
 )
 from benchmarks.spatial_vqa.estimates import ALL, ONE, accuracy, estimate
 from benchmarks.spatial_vqa.plans import PLANS, Job
-from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, told_features
-from benchmarks.spatial_vqa.tables import table, told_gain
+from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, features_name
+from benchmarks.spatial_vqa.tables import format_gain, table
 from benchmarks.spatial_vqa.training import COMMON, STAGES, KernelRate
 
 NAME = "factorized"
@@ -37,8 +37,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"rolled": True, "tuning": 800},
     {"rolled": False, "tuning": 400},
 )
-FEW = 4  # fewer seeds are told one by one
-SAY = {"position": "position", ALL: "mean"}
+FEWEST_SUMMARIZED = 4  # fewer seeds are told one by one
+GROUP_NAMES = {"position": "position", ALL: "mean"}
 
 
 def page() -> str:
@@ -54,7 +54,7 @@ def page() -> str:
             parts += [f"### {_title(setting)}, retrained encoder and language model\n", designs(again, setting)]
     parts += [
         "### Dense kernels that were compressed\n",
-        compressed(again if again is not None and again.told["compressions"] else results),
+        compressed(again if again is not None and again.values["compressions"] else results),
         "### Rates of the kernels\n",
         rates(results),
     ]
@@ -73,20 +73,20 @@ def summary(results: Results) -> str:
 
 def counted(own: Results, full: Results, again: Results | None = None) -> str:
     """How many of the plan's runs are in, of what kind, and what is taken from the other plan."""
-    found = [own.told, *([] if again is None else [again.told])]
-    runs = [run for told in found for run in told["runs"]]
+    found = [own.values, *([] if again is None else [again.values])]
+    runs = [run for values in found for run in values["runs"]]
     done, planned = Counter(map(_kind, runs)), Counter(map(_kind_of, PLANS[NAME].runs))
     of_each = [f"{done[kind]} of {count} with {kind}" for kind, count in planned.items()]
-    compressions = sum(len(told["compressions"]) for told in found)
+    compressions = sum(len(values["compressions"]) for values in found)
     of_each.append(f"{compressions} of {len(PLANS[NAME].jobs) - len(PLANS[NAME].runs)} compressions")
     hours = sum(run["seconds"] for run in runs) / 3600
-    joined = len(own.with_runs_of(full).told["runs"]) > len(own.told["runs"])
-    repeated, same = own.repeated(full)
+    joined = len(own.with_runs_of(full).values["runs"]) > len(own.values["runs"])
+    repeated, same = own.count_repeated(full)
     more = "Rows with a setting of the plan `full` have its runs too: the encoder, the language model and the scenes are the same. "
     more += f"{repeated} runs of that plan were run again; {same} of them gave the same answers. " if repeated else ""
-    machines = " and ".join(f"{told['machine']['device']}, torch {told['machine']['versions']['torch']}" for told in found)
+    machines = " and ".join(f"{values['machine']['device']}, torch {values['machine']['versions']['torch']}" for values in found)
     return (
-        f"{len(runs) + compressions} of {own.told['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}. "
+        f"{len(runs) + compressions} of {own.values['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}. "
         f"{more * joined}{machines}; {hours:.1f} hours of one core for training.\n"
     )
 
@@ -99,10 +99,10 @@ def designs(results: Results, setting: dict[str, Any]) -> str:
         if not runs:
             continue
         row = [name, size(results, name), len(runs), _rate(results, name, setting)]
-        for split, asked_for in (("test", "position"), ("test", ALL), ("hard", ALL)):
-            gain = results.gain(name, split, asked_for, over=CROPPING.name, **setting)
-            row += [_told([accuracy(run[split], asked_for) for run in runs.values()])]
-            row += ["" if name == CROPPING.name else told_gain(gain).removesuffix(ONE)]
+        for split, group in (("test", "position"), ("test", ALL), ("hard", ALL)):
+            gain = results.gain(name, split, group, over=CROPPING.name, **setting)
+            row += [_format_accuracies([accuracy(run[split], group) for run in runs.values()])]
+            row += ["" if name == CROPPING.name else format_gain(gain).removesuffix(ONE)]
         rows.append(row)
     over = "over dense cropping"
     return table(
@@ -111,9 +111,9 @@ def designs(results: Results, setting: dict[str, Any]) -> str:
     )
 
 
-def _told(found: list[float]) -> str:
+def _format_accuracies(found: list[float]) -> str:
     """Each seed's where there are few, as an interval of three that differ says nothing; else their mean and its interval."""
-    return ", ".join(f"{each:.1f}" for each in found) if len(found) < FEW else str(estimate(found))
+    return ", ".join(f"{each:.1f}" for each in found) if len(found) < FEWEST_SUMMARIZED else str(estimate(found))
 
 
 def size(results: Results, name: str) -> str:
@@ -125,29 +125,29 @@ def size(results: Results, name: str) -> str:
 def parameters(results: Results, name: str) -> int:
     """The same as a number; 0 where there are none, or no run tells."""
     return next(
-        (run["kernel_parameters"] for run in results.told["runs"] if run["design"] == name and "kernel_parameters" in run), 0
+        (run["kernel_parameters"] for run in results.values["runs"] if run["design"] == name and "kernel_parameters" in run), 0
     )
 
 
 def compressed(results: Results) -> str:
     """Each seed's dense run, and what is left of it: at once, after a brief tuning, and of the dense one after as much tuning."""
     rows = []
-    for each in results.told.get("compressions", []):
+    for each in results.values.get("compressions", []):
         of = each["of"]
         setting = {"rolled": of["rolled"], "tuning": of["schedule"]["steps"][1], "scenes": of["schedule"]["scenes"]}
-        run = results.tried(of["design"], **setting).get(KernelRate(**of["kernel_rate"]), {}).get(of["seed"])
+        run = results.runs_by_rate(of["design"], **setting).get(KernelRate(**of["kernel_rate"]), {}).get(of["seed"])
         if run is None:
             continue
         smaller = each["dense_kernel_parameters"] / each["kernel_parameters"]
         kind = f"{each['frequencies']} x {each['frequencies']}, rank {each['rank']}"
         row = [of["design"], of["seed"], kind, f"1/{smaller:.0f}", f"{100 * each['unexplained']:.1f}"]
-        for asked_for in SAY:
-            dense = accuracy(run["test"], asked_for)
+        for group in GROUP_NAMES:
+            dense = accuracy(run["test"], group)
             row.append(f"{dense:.1f}")
-            row += [f"{accuracy(each[what]['test'], asked_for) - dense:+.1f}" for what in ("compressed", "tuned", "dense_tuned")]
+            row += [f"{accuracy(each[what]['test'], group) - dense:+.1f}" for what in ("compressed", "tuned", "dense_tuned")]
         rows.append(row)
     what = ("compressed", "and tuned", "dense, tuned as long")
-    columns = [f"{SAY[asked_for]}, dense, %" if i == 0 else what[i - 1] for asked_for, i in product(SAY, range(4))]
+    columns = [f"{GROUP_NAMES[group]}, dense, %" if i == 0 else what[i - 1] for group, i in product(GROUP_NAMES, range(4))]
     return table(["design", "seed", "kernels", "size", "variance missed, %", *columns], rows)
 
 
@@ -155,7 +155,7 @@ def rates(results: Results) -> str:
     """Validation at the end of training by the rate of the kernels, in the mean over seeds that all have; bold: chosen."""
     parts = []
     for setting in SETTINGS:
-        tried = {each.name: results.compared(each.name, **setting) for each in ORDER}
+        tried = {each.name: results.validation_by_rate(each.name, **setting) for each in ORDER}
         tried = {name: found for name, found in tried.items() if len(found) > 1}
         columns = sorted({rate for found in tried.values() for rate in found}, key=lambda rate: (rate.by_fan_in, -rate.scale))
         rows = []
@@ -163,12 +163,12 @@ def rates(results: Results) -> str:
             chosen, seeds = results.kernel_rate(name, **setting), len(next(iter(found.values())))
             rows.append([name, seeds, *(_validated(found.get(rate, []), rate == chosen) for rate in columns)])
         if rows:
-            parts.append(table([f"{_title(setting)}: validation, %", "seeds", *map(told_rate, columns)], rows))
+            parts.append(table([f"{_title(setting)}: validation, %", "seeds", *map(format_rate, columns)], rows))
     common = ", then ".join(f"{stage.projector_learning_rate:g}" for stage in STAGES)
     return "\n".join([f"Over the rate of the projector's other layers ({common}).\n", *(parts or [table([], [])])])
 
 
-def told_rate(rate: KernelRate) -> str:
+def format_rate(rate: KernelRate) -> str:
     """As the tables name it."""
     return f"x {rate.scale:g}{', by fan-in' * rate.by_fan_in}"
 
@@ -181,25 +181,27 @@ def draw(images: Path) -> None:
 
     again, setting = retrained(), SETTINGS[0]
     rows = [committed(NAME).with_runs_of(committed("full")), *([] if again is None else [again])]
-    figure, grid = pyplot.subplots(len(rows), len(SAY), figsize=(12, 0.8 + 4 * len(rows)), layout="constrained", squeeze=False)
+    figure, grid = pyplot.subplots(
+        len(rows), len(GROUP_NAMES), figsize=(12, 0.8 + 4 * len(rows)), layout="constrained", squeeze=False
+    )
     for results, axes, title in zip(rows, grid, ("", "encoder and language model retrained"), strict=False):
-        for axis, (asked_for, said) in zip(axes, SAY.items(), strict=True):
-            _draw_designs(axis, results, setting, asked_for)
+        for axis, (group, said) in zip(axes, GROUP_NAMES.items(), strict=True):
+            _draw_designs(axis, results, setting, group)
             axis.set(xscale="log", xlabel="parameters of the kernels", ylabel=f"{said}, test, %", ylim=(30, 100), title=title)
     labels = {label: handle for axis in grid.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(images / "dense-or-factorized.png", dpi=110, metadata={"Software": None})
 
 
-def _draw_designs(axis: Any, results: Results, setting: dict[str, Any], asked_for: str) -> None:
+def _draw_designs(axis: Any, results: Results, setting: dict[str, Any], group: str) -> None:
     for name in (each.name for each in ORDER):
         if not results.runs(name, **setting):
             continue
-        found, kernels = results.estimate(name, "test", asked_for, **setting), parameters(results, name)
+        found, kernels = results.estimate(name, "test", group, **setting), parameters(results, name)
         if name == MLP.name:
             axis.axhline(found.mean, color="grey", linestyle=":", label=MLP.name)
         elif kernels:
-            seeds = [accuracy(run["test"], asked_for) for run in results.runs(name, **setting).values()]
+            seeds = [accuracy(run["test"], group) for run in results.runs(name, **setting).values()]
             color, marker = f"C{ORDER.index(DESIGNS[name]) % 10}", "o" if DESIGNS[name] in FACTORS else "s"
             axis.plot([kernels] * len(seeds), seeds, marker, color=color, label=name)
         if name == CROPPING.name and found.count > 1:
@@ -214,17 +216,17 @@ def _validated(found: list[float], chosen: bool) -> str:
 def _rate(results: Results, name: str, setting: dict[str, Any]) -> str:
     if name == MLP.name:
         return ""
-    chosen, among = results.kernel_rate(name, **setting) or COMMON, len(results.compared(name, **setting))
-    return f"{told_rate(chosen)} (of {among})" if among > 1 else told_rate(chosen)
+    chosen, among = results.kernel_rate(name, **setting) or COMMON, len(results.validation_by_rate(name, **setting))
+    return f"{format_rate(chosen)} (of {among})" if among > 1 else format_rate(chosen)
 
 
 def _title(setting: dict[str, Any]) -> str:
-    return f"{told_features(setting['rolled']).capitalize()} features, {setting['tuning']:,} steps"
+    return f"{features_name(setting['rolled']).capitalize()} features, {setting['tuning']:,} steps"
 
 
 def _kind(run: dict[str, Any]) -> str:
-    return f"{told_features(run['rolled'])} features and {run['schedule']['steps'][1]:,} steps"
+    return f"{features_name(run['rolled'])} features and {run['schedule']['steps'][1]:,} steps"
 
 
 def _kind_of(job: Job) -> str:
-    return f"{told_features(job.rolled)} features and {job.schedule.steps[1]:,} steps"
+    return f"{features_name(job.rolled)} features and {job.schedule.steps[1]:,} steps"

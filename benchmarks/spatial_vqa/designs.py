@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.spatial_vqa.alternatives import PlaceEmbedding, PooledBins
 from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
 from benchmarks.spatial_vqa.layout import GRID
-from benchmarks.spatial_vqa.rivals import PlaceEmbedding, PooledBins
 from spatial_tokens import SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach
 from spatial_tokens.modules import LinearHead, MLPHead

@@ -37,25 +37,25 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean(values), STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5, len(values))
 
 
-def accuracy(counts: dict[str, list[int]], asked_for: str = ALL) -> float:
+def accuracy(counts: dict[str, list[int]], group: str = ALL) -> float:
     """Right answers in percent: of a category or a kind of question, or the mean over categories.
 
     Args:
         counts: How many questions of each kind were answered rightly, of how many.
-        asked_for: The category, the kind, or ALL.
+        group: The category, the kind, or ALL.
     """
-    if asked_for == ALL:
+    if group == ALL:
         return mean(accuracy(counts, each) for each in CATEGORIES)
-    right, asked = zip(*(counts[kind] for kind in kinds_of(asked_for)), strict=True)
+    right, asked = zip(*(counts[kind] for kind in kinds_of(group)), strict=True)
     return 100 * sum(right) / sum(asked)
 
 
-def kinds_of(asked_for: str) -> list[str]:
+def kinds_of(group: str) -> list[str]:
     """A category's kinds of questions; of a kind, that one."""
-    return [name for name, kind in KINDS.items() if asked_for in (name, kind.category)]
+    return [name for name, kind in KINDS.items() if group in (name, kind.category)]
 
 
-def by_questions(counts: dict[str, list[int]]) -> float:
+def sampling_error(counts: dict[str, list[int]]) -> float:
     """Half of the 95 % interval that the mean over categories has by the draw of questions alone, were each drawn by itself."""
     variance = 0.0
     for category in CATEGORIES:
@@ -64,11 +64,11 @@ def by_questions(counts: dict[str, list[int]]) -> float:
     return 196 * sqrt(variance) / len(CATEGORIES)
 
 
-def chance(split: str, asked_for: str = ALL) -> float:
+def chance(split: str, group: str = ALL) -> float:
     """What guessing among a question's answers gives, in percent: of a category or a kind, or the mean over categories."""
-    if asked_for == ALL:
+    if group == ALL:
         return mean(chance(split, each) for each in CATEGORIES)
-    return mean(100 * KINDS[kind].chance(split) for kind in kinds_of(asked_for))
+    return mean(100 * KINDS[kind].chance(split) for kind in kinds_of(group))
 
 
 def difference(

@@ -73,7 +73,7 @@ def train_language_model(
     for _ in range(plan.steps):
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = read(model, [texts[i] for i in torch.randint(len(texts), (plan.batch_size,))])
-        optimization.step(foretold(logits, labels))
+        optimization.step(next_word_loss(logits, labels))
         progress((logits.argmax(-1) == labels)[labels != IGNORED].float().mean().item())
     return model.eval().requires_grad_(False)
 
@@ -92,8 +92,8 @@ def read(model: LlamaForCausalLM, texts: Sequence[Text]) -> tuple[torch.Tensor, 
     return model(inputs_embeds=words + added.sum(2), **inputs).logits.float(), rows.labels
 
 
-def foretold(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean loss where there is a label: it stands where its word is foretold."""
+def next_word_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean loss where there is a label: each label is at the position that predicts its word."""
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 

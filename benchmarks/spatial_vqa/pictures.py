@@ -10,7 +10,7 @@ from benchmarks.spatial_vqa import dense_or_factorized
 from benchmarks.spatial_vqa.attention import PICTURES, noise_pixels
 from benchmarks.spatial_vqa.designs import BLIND, DETAIL, MAIN, MLP, WITHOUT_A_PYRAMID
 from benchmarks.spatial_vqa.estimates import ALL, accuracy, chance
-from benchmarks.spatial_vqa.results import Results, committed, told_features
+from benchmarks.spatial_vqa.results import Results, committed, features_name
 from benchmarks.spatial_vqa.splits import example, pictures
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -29,22 +29,22 @@ def curves(results: Results) -> None:
     """Validation over the steps of instruction tuning, with rolled features in position too: each seed, and the mean."""
     settings = [(rolled, tuning) for tuning in results.tunings for rolled in (False, True)]
     settings = [(rolled, tuning) for rolled, tuning in settings if results.designs(rolled=rolled, tuning=tuning)]
-    panels = [(*each, asked_for) for each in settings for asked_for in ((ALL, "position") if each[0] else (ALL,))]
+    panels = [(*each, group) for each in settings for group in ((ALL, "position") if each[0] else (ALL,))]
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(0.4 + 4 * len(panels), 3.9), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, (rolled, tuning, asked_for) in zip(axes.flat, panels, strict=True):
+    for axis, (rolled, tuning, group) in zip(axes.flat, panels, strict=True):
         for number, name in enumerate(each.name for each in (*MAIN, BLIND, *WITHOUT_A_PYRAMID)):
             runs = list(results.runs(name, rolled=rolled, tuning=tuning).values())
             if runs:
                 steps = [each["step"] for each in runs[0]["curve"]]
-                seeds = [[accuracy(each["validation"], asked_for) for each in run["curve"]] for run in runs]
+                seeds = [[accuracy(each["validation"], group) for each in run["curve"]] for run in runs]
                 axis.plot(steps, list(zip(*seeds, strict=True)), color=f"C{number}", linewidth=0.6, alpha=0.6)
                 heights = [mean(each) for each in zip(*seeds, strict=True)]
                 axis.plot(steps, heights, marker="o", markersize=3, label=name, color=f"C{number}")
-        axis.axhline(chance("validation", asked_for), color="grey", linewidth=1, linestyle=":")
-        what = "" if asked_for == ALL else f": {asked_for}"
-        axis.set(title=f"{told_features(rolled)} features, {tuning:,} steps{what}", xlabel="steps of instruction tuning")
+        axis.axhline(chance("validation", group), color="grey", linewidth=1, linestyle=":")
+        what = "" if group == ALL else f": {group}"
+        axis.set(title=f"{features_name(rolled)} features, {tuning:,} steps{what}", xlabel="steps of instruction tuning")
     axes[0][0].set(ylim=(20, 100), ylabel="validation, % (dotted: chance)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=9)
     _save(figure, "spatial-vqa-curves.png")
@@ -63,7 +63,7 @@ def gains(results: Results) -> None:
                 half = gain.half if gain.count > 1 else 0  # of one seed there is no interval
                 axis.errorbar(gain.mean, height, xerr=half, fmt="o" if half else "x", color=f"C{int(gain.is_sure)}", capsize=3)
         axis.axvline(0, color="gray", linewidth=1, linestyle=":")
-        axis.set(title=f"{told_features(rolled)} features, {tuning:,} steps", xlabel="points over the MLP", xlim=(-55, 105))
+        axis.set(title=f"{features_name(rolled)} features, {tuning:,} steps", xlabel="points over the MLP", xlim=(-55, 105))
     axes[0].set_yticks(range(len(names)), names)
     _save(figure, "spatial-vqa-gains.png")
 

@@ -118,15 +118,15 @@ VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, FEW, QUICK = Schedule(5000, (250, 400)), Schedule(1000, (250, 400)), Schedule(4000, (200, 300), curve=3)
 LONGER = Schedule(5000, (250, 2400), curve=8)
-THREE = (designs.MLP, designs.CROPPING, designs.POOLING)
+MLP_AND_DENSE = (designs.MLP, designs.CROPPING, designs.POOLING)
 CONTROLS = (designs.DEEP, designs.LEARNED)
-REST = (*designs.DETAIL, *designs.TOKENS)
-SOON = Schedule(5000, (250, 800))
+DETAIL_AND_TOKENS = (*designs.DETAIL, *designs.TOKENS)
+MEDIUM = Schedule(5000, (250, 800))
 DENSE = (designs.CROPPING, designs.POOLING)
-OTHERS = (designs.FACTORIZED_POOLING, designs.BINS, designs.PLACES)
-COARSE = (KernelRate(0.1), KernelRate(0.01))  # 3e-4, 3e-5; every design's rates are the same ones
-TENTHS = (*COARSE, KernelRate(0.03))
-FINER = (KernelRate(by_fan_in=True), KernelRate(0.3), KernelRate(0.003))
+ALTERNATIVES = (designs.FACTORIZED_POOLING, designs.BINS, designs.PLACES)
+LOWEST_RATES = (KernelRate(0.1), KernelRate(0.01))  # 3e-4, 3e-5; every design's rates are the same ones
+LOW_RATES = (*LOWEST_RATES, KernelRate(0.03))
+MORE_RATES = (KernelRate(by_fan_in=True), KernelRate(0.3), KernelRate(0.003))
 OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(3), LONG, scale=0.25 if each.scale == 1 else 1.0))
 
 
@@ -147,15 +147,15 @@ PLANS = {
         jobs=(
             *_jobs((*designs.MAIN, designs.BLIND), range(1), LONG),
             *_jobs(designs.MAIN, range(1, 3), LONG),
-            *_jobs(THREE, range(3), LONGER, rolled=True),
+            *_jobs(MLP_AND_DENSE, range(3), LONGER, rolled=True),
             *OTHER_RATE,
             *_jobs(CONTROLS, range(3), LONGER, rolled=True),
-            *_jobs(THREE, range(3), LONGER),
-            *_jobs(REST, range(3), LONG),
+            *_jobs(MLP_AND_DENSE, range(3), LONGER),
+            *_jobs(DETAIL_AND_TOKENS, range(3), LONG),
             *_jobs(designs.TRANSFORMERS, range(3), LONG),
-            *_jobs(THREE, range(3), FEW),
+            *_jobs(MLP_AND_DENSE, range(3), FEW),
             *_jobs(designs.WITHOUT_A_PYRAMID, range(3), LONGER, rolled=True),
-            *_jobs(THREE, range(3, 5), LONGER, rolled=True),
+            *_jobs(MLP_AND_DENSE, range(3, 5), LONGER, rolled=True),
             *_jobs(designs.MAIN, range(3, 5), LONG),
             *_jobs((designs.MLP, designs.LEARNED, designs.POOLING), range(3, 4), LONGER),  # the last two learned little in LONG
         ),
@@ -167,18 +167,18 @@ PLANS = {
             *_jobs((designs.FACTORIZED, designs.WIDER, designs.PLACES), range(3), LONGER, rolled=True),  # `full` has the dense ones
             *_jobs((designs.CROPPING,), range(3), LONGER, rolled=True),  # once more, as their models are compressed
             *_compressions(range(3)),
-            *_jobs((designs.CROPPING, designs.FACTORIZED, designs.PLACES, designs.MLP), range(3), SOON, rolled=True),
-            *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), SOON, rolled=True, rates=TENTHS),
+            *_jobs((designs.CROPPING, designs.FACTORIZED, designs.PLACES, designs.MLP), range(3), MEDIUM, rolled=True),
+            *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), MEDIUM, rolled=True, rates=LOW_RATES),
             *_jobs((designs.BINS, designs.FACTORIZED_POOLING), range(3), LONGER, rolled=True),
             *_jobs(designs.SIZES, range(3), LONGER, rolled=True),
-            *_jobs((designs.FACTORIZED, *OTHERS), range(3), LONG),
-            *_jobs((*DENSE, designs.FACTORIZED), range(3), LONG, rates=TENTHS),
-            *_jobs((designs.POOLING, designs.FACTORIZED_POOLING, designs.BINS), range(3), SOON, rolled=True),
-            *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), LONGER, rolled=True, rates=COARSE),
-            *_jobs((designs.POOLING, *OTHERS), range(3), SOON, rolled=True, rates=TENTHS),
-            *_jobs((*DENSE, designs.FACTORIZED, *OTHERS), range(3), SOON, rolled=True, rates=FINER),
-            *_jobs((designs.POOLING, *OTHERS), range(3), LONGER, rolled=True, rates=COARSE),
-            *_jobs(OTHERS, range(3), LONG, rates=TENTHS),
+            *_jobs((designs.FACTORIZED, *ALTERNATIVES), range(3), LONG),
+            *_jobs((*DENSE, designs.FACTORIZED), range(3), LONG, rates=LOW_RATES),
+            *_jobs((designs.POOLING, designs.FACTORIZED_POOLING, designs.BINS), range(3), MEDIUM, rolled=True),
+            *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), LONGER, rolled=True, rates=LOWEST_RATES),
+            *_jobs((designs.POOLING, *ALTERNATIVES), range(3), MEDIUM, rolled=True, rates=LOW_RATES),
+            *_jobs((*DENSE, designs.FACTORIZED, *ALTERNATIVES), range(3), MEDIUM, rolled=True, rates=MORE_RATES),
+            *_jobs((designs.POOLING, *ALTERNATIVES), range(3), LONGER, rolled=True, rates=LOWEST_RATES),
+            *_jobs(ALTERNATIVES, range(3), LONG, rates=LOW_RATES),
             *_jobs((designs.DETAIL[0], designs.FACTORIZED_DETAIL), range(3), LONGER, rolled=True),
         ),
     ),

@@ -21,15 +21,15 @@ class Results:
     """A plan's results.
 
     Args:
-        told: What `run.py` writes: all that was found.
+        values: What `run.py` writes: all that was found.
     """
 
-    def __init__(self, told: dict[str, Any]) -> None:
-        self.told = told
-        self.usual = told["runs"][0]["schedule"]
-        self.tunings = sorted({run["schedule"]["steps"][1] for run in told["runs"]})
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.usual = values["runs"][0]["schedule"]
+        self.tunings = sorted({run["schedule"]["steps"][1] for run in values["runs"]})
 
-    def tried(
+    def runs_by_rate(
         self, design: str, *, rolled: bool = False, scenes: int | None = None, tuning: int | None = None
     ) -> dict[KernelRate, dict[int, dict[str, Any]]]:
         """A design's runs by the rate of its kernels and by seed; those that tried other rates of all the projector are left out.
@@ -42,17 +42,17 @@ class Results:
         """
         wanted = (design, rolled, scenes or self.usual["scenes"], tuning or self.usual["steps"][1], DESIGNS[design].scale)
         found: dict[KernelRate, dict[int, dict[str, Any]]] = {}
-        for run in self.told["runs"]:
+        for run in self.values["runs"]:
             if _setting(run) == wanted:
                 found.setdefault(KernelRate(**run.get("kernel_rate", {})), {})[run["seed"]] = run
         return found
 
-    def compared(self, design: str, **setting: Any) -> dict[KernelRate, list[float]]:
+    def validation_by_rate(self, design: str, **setting: Any) -> dict[KernelRate, list[float]]:
         """Accuracy on validation at the end of training, of each seed, by the rate of the kernels.
 
         Rates are compared that were tried on three seeds, or on as many as any was, on the seeds that all of them have.
         """
-        tried = self.tried(design, **setting)
+        tried = self.runs_by_rate(design, **setting)
         enough = min(3, max(map(len, tried.values()), default=0))
         rates = [rate for rate, runs in tried.items() if len(runs) >= enough]
         seeds = sorted(set.intersection(*(set(tried[rate]) for rate in rates))) if rates else []
@@ -65,21 +65,21 @@ class Results:
 
         Of the rates that are compared it is that of the highest mean. Test and hard scenes have no say.
         """
-        found = self.compared(design, **setting)
+        found = self.validation_by_rate(design, **setting)
         return max(found, key=lambda rate: mean(found[rate]), default=None)
 
     def runs(self, design: str, **setting: Any) -> dict[int, dict[str, Any]]:
-        """A design's runs by seed, in a setting as `tried` takes it, at the rate of its kernels that validation prefers."""
+        """A design's runs by seed, in a setting as `runs_by_rate` takes it, at the rate of its kernels that validation prefers."""
         rate = self.kernel_rate(design, **setting)
-        return {} if rate is None else self.tried(design, **setting)[rate]
+        return {} if rate is None else self.runs_by_rate(design, **setting)[rate]
 
     def designs(self, **setting: Any) -> list[str]:
         """Those that have runs, in the order of the comparison."""
         return [name for name in DESIGNS if self.runs(name, **setting)]
 
-    def estimate(self, design: str, split: str, asked_for: str = ALL, **setting: Any) -> Estimate:
+    def estimate(self, design: str, split: str, group: str = ALL, **setting: Any) -> Estimate:
         """A design's accuracy, in a category or a kind of question."""
-        return estimate([accuracy(run[split], asked_for) for run in self.runs(design, **setting).values()])
+        return estimate([accuracy(run[split], group) for run in self.runs(design, **setting).values()])
 
     def gain(self, design: str, split: str, category: str = ALL, over: str = MLP.name, **setting: Any) -> Estimate | None:
         """A design's accuracy less another's."""
@@ -87,21 +87,21 @@ class Results:
 
     def with_runs_of(self, other: "Results") -> "Results":
         """These with the runs of another plan that are not among them; these alone if its encoder or language model is another."""
-        if _made_from(self.told) != _made_from(other.told):
+        if _made_from(self.values) != _made_from(other.values):
             return self
-        own = {_identity(run) for run in self.told["runs"]}
+        own = {_identity(run) for run in self.values["runs"]}
         return Results(
-            {**self.told, "runs": [*self.told["runs"], *(run for run in other.told["runs"] if _identity(run) not in own)]}
+            {**self.values, "runs": [*self.values["runs"], *(run for run in other.values["runs"] if _identity(run) not in own)]}
         )
 
-    def repeated(self, other: "Results") -> tuple[int, int]:
+    def count_repeated(self, other: "Results") -> tuple[int, int]:
         """How many runs another plan has too, and how many of them gave the same answers there."""
-        theirs = {_identity(run): run for run in other.told["runs"]}
-        pairs = [(run, theirs[_identity(run)]) for run in self.told["runs"] if _identity(run) in theirs]
+        theirs = {_identity(run): run for run in other.values["runs"]}
+        pairs = [(run, theirs[_identity(run)]) for run in self.values["runs"] if _identity(run) in theirs]
         return len(pairs), sum(all(one[split] == two[split] for split in ("test", "hard")) for one, two in pairs)
 
 
-def told_features(rolled: bool) -> str:
+def features_name(rolled: bool) -> str:
     """What a run's features are called."""
     return "rolled" if rolled else "plain"
 
@@ -114,6 +114,6 @@ def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
     return *_setting(run), KernelRate(**run.get("kernel_rate", {})), run["seed"]
 
 
-def _made_from(told: dict[str, Any]) -> Any:
-    plan = {name: value for name, value in told["plan"].items() if name != "name"}
-    return told["benchmark"], plan, [told["pretrained"][name]["right"] for name in ("encoder", "language_model")]
+def _made_from(values: dict[str, Any]) -> Any:
+    plan = {name: value for name, value in values["plan"].items() if name != "name"}
+    return values["benchmark"], plan, [values["pretrained"][name]["right"] for name in ("encoder", "language_model")]

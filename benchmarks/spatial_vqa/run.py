@@ -49,7 +49,7 @@ except ImportError as error:
     sys.exit(f"run.py: error: {reason(error)}; in a clone: pip install -e '.[timm,train,bench]' 'torch>=2.9'")
 
 Task = tuple[Callable[..., None], tuple[Any, ...]]
-CARRY_OUT: dict[type, Callable[..., None]] = {Job: tasks.carry_out, Compression: tasks.carry_out_compression}
+RUNNERS: dict[type, Callable[..., None]] = {Job: tasks.run_job, Compression: tasks.run_compression}
 
 
 def main(arguments: list[str]) -> None:
@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> None:
     work = make_directory(options.work / (options.plan.folder or options.plan.name))
     results = make_directory(options.work / options.plan.name) / "results.json"
     fresh, began = not any(work.iterdir()), time.monotonic()
-    claim(work, options.plan)
+    claim_folder(work, options.plan)
     try:
-        carry_out(options.plan, work, options.workers, began + 60 * options.minutes)
+        run_plan(options.plan, work, options.workers, began + 60 * options.minutes)
     finally:
         found = None
         if runs_in(work).keys() & {job.name for job in options.plan.jobs}:
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     print(f"{done} of {len(options.plan.jobs)} runs are in {results}")
 
 
-def claim(work: Path, plan: Plan) -> None:
+def claim_folder(work: Path, plan: Plan) -> None:
     """Makes the folder this plan's: another may go on in it that differs in its runs alone.
 
     Raises:
@@ -104,7 +104,7 @@ def claim(work: Path, plan: Plan) -> None:
     write_text(path, text)
 
 
-def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
+def run_plan(plan: Plan, work: Path, workers: int, until: float) -> None:
     """Does what is not done yet, in the plan's order.
 
     Raises:
@@ -125,10 +125,10 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
         overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
         steps: list[list[Task]] = [[(tasks.make_language_model, (plan, work)), (tasks.make_features, (plan, work))]]
         for kind, jobs in groupby(todo, type):  # a model is there before it is compressed
-            steps.append([(CARRY_OUT[kind], (job, plan, work)) for job in jobs])
+            steps.append([(RUNNERS[kind], (job, plan, work)) for job in jobs])
         for step in steps:
             try:
-                follow(pool, workers, step, queue, progress, until)
+                run_tasks(pool, workers, step, queue, progress, until)
             except BrokenProcessPool as error:
                 raise SpatialTokensError(
                     "a process was killed, as happens where memory runs out; the same command goes on: give fewer --workers"
@@ -136,7 +136,7 @@ def carry_out(plan: Plan, work: Path, workers: int, until: float) -> None:
             progress.update(overall, completed=sum(is_done(job, plan, work) for job in plan.jobs))
 
 
-def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any, progress: Progress, until: float) -> None:
+def run_tasks(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any, progress: Progress, until: float) -> None:
     """Runs tasks, as many at once as there are workers, and shows how far they are: in bars, or in lines where no terminal is."""
     left, running, bars = iter(todo), set[Future[None]](), dict[str, Any]()
     while True:
@@ -145,7 +145,7 @@ def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any
         if not running:
             return
         done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-        for name, steps, total in told(queue):
+        for name, steps, total in reports(queue):
             if not progress.console.is_terminal and (name not in bars or steps == total):
                 print(f"{datetime.now():%H:%M} {name}: {steps} of {total}", flush=True)
             if name not in bars:
@@ -153,10 +153,10 @@ def follow(pool: ProcessPoolExecutor, workers: int, todo: list[Task], queue: Any
             progress.update(bars[name], completed=steps, visible=steps < total)
         for each in done:
             each.result()
-            progress.advance(progress.task_ids[0], todo[0][0] in CARRY_OUT.values())
+            progress.advance(progress.task_ids[0], todo[0][0] in RUNNERS.values())
 
 
-def told(queue: Any) -> Iterable[tuple[str, int, int]]:
+def reports(queue: Any) -> Iterable[tuple[str, int, int]]:
     """What the tasks have reported since."""
     while True:
         try:
@@ -196,7 +196,7 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
     found = runs_in(work)
     done = [(job, read(found[job.name])) for job in plan.jobs if job.name in found]
     runs = [run for job, run in done if isinstance(job, Job)]
-    told = {
+    values = {
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
         "machine": describe(torch.device("cpu")),
         "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
@@ -205,16 +205,16 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
     }  # fmt: skip
     if plan.folder is not None:
         compressions = [run for job, run in done if isinstance(job, Compression)]
-        return {**told, "runs": [briefly(run) for run in runs], "compressions": compressions}
-    told["pretrained"] |= {"from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)}
+        return {**values, "runs": [without_details(run) for run in runs], "compressions": compressions}
+    values["pretrained"] |= {"from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)}
     for run in runs:
         if run["seed"] > 0:
             for each in run.get("attention", {}).values():
                 each.pop("map", None)
-    return {**told, "runs": runs}
+    return {**values, "runs": runs}
 
 
-def briefly(run: dict[str, Any]) -> dict[str, Any]:
+def without_details(run: dict[str, Any]) -> dict[str, Any]:
     """A run without attention, other pictures' tokens, and validation but at the end."""
     kept = {name: value for name, value in run.items() if name not in ("attention", "strangers", "steps")}
     return {**kept, "seconds": round(run["seconds"]), "curve": [{"validation": run["curve"][-1]["validation"]}]}

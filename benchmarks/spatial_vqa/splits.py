@@ -7,9 +7,9 @@ from random import Random
 import numpy as np
 
 from spatial_tokens.demo.questions import Question, caption, reading, sample
-from spatial_tokens.demo.scenes import HARD, STANDARD, TOLD, VERSION, Scene, render
+from spatial_tokens.demo.scenes import HARD, STANDARD, TEXT_ONLY, VERSION, Scene, render
 
-SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": HARD, "told": TOLD}
+SPLITS = {"train": STANDARD, "validation": STANDARD, "test": STANDARD, "hard": HARD, "told": TEXT_ONLY}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,6 @@ def pictures(found: list[Example]) -> np.ndarray:
 
 def digest(found: list[Example]) -> str:
     """What tells two lists of examples apart: pictures, questions and answers."""
-    told = hashlib.sha256(pictures(found).tobytes())
-    told.update(repr([(each.questions, each.reading, each.caption) for each in found]).encode())
-    return told.hexdigest()
+    hashed = hashlib.sha256(pictures(found).tobytes())
+    hashed.update(repr([(each.questions, each.reading, each.caption) for each in found]).encode())
+    return hashed.hexdigest()

@@ -6,8 +6,8 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.spatial_vqa.designs import DESIGNS, DETAIL, LEARNED, MAIN, MLP, WITHOUT_A_PYRAMID
-from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, by_questions, chance, estimate
-from benchmarks.spatial_vqa.results import Results, committed, told_features
+from benchmarks.spatial_vqa.estimates import ALL, ONE, Estimate, accuracy, chance, estimate, sampling_error
+from benchmarks.spatial_vqa.results import Results, committed, features_name
 from spatial_tokens.demo.questions import CATEGORIES, KINDS
 
 SPLITS = ("test", "hard")
@@ -41,7 +41,7 @@ def designs_page() -> str:
         "### By category\n", categories(results, "test"), categories(results, "hard"),
         gains(results, "test"), gains(results, "hard"),
         "### By kind of question\n", kinds(results, "test"), kinds(results, "hard"),
-        "### Beside the paper\n", beside_the_paper(results),
+        "### Beside the paper\n", paper_comparison(results),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -50,13 +50,13 @@ def settings_page() -> str:
     """Other settings, and what the models use."""
     results = committed("full")
     parts = [
-        "### With longer tuning\n", longer(results, rolled=False),
-        "### Where features tell wrong places\n", patches(results), longer(results, rolled=True),
-        "### With another picture's tokens\n", strangers(results),
-        "### On fewer scenes\n", fewer(results),
+        "### With longer tuning\n", longer_tuning(results, rolled=False),
+        "### Where features tell wrong places\n", patches(results), longer_tuning(results, rolled=True),
+        "### With another picture's tokens\n", exchanged_tokens(results),
+        "### On fewer scenes\n", fewer_scenes(results),
         "### Learning rates\n", trials(results),
         "### Detail, and its attention\n", details(results),
-        "### The quick run\n", quick(committed("quick")),
+        "### The quick run\n", quick_run(committed("quick")),
     ]  # fmt: skip
     return "\n".join(parts)
 
@@ -69,14 +69,14 @@ def front_page() -> str:
 
 def setting(results: Results) -> str:
     """On what, and how much."""
-    told, machine, plan = results.told, results.told["machine"], results.told["plan"]
+    values, machine, plan = results.values, results.values["machine"], results.values["plan"]
     schedule = next(iter(results.runs(MLP.name).values()))["schedule"]
-    vision, words = told["pretrained"]["encoder"], told["pretrained"]["language_model"]
-    hours = sum(run["seconds"] for run in told["runs"]) / 3600
-    days = sorted({run["date"] for run in told["runs"]})
+    vision, words = values["pretrained"]["encoder"], values["pretrained"]["language_model"]
+    hours = sum(run["seconds"] for run in values["runs"]) / 3600
+    days = sorted({run["date"] for run in values["runs"]})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
-        f"{len(told['runs'])} of {told['planned']} runs of the plan `{plan['name']}`: {schedule['scenes']} training scenes in "
+        f"{len(values['runs'])} of {values['planned']} runs of the plan `{plan['name']}`: {schedule['scenes']} training scenes in "
         f"batches of 32, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of instruction tuning, "
         f"{plan['held_out']['test']} test scenes and {plan['held_out']['hard']} hard ones, of eight questions each. "
         f"{machine['device']}, torch {machine['versions']['torch']}, {when}; {hours:.1f} hours of one core for training "
@@ -90,14 +90,14 @@ def summary(results: Results) -> str:
     for name in results.designs():
         row = [name, len(results.runs(name))]
         for split in SPLITS:
-            row += [str(results.estimate(name, split)).removesuffix(ONE), told_gain(results.gain(name, split)).removesuffix(ONE)]
+            row += [str(results.estimate(name, split)).removesuffix(ONE), format_gain(results.gain(name, split)).removesuffix(ONE)]
         rows.append(row if name != MLP.name else [*row[:3], "", row[4], ""])
     return table(["design", "seeds", "test, %", OVER, "hard, %", OVER], rows)
 
 
 def caution(results: Results) -> str:
     """What the summary does not tell by itself."""
-    drawn = by_questions(results.told["runs"][0]["test"])
+    drawn = sampling_error(results.values["runs"][0]["test"])
     return (
         f"± is half of the 95 % interval over seeds. The draw of the questions alone moves a design by ± {drawn:.1f} points; "
         "one seed says nothing of how far seeds lie apart: docs/evidence.md."
@@ -110,9 +110,9 @@ def overview(results: Results) -> str:
     for rolled, tuning, name in product((False, True), results.tunings, names):
         setting: dict[str, Any] = {"rolled": rolled, "tuning": tuning}
         if runs := results.runs(name, **setting):
-            row: list[Any] = [told_features(rolled), tuning, name, len(runs)]
+            row: list[Any] = [features_name(rolled), tuning, name, len(runs)]
             for split, category in ((SPLITS[0], "position"), *((split, ALL) for split in SPLITS)):
-                gain = "" if name == MLP.name else told_gain(results.gain(name, split, category, **setting))
+                gain = "" if name == MLP.name else format_gain(results.gain(name, split, category, **setting))
                 row += [results.estimate(name, split, category, **setting), gain]
             rows.append(row)
     columns = ["features", "steps", "design", "seeds", "position", OVER, "mean", OVER, "hard, mean", OVER]
@@ -128,7 +128,7 @@ def comparison(results: Results) -> str:
         each = ", ".join(f"{accuracy(run['test']):.0f}" for run in runs)
         row = [name, DESIGNS[name].compares, size, f"{min(run['seconds'] for run in runs):.0f}", each]
         for split in SPLITS:
-            row += [str(results.estimate(name, split)), "" if name == MLP.name else told_gain(results.gain(name, split))]
+            row += [str(results.estimate(name, split)), "" if name == MLP.name else format_gain(results.gain(name, split))]
         rows.append(row)
     columns = ["design", "what for", "projector", "seconds", "test of each seed", "test, %", OVER, "hard, %", OVER]
     return table(columns, rows)
@@ -155,7 +155,7 @@ def _accuracies(
     results: Results, split: str, designs: Sequence[str], columns: Sequence[str], exchanged: bool, setting: dict[str, Any]
 ) -> str:
     """Accuracies beside chance and what the language model answers from words."""
-    words = results.told["pretrained"]["from_words"][split]
+    words = results.values["pretrained"]["from_words"][split]
     rows = [["chance", *(f"{chance(split, each):.1f}" for each in columns)]]
     for name in designs:
         runs = list(results.runs(name, **setting).values())
@@ -171,13 +171,13 @@ def gains(results: Results, split: str, **setting: Any) -> str:
     """What each design has over the MLP, by category."""
     columns = (*CATEGORIES, ALL)
     rows = [
-        [name, *(told_gain(results.gain(name, split, each, **setting)) for each in columns)]
+        [name, *(format_gain(results.gain(name, split, each, **setting)) for each in columns)]
         for name in results.designs(**setting) if name != MLP.name
     ]  # fmt: skip
     return table([f"over the MLP, {split}", *CATEGORIES, "mean"], rows)
 
 
-def longer(results: Results, *, rolled: bool) -> str:
+def longer_tuning(results: Results, *, rolled: bool) -> str:
     """The longest tuning, by category: rolled features are learned from in that alone."""
     setting = {"rolled": rolled, "tuning": results.tunings[-1]}
     if not results.designs(**setting):
@@ -189,10 +189,10 @@ def longer(results: Results, *, rolled: bool) -> str:
     return "\n".join(parts)
 
 
-def quick(results: Results) -> str:
+def quick_run(results: Results) -> str:
     """What `--quick` gives, and in how long."""
-    machine, schedule, told = results.told["machine"], results.usual, results.told
-    spent = f" in {told['minutes']:.0f} minutes on {told['workers']} cores" if "minutes" in told else ""
+    machine, schedule, values = results.values["machine"], results.usual, results.values
+    spent = f" in {values['minutes']:.0f} minutes on {values['workers']} cores" if "minutes" in values else ""
     return (
         f"`--quick`: {schedule['scenes']} training scenes, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of "
         f"instruction tuning{spent} ({machine['device']}, "
@@ -200,17 +200,17 @@ def quick(results: Results) -> str:
     )
 
 
-def beside_the_paper(results: Results) -> str:
+def paper_comparison(results: Results) -> str:
     """Gains over the MLP, here and in the paper."""
     rows = [
-        (name, *PAPER[name], *(told_gain(results.gain(name, split)) for split in SPLITS))
+        (name, *PAPER[name], *(format_gain(results.gain(name, split)) for split in SPLITS))
         for name in results.designs() if name in PAPER
     ]  # fmt: skip
     columns = ["over the MLP, in points", "paper: mean of 11", "paper: spatial tasks", "its table", "here, test", "here, hard"]
     return table(columns, rows)
 
 
-def told_gain(gain: Estimate | None) -> str:
+def format_gain(gain: Estimate | None) -> str:
     """A difference, in bold where its interval excludes zero."""
     if gain is None:
         return "not run"
@@ -224,14 +224,14 @@ def details(results: Results) -> str:
     for design in DETAIL:
         runs = results.runs(design.name).values()
         if runs:
-            gains = (told_gain(results.gain(design.name, split, over=design.name.split(" + ")[0])) for split in SPLITS)
+            gains = (format_gain(results.gain(design.name, split, over=design.name.split(" + ")[0])) for split in SPLITS)
             rows.append(
-                [design.name, *gains, *(unevenness(run["attention"][kind] for run in runs) for kind in ("scenes", "noise"))]
+                [design.name, *gains, *(attention_ratios(run["attention"][kind] for run in runs) for kind in ("scenes", "noise"))]
             )
     return table(["", "over the same without, test", "hard", "attention in scenes, each seed", "in noise"], rows)
 
 
-def unevenness(found: Iterable[dict[str, Any]]) -> str:
+def attention_ratios(found: Iterable[dict[str, Any]]) -> str:
     """Largest over smallest weight, each seed; in parentheses largest over mean, the median seed."""
     found = list(found)
     ratios = ", ".join(f"{each['max_over_min']:.3g}" for each in found)
@@ -240,10 +240,10 @@ def unevenness(found: Iterable[dict[str, Any]]) -> str:
 
 def patches(results: Results) -> str:
     """What linear readers find in a patch."""
-    found = results.told["pretrained"]["from_patches"]
+    found = results.values["pretrained"]["from_patches"]
     rows = [["the commonest", *(f"{100 * share:.1f}" for _, share in found["features"].values())]]
-    told = {"features": "features", "rolled": "rolled features"}
-    rows += [[told[kind], *(f"{100 * right:.1f}" for right, _ in each.values())] for kind, each in found.items()]
+    names = {"features": "features", "rolled": "rolled features"}
+    rows += [[names[kind], *(f"{100 * right:.1f}" for right, _ in each.values())] for kind, each in found.items()]
     return table(
         [
             "a linear reader of one patch, %",
@@ -256,7 +256,7 @@ def patches(results: Results) -> str:
     )
 
 
-def strangers(results: Results) -> str:
+def exchanged_tokens(results: Results) -> str:
     """What is left when the spatial tokens, or the patch tokens, are those of another picture."""
     rows = []
     for tuning, rolled in ((tuning, rolled) for tuning in results.tunings for rolled in (False, True)):
@@ -267,8 +267,8 @@ def strangers(results: Results) -> str:
                 spatial, patch = ([accuracy(run["strangers"][kind]) for run in runs] for kind in ("spatial", "patch"))
                 moved = estimate([after - accuracy(run["test"]) for after, run in zip(spatial, runs, strict=True)])
                 own = results.estimate(name, "test", **setting)
-                told = told_features(rolled), tuning
-                rows.append([name, *told, own, estimate(spatial), told_gain(moved), estimate(patch)])
+                where = features_name(rolled), tuning
+                rows.append([name, *where, own, estimate(spatial), format_gain(moved), estimate(patch)])
     columns = ["features", "steps", "its own tokens", "another's spatial tokens", "less its own", "another's patch tokens"]
     return table(["test, %", *columns], rows)
 
@@ -278,9 +278,9 @@ def exchangeable(name: str, runs: Sequence[dict[str, Any]]) -> bool:
     return "spatial" in runs[0]["strangers"] and name != LEARNED.name
 
 
-def fewer(results: Results) -> str:
+def fewer_scenes(results: Results) -> str:
     """The same steps on fewer scenes."""
-    counts = sorted({run["schedule"]["scenes"] for run in results.told["runs"]})
+    counts = sorted({run["schedule"]["scenes"] for run in results.values["runs"]})
     if len(counts) < 2:
         return table([], [])
     rows = []
@@ -288,7 +288,7 @@ def fewer(results: Results) -> str:
         if runs := results.runs(name, scenes=count):
             row = [name, f"{count:,}", len(runs)]
             for split in SPLITS:
-                gain = "" if name == MLP.name else told_gain(results.gain(name, split, scenes=count))
+                gain = "" if name == MLP.name else format_gain(results.gain(name, split, scenes=count))
                 row += [str(results.estimate(name, split, scenes=count)), gain]
             rows.append(row)
     return table(["design", "training scenes", "seeds", "test, %", OVER, "hard, %", OVER], rows)
@@ -297,7 +297,7 @@ def fewer(results: Results) -> str:
 def trials(results: Results) -> str:
     """Accuracy on validation at the end, each seed's and their mean, by the scale of the projector's learning rates."""
     found: dict[str, dict[float, list[float]]] = {}
-    for run in sorted(results.told["runs"], key=lambda run: run["seed"]):
+    for run in sorted(results.values["runs"], key=lambda run: run["seed"]):
         if not run["rolled"] and run["schedule"] == results.usual:
             share = accuracy(run["curve"][-1]["validation"])
             found.setdefault(run["design"], {}).setdefault(run["scale"], []).append(share)

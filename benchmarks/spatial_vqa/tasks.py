@@ -36,7 +36,7 @@ def begin(queue: Any) -> None:
     """Makes a process ready: small products are fastest on one thread each, side by side. It ends with the one that began it."""
     global _report
     torch.set_num_threads(1)
-    _report = lambda *told: queue.put(told)  # noqa: E731
+    _report = lambda *report: queue.put(report)  # noqa: E731
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -69,8 +69,8 @@ def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.M
         _report(name, len(right), plan.steps)
 
     trained = train(examples(split, plan.examples, PRETRAINING_SEED), plan, 0, progress)
-    told = {"seconds": time.perf_counter() - started, "right": sum(right[-20:]) / 20}
-    write_text(path.with_suffix(".json"), json.dumps(told))
+    facts = {"seconds": time.perf_counter() - started, "right": sum(right[-20:]) / 20}
+    write_text(path.with_suffix(".json"), json.dumps(facts))
     write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})
 
 
@@ -117,7 +117,7 @@ def make_llava(work: Path) -> Any:
     return build_llava(load_encoder(work), dict(read_tensors(work / LANGUAGE_MODEL)))
 
 
-def carry_out(job: Job, plan: Plan, work: Path) -> None:
+def run_job(job: Job, plan: Plan, work: Path) -> None:
     """A run; its results are written at its end, and before them its model, if the plan keeps it."""
     design, material = DESIGNS[job.design], load_material(work, job.rolled)
     total = sum(job.schedule.steps)
@@ -129,11 +129,11 @@ def carry_out(job: Job, plan: Plan, work: Path) -> None:
         found["attention"] = attention.look(model, material["test"].features)
     if job in plan.kept:
         make_directory(model_file(work, job).parent)
-        write_tensors(model_file(work, job), compressed.learned(model), {})
+        write_tensors(model_file(work, job), compressed.trained_tensors(model), {})
     _write(job, work, {**asdict(job), **found})
 
 
-def carry_out_compression(job: Compression, plan: Plan, work: Path) -> None:
+def run_compression(job: Compression, plan: Plan, work: Path) -> None:
     """The compression of a run's model, which was kept."""
     steps = itertools.count(1)
     found = compressed.run(

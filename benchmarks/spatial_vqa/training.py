@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from benchmarks.spatial_vqa.designs import VISION, Design, install
-from benchmarks.spatial_vqa.language_model import foretold, inputs_of, tally
+from benchmarks.spatial_vqa.language_model import inputs_of, next_word_loss, tally
 from benchmarks.spatial_vqa.layout import GRID
 from benchmarks.spatial_vqa.splits import Example
 from benchmarks.spatial_vqa.words import IDS, IMAGE, START, Segment, list_of, pack, questions_of
@@ -155,12 +155,12 @@ def train(
     freeze(model, parts)
     optimizer = torch.optim.AdamW(kernel_rate.groups(parts, stage))
     rates = schedule(optimizer, stage, steps)
-    told = material.captions if stage.lora is None else material.questions
+    segments = material.captions if stage.lora is None else material.questions
     prefix = prefix_of(model)
     model.train()
     for step in range(1, steps + 1):
         chosen = torch.randint(scenes, (stage.global_batch_size,), generator=order).tolist()
-        loss = loss_of(model, design, prefix, material, told, chosen)
+        loss = loss_of(model, design, prefix, material, segments, chosen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -185,10 +185,10 @@ def add_lora(model: Any, lora: LoRA) -> list[nn.Module]:
 
 
 def logits_of(
-    model: Any, design: Design, prefix: list[int], features: torch.Tensor, told: Sequence[list[Segment]]
+    model: Any, design: Design, prefix: list[int], features: torch.Tensor, segments: Sequence[list[Segment]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(B, L, V)` and labels `(B, L)`."""
-    rows = pack([prefix] * len(told), told)
+    rows = pack([prefix] * len(segments), segments)
     pixels = features.float() * (not design.blind)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(**inputs_of(rows), pixel_values=pixels).logits.float()
@@ -196,10 +196,10 @@ def logits_of(
 
 
 def loss_of(
-    model: Any, design: Design, prefix: list[int], material: Material, told: Sequence[list[Segment]], chosen: list[int]
+    model: Any, design: Design, prefix: list[int], material: Material, segments: Sequence[list[Segment]], chosen: list[int]
 ) -> torch.Tensor:
     """The loss of some scenes."""
-    return foretold(*logits_of(model, design, prefix, material.features[chosen], [told[i] for i in chosen]))
+    return next_word_loss(*logits_of(model, design, prefix, material.features[chosen], [segments[i] for i in chosen]))
 
 
 @torch.inference_mode()
@@ -208,9 +208,9 @@ def ask(model: Any, design: Design, prefix: list[int], material: Material, batch
     model.eval()
     counts = {kind: [0, 0] for kind in KINDS}
     for start in range(0, len(material.questions), batch_size):
-        told = material.questions[start : start + batch_size]
-        logits, labels = logits_of(model, design, prefix, material.features[start : start + batch_size], told)
-        for kind, (right, asked) in tally(logits, labels, told).items():
+        segments = material.questions[start : start + batch_size]
+        logits, labels = logits_of(model, design, prefix, material.features[start : start + batch_size], segments)
+        for kind, (right, asked) in tally(logits, labels, segments).items():
             counts[kind][0] += right
             counts[kind][1] += asked
     return counts

@@ -61,7 +61,7 @@ def list_of(example: Example) -> Segment:
 class Rows:
     """A batch: `ids`, `positions` and `labels` `(B, L)`, and the mask `(B, 1, L, L)` of what sees what.
 
-    A label stands where it is to be foretold: on the token before.
+    A label stands where it is predicted: on the token before.
     """
 
     ids: torch.Tensor

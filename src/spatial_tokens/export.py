@@ -34,10 +34,10 @@ class _Program(nn.Module):
         self.projector, self.grid_size = projector, grid_size
 
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        told = () if self.grid_size is None else (self.grid_size,)
+        grid_argument = () if self.grid_size is None else (self.grid_size,)
         if self.projector.integrator is None:
-            return (self.projector(patches, *told),)
-        tokens, attention = self.projector(patches, *told, return_attention=True)
+            return (self.projector(patches, *grid_argument),)
+        tokens, attention = self.projector(patches, *grid_argument, return_attention=True)
         return tokens, attention
 
 

@@ -133,7 +133,7 @@ def test_the_verdict_quotes_the_evidence():
     from benchmarks.spatial_vqa.results import committed
 
     results = committed("full")
-    readers = results.told["pretrained"]["from_patches"]
+    readers = results.values["pretrained"]["from_patches"]
     for kind, figures in (("features", PLAIN_RIGHT), ("rolled", ROLLED_RIGHT)):
         assert [round(readers[kind][name][0], 3) for name in ("column", "row")] == pytest.approx(figures, abs=1e-3)
     for rolled, figures in ((False, PLAIN_POSITION), (True, ROLLED_POSITION)):

@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 pytest.importorskip("timm")
 
 from benchmarks.spatial_vqa import demo_files
-from benchmarks.spatial_vqa.demo_model import answered, distilled, hide_spatial_tokens
+from benchmarks.spatial_vqa.demo_model import count_right, distilled, hide_spatial_tokens
 from benchmarks.spatial_vqa.designs import MLP
 from benchmarks.spatial_vqa.encoder import as_pixels
 from benchmarks.spatial_vqa.estimates import accuracy
@@ -50,7 +50,7 @@ def test_hidden_spatial_tokens_are_as_if_they_were_not_there(asked):
 def test_the_files_answer_as_they_were_measured_to(asked):
     model, _ = load_adapter(trained_llava(attn_implementation="eager")[0], TRAINED_ADAPTER)
     model.float()
-    right = {spatial: answered(model, *asked, spatial) for spatial in (False, True)}
+    right = {spatial: count_right(model, *asked, spatial) for spatial in (False, True)}
     position = {spatial: sum(counts[kind][0] for kind in ("quadrant", "third")) for spatial, counts in right.items()}
     assert position[True] >= 9  # of 12
     assert position[True] > position[False]

@@ -362,7 +362,7 @@ def test_what_replaces_dense_kernels_is_small(llava, design):
 def test_a_model_is_restored_of_what_it_has_learned(llava, vit):
     seen = material(vit)
     found, model = training.run(CROPPING, 0, llava, seen, Schedule(8, (1, 2), curve=1))
-    tensors = compressed.learned(model)
+    tensors = compressed.trained_tensors(model)
     again, parts = compressed.restore(CROPPING, llava, tensors)
     for name, each in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], each), name
@@ -378,8 +378,8 @@ def test_noise_is_looked_at_as_scenes_are(llava, vit, found):
     install(DETAIL[0], model)
     scenes = encoder.features_of(vit, encoder.as_pixels(torch.from_numpy(pictures(found))))
     noise = encoder.features_of(vit, attention.noise_pixels(attention.PICTURES))
-    looked = attention.look(model, scenes)
-    assert looked["noise"] == attention.look(model, noise)["scenes"] != looked["scenes"]
+    looked = attention.measure_attention(model, scenes)
+    assert looked["noise"] == attention.measure_attention(model, noise)["scenes"] != looked["scenes"]
 
 
 def test_a_run_trains_the_projector_and_lora_and_nothing_else(llava, vit):

@@ -33,9 +33,9 @@ from benchmarks.spatial_vqa.designs import (
     PLACES,
     POOLING,
 )
-from benchmarks.spatial_vqa.estimates import STUDENT, accuracy, by_questions, chance, difference, estimate
+from benchmarks.spatial_vqa.estimates import STUDENT, accuracy, chance, difference, estimate, sampling_error
 from benchmarks.spatial_vqa.optimization import Pretraining
-from benchmarks.spatial_vqa.plans import LONG, LONGER, PLANS, SOON, Compression, Job, Plan
+from benchmarks.spatial_vqa.plans import LONG, LONGER, MEDIUM, PLANS, Compression, Job, Plan
 from benchmarks.spatial_vqa.results import COMMITTED, Results, committed
 from benchmarks.spatial_vqa.splits import examples
 from benchmarks.spatial_vqa.training import KernelRate, Schedule
@@ -147,7 +147,7 @@ def test_a_damaged_run_is_named(work, tmp_path):
     with pytest.raises(SpatialTokensError, match=rf"{re.escape(str(damaged))} is damaged .*delete it"):
         run.collect(plan, folder)
     with pytest.raises(SpatialTokensError, match="is damaged"):  # before other runs begin
-        run.carry_out(tiny(Job(MLP.name, 7, SHORT)), folder, workers=1, until=float("inf"))
+        run.run_plan(tiny(Job(MLP.name, 7, SHORT)), folder, workers=1, until=float("inf"))
     assert not list((folder / "runs").glob("MLP*_7.json"))
 
 
@@ -166,13 +166,13 @@ def killed(*_):
 def test_a_killed_process_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "make_language_model", killed)
     with pytest.raises(SpatialTokensError, match=r"was killed.*fewer --workers"):
-        run.carry_out(tiny(), tmp_path, workers=1, until=float("inf"))
+        run.run_plan(tiny(), tmp_path, workers=1, until=float("inf"))
 
 
 def test_without_a_terminal_progress_is_lines(work, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(work[0], tmp_path / "quick")
     job = Job(MLP.name, 7, SHORT)
-    run.carry_out(tiny(job), folder, workers=1, until=float("inf"))
+    run.run_plan(tiny(job), folder, workers=1, until=float("inf"))
     told = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines() if job.name in line and line[2] == ":"]
     assert told == [f"{job.name}: 1 of 3", f"{job.name}: 3 of 3"]
 
@@ -255,7 +255,7 @@ def test_dense_and_factorized_designs_are_tried_at_the_same_rates():
     for job in (*full.runs, *factorized.runs):
         if job.scale == 1:
             tried.setdefault((job.rolled, job.schedule, job.design), set()).add((job.seed, job.kernel_rate))
-    for rolled, schedule, rates in ((True, SOON, 7), (True, LONGER, 3), (False, LONG, 4)):
+    for rolled, schedule, rates in ((True, MEDIUM, 7), (True, LONGER, 3), (False, LONG, 4)):
         alike = [tried[rolled, schedule, each.name] for each in (CROPPING, POOLING, FACTORIZED, FACTORIZED_POOLING, BINS, PLACES)]
         for each in alike:
             assert {rate for seed, rate in each if seed < 3} == {rate for _, rate in each}
@@ -293,7 +293,7 @@ def test_the_draw_of_questions_moves_a_mean_as_far_as_it_is_said_to():
     right = {kind: drawn.binomial(asked, right / asked, 100_000) for kind, (right, asked) in counts.items()}
     kinds = [[kind for kind in KINDS if KINDS[kind].category == category] for category in CATEGORIES]
     means = sum(sum(right[kind] for kind in each) / sum(counts[kind][1] for kind in each) for each in kinds) / len(CATEGORIES)
-    assert by_questions(counts) == pytest.approx(1.96 * 100 * means.std(), rel=0.02)
+    assert sampling_error(counts) == pytest.approx(1.96 * 100 * means.std(), rel=0.02)
 
 
 def test_runs_of_other_settings_are_kept_apart():
@@ -322,7 +322,7 @@ def made(design, seed, right, validation=50, *, steps=2400, rolled=True, **rate)
     }  # fmt: skip
 
 
-def told(*runs, right=0.5, compressions=()):
+def results_of(*runs, right=0.5, compressions=()):
     return Results({
         "benchmark": {"version": 2}, "plan": {"name": "any", "held_out": 1}, "planned": 282, "runs": list(runs),
         "pretrained": {name: {"right": right} for name in ("encoder", "language_model")}, "compressions": list(compressions),
@@ -335,26 +335,26 @@ def test_validation_decides_between_rates_of_as_many_seeds():
     runs = [made(CROPPING, seed, 90, 60 + seed) for seed in range(5)]  # on the seeds that all have: 61
     runs += [made(CROPPING, seed, 10, validation, scale=0.1) for seed, validation in enumerate((70, 60, 59))]  # 63
     runs += [made(CROPPING, 0, 99, 99, by_fan_in=True)]  # one seed: not yet
-    results, setting = told(*runs), {"rolled": True, "tuning": 2400}
-    assert results.compared(CROPPING.name, **setting) == {KernelRate(): [60, 61, 62], slow: [70, 60, 59]}
+    results, setting = results_of(*runs), {"rolled": True, "tuning": 2400}
+    assert results.validation_by_rate(CROPPING.name, **setting) == {KernelRate(): [60, 61, 62], slow: [70, 60, 59]}
     assert results.kernel_rate(CROPPING.name, **setting) == slow
     assert results.estimate(CROPPING.name, "test", **setting).mean == 10
     runs += [made(CROPPING, seed, 20, 64, by_fan_in=True) for seed in (1, 2)]
-    assert told(*runs).kernel_rate(CROPPING.name, **setting) == fan_in
-    assert told(*runs[:3], runs[8]).kernel_rate(CROPPING.name, **setting) == KernelRate()
-    assert told(runs[1], runs[5]).compared(CROPPING.name, **setting) == {KernelRate(): [61]}  # no seed has both
-    assert told(*runs).kernel_rate(POOLING.name, **setting) is None
+    assert results_of(*runs).kernel_rate(CROPPING.name, **setting) == fan_in
+    assert results_of(*runs[:3], runs[8]).kernel_rate(CROPPING.name, **setting) == KernelRate()
+    assert results_of(runs[1], runs[5]).validation_by_rate(CROPPING.name, **setting) == {KernelRate(): [61]}  # no seed has both
+    assert results_of(*runs).kernel_rate(POOLING.name, **setting) is None
 
 
 def test_runs_of_another_plan_join_where_it_has_the_same_encoder():
-    own, other = told(made(CROPPING, 0, 80)), [made(CROPPING, 0, 80), made(CROPPING, 1, 82), made(CROPPING, 0, 84, scale=0.1)]
+    own, other = results_of(made(CROPPING, 0, 80)), [made(CROPPING, 0, 80), made(CROPPING, 1, 82), made(CROPPING, 0, 84, scale=0.1)]
     for each in other[:2]:
         del each["kernel_rate"], each["kernel_parameters"]  # as plans that know none have written them
-    joined = own.with_runs_of(told(*other))
-    assert joined.told["runs"] == [*own.told["runs"], *other[1:]]
-    assert own.with_runs_of(told(*other, right=0.4)) is own
-    assert own.repeated(told(*other)) == (1, 1)
-    assert own.repeated(told(made(CROPPING, 0, 81))) == (1, 0)
+    joined = own.with_runs_of(results_of(*other))
+    assert joined.values["runs"] == [*own.values["runs"], *other[1:]]
+    assert own.with_runs_of(results_of(*other, right=0.4)) is own
+    assert own.count_repeated(results_of(*other)) == (1, 1)
+    assert own.count_repeated(results_of(made(CROPPING, 0, 81))) == (1, 0)
 
 
 def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch, tmp_path):
@@ -364,7 +364,7 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
         "dense_kernel_parameters": 2900, "unexplained": 0.125,
         "compressed": {"test": counts(79)}, "tuned": {"test": counts(82)}, "dense_tuned": {"test": counts(81)},
     }  # fmt: skip
-    results = told(*dense.values(), *(made(FACTORIZED, seed, 82 + seed) for seed in range(3)), compressions=[small])
+    results = results_of(*dense.values(), *(made(FACTORIZED, seed, 82 + seed) for seed in range(3)), compressions=[small])
     setting = {"rolled": True, "tuning": 2400}
     table = dense_or_factorized.designs(results, setting)
     assert f"| {FACTORIZED.name} | 1 k | 3 | x 1 | 82.0, 83.0, 84.0 | **+2.0 ± 0.0** |" in table
@@ -374,7 +374,7 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
     assert row in dense_or_factorized.compressed(results)
     assert "Not run yet" in dense_or_factorized.designs(results, {"rolled": False, "tuning": 400})
     assert "Not run yet" in dense_or_factorized.rates(results)
-    counted = dense_or_factorized.counted(results, told(made(CROPPING, 0, 80)))
+    counted = dense_or_factorized.counted(results, results_of(made(CROPPING, 0, 80)))
     planned = [
         sum((job.rolled, job.schedule.steps[1]) == each for job in PLANS["factorized"].runs) for each in ((1, 2400), (1, 800))
     ]
@@ -382,14 +382,14 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
     assert "6 of {} with rolled features and 2,400 steps, 0 of {} with rolled features and 800 steps".format(*planned) in counted
     assert f"1 of {sum(isinstance(job, Compression) for job in PLANS['factorized'].jobs)} compressions" in counted
     assert "0.1 hours" in counted
-    slower = told(*results.told["runs"], *(made(CROPPING, seed, 85, 60, scale=0.03) for seed in range(3)))
+    slower = results_of(*results.values["runs"], *(made(CROPPING, seed, 85, 60, scale=0.03) for seed in range(3)))
     assert f"| {CROPPING.name} | 3 | 50.0 | **60.0** |" in dense_or_factorized.rates(slower)
     assert f"| {CROPPING.name} | 1 k | 3 | x 0.03 (of 2) | 85.0, 85.0, 85.0 |" in dense_or_factorized.designs(slower, setting)
 
 
 def test_the_page_is_made_of_what_is_committed(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    results = told(made(CROPPING, 0, 80), made(MLP, 0, 50), made(FACTORIZED, 0, 70))
+    results = results_of(made(CROPPING, 0, 80), made(MLP, 0, 50), made(FACTORIZED, 0, 70))
     monkeypatch.setattr(dense_or_factorized, "COMMITTED", tmp_path)
     assert dense_or_factorized.page() == "Not run yet.\n"
     (tmp_path / "factorized.json").write_text("")
@@ -432,10 +432,10 @@ def test_accuracy_and_chance():
 
 def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, monkeypatch):
     results = committed("full")
-    assert results.told["benchmark"]["digests"] == {split: run.digest(run.examples(split, 20)) for split in run.SPLITS}
+    assert results.values["benchmark"]["digests"] == {split: run.digest(run.examples(split, 20)) for split in run.SPLITS}
     for name in (MLP.name, CROPPING.name):
         wanted = {"design": name, "rolled": False, "scale": 1.0, "scenes": 5000, "steps": [250, 400]}
-        mine = [accuracy(each["test"]) for each in results.told["runs"] if wanted.items() <= (each | each["schedule"]).items()]
+        mine = [accuracy(each["test"]) for each in results.values["runs"] if wanted.items() <= (each | each["schedule"]).items()]
         assert f"| {name} |" in tables.designs_page() + tables.settings_page()
         assert f"{mean(mine):.1f}" in tables.comparison(results)
     pytest.importorskip("matplotlib")
@@ -443,7 +443,7 @@ def test_the_committed_results_are_of_this_version_and_make_the_page(tmp_path, m
 
     monkeypatch.setattr(pictures, "IMAGES", tmp_path)
     pictures.draw()
-    detailed = any(run["design"] in {each.name for each in DETAIL} for run in results.told["runs"])
+    detailed = any(run["design"] in {each.name for each in DETAIL} for run in results.values["runs"])
     factorized = (COMMITTED / "factorized.json").exists()
     assert len(list(tmp_path.glob("*.png"))) == 2 + detailed + factorized
 
@@ -452,7 +452,7 @@ def test_the_main_designs_have_the_rate_that_validation_prefers():
     results = committed("full")
     for design in MAIN:
         tried: dict[float, dict[int, float]] = {1.0: {}, 0.25: {}}
-        for each in results.told["runs"]:
+        for each in results.values["runs"]:
             if each["design"] == design.name and not each["rolled"] and each["schedule"] == results.usual:
                 tried[each["scale"]][each["seed"]] = accuracy(each["curve"][-1]["validation"])
         other = 0.25 if design.scale == 1.0 else 1.0

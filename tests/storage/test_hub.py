@@ -173,7 +173,7 @@ def test_without_a_connection_the_cache_is_taken(projector, monkeypatch, tmp_pat
         SPProjector.from_pretrained("me/mine")
     no_connection(monkeypatch, tmp_path / "cache")
     assert same(SPProjector.from_pretrained("me/mine"), projector)
-    assert SPProjector.from_pretrained(hub.in_reach("me/mine")).config == CONFIG
+    assert SPProjector.from_pretrained(hub.name_or_cached_folder("me/mine")).config == CONFIG
 
 
 def test_without_a_connection_one_line_says_so_at_once(projector, monkeypatch, tmp_path):
@@ -186,15 +186,15 @@ def test_without_a_connection_one_line_says_so_at_once(projector, monkeypatch, t
     refused("cannot push to me/mine on the Hugging Face Hub: ", lambda: projector.push_to_hub("me/mine"))
     for name in ("me/mine", "gpt2"):
         with pytest.raises(ConnectionError, match=f"{name} is neither a folder here"):
-            hub.in_reach(name)
+            hub.name_or_cached_folder(name)
 
 
-def test_what_is_here_or_answers_is_in_reach(there, tmp_path):
+def test_what_is_here_or_answers_keeps_its_name(there, tmp_path):
     for name in ("me/mine", "gpt2", Path("me/mine")):
-        assert hub.in_reach(name) == name
+        assert hub.name_or_cached_folder(name) == name
     assert there.requests.count("HEAD /") == 3
     for name in (str(tmp_path), tmp_path, "./nowhere", "/nowhere/at/all"):
-        assert hub.in_reach(name) == name
+        assert hub.name_or_cached_folder(name) == name
     assert there.requests.count("HEAD /") == 3
 
 

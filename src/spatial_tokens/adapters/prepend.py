@@ -86,5 +86,5 @@ class PrependSpatialTokens(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """What the own projector is given to tokens `(B, K + M, D)`."""
         patches = features if self.unmerge is None else self.unmerge(features)
-        told = () if self.grid_size is None else (self.grid_size,)
-        return torch.cat([self.spatial_projector(patches, *told), self.projector(features)], dim=1)
+        grid_argument = () if self.grid_size is None else (self.grid_size,)
+        return torch.cat([self.spatial_projector(patches, *grid_argument), self.projector(features)], dim=1)

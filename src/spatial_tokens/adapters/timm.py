@@ -12,7 +12,7 @@ from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason,
 from spatial_tokens.grid import KernelSize, Size, as_size
 from spatial_tokens.modules.inputs import check_placement
 from spatial_tokens.ops.dense import check_dense
-from spatial_tokens.storage.hub import in_reach
+from spatial_tokens.storage.hub import name_or_cached_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,7 +134,7 @@ def _create(name: str, pretrained: bool, model_kwargs: dict[str, Any]) -> Any:
         raise SpatialTokensError(f"timm does not know a model {name!r}{hint}")
     try:
         if pretrained and (weights := timm.get_pretrained_cfg(name)) is not None and weights.hf_hub_id:
-            in_reach(weights.hf_hub_id)
+            name_or_cached_folder(weights.hf_hub_id)
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **model_kwargs)
     except Exception as error:  # timm and its hub raise what they like
         raise SpatialTokensError(f"timm cannot make {name!r}: {reason(error)}") from error

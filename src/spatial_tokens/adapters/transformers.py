@@ -9,7 +9,7 @@ from torch import nn
 
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
 from spatial_tokens.grid import Size, as_size
-from spatial_tokens.storage.hub import in_reach
+from spatial_tokens.storage.hub import name_or_cached_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,7 +132,7 @@ def _load(name: str) -> tuple[Any, Any]:
         raise MissingExtraError("transformers", "hf") from error
     try:
         auto_processor: Any = AutoImageProcessor
-        place = str(in_reach(name))
+        place = str(name_or_cached_folder(name))
         processor, model = auto_processor.from_pretrained(place), AutoModel.from_pretrained(place, dtype=torch.float32)
     except Exception as error:  # transformers and its hub raise what they like
         raise SpatialTokensError(f"transformers cannot load {name!r}: {reason(error)}") from error

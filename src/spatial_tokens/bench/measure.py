@@ -14,7 +14,7 @@ from spatial_tokens.bench.machine import PeakMemory
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 50
-AHEAD = 2_000_000  # cycles, about a millisecond: the GPU waits while Python queues the work, so that launching is not timed
+LAUNCH_CYCLES = 2_000_000  # cycles, about a millisecond: the GPU waits while Python queues the work, so that launching is not timed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
         return time.perf_counter() - start
     with torch.cuda.device(device):  # events belong to the current one
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(AHEAD)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(LAUNCH_CYCLES)  # type: ignore[no-untyped-call]
         before.record()
         work()
         after.record()

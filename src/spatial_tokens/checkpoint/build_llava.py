@@ -13,7 +13,7 @@ import torch
 from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 from spatial_tokens.errors import SpatialTokensError, reason
 from spatial_tokens.modules import MLPHead
-from spatial_tokens.storage.hub import in_reach
+from spatial_tokens.storage.hub import name_or_cached_folder
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -100,14 +100,14 @@ def found_base(base: str | PathLike[str]) -> str | PathLike[str]:
     Raises:
         SpatialTokensError: If it is neither here nor in reach.
     """
-    with saying(f"cannot load the language model {base}"):
-        return in_reach(base)
+    with errors_prefixed(f"cannot load the language model {base}"):
+        return name_or_cached_folder(base)
 
 
 def found_vision(vision: str | PathLike[str]) -> str | PathLike[str]:
     """The same of a vision tower."""
-    with saying(_no_tower(vision)):
-        return in_reach(vision)
+    with errors_prefixed(_tower_error(vision)):
+        return name_or_cached_folder(vision)
 
 
 def text_config(transformers: Any, base: str | PathLike[str]) -> Any:
@@ -118,11 +118,11 @@ def text_config(transformers: Any, base: str | PathLike[str]) -> Any:
     """
     if os.path.isfile(os.path.join(base, "adapter_config.json")):
         raise SpatialTokensError(f"{base} is itself an adapter; give the language model that it was trained on")
-    with saying(f"cannot load the language model {base}"):
+    with errors_prefixed(f"cannot load the language model {base}"):
         kind = transformers.PreTrainedConfig.get_config_dict(base)[0].get("model_type")
         if kind == "llama":
             return transformers.LlamaConfig.from_pretrained(base)
-    raise SpatialTokensError(f"{base} must be a Llama, such as Vicuna, got {_a(kind)}; give the language model alone")
+    raise SpatialTokensError(f"{base} must be a Llama, such as Vicuna, got {_with_article(kind)}; give the language model alone")
 
 
 def vision_config(transformers: Any, vision: str | PathLike[str]) -> Any:
@@ -131,15 +131,15 @@ def vision_config(transformers: Any, vision: str | PathLike[str]) -> Any:
     Raises:
         SpatialTokensError: If it is no CLIP.
     """
-    with saying(_no_tower(vision)):
+    with errors_prefixed(_tower_error(vision)):
         kind = transformers.PreTrainedConfig.get_config_dict(vision)[0].get("model_type")
         if kind in ("clip", "clip_vision_model"):
             return transformers.CLIPVisionConfig.from_pretrained(vision)
-    raise SpatialTokensError(f"{_no_tower(vision)}: it must be a CLIP, got {_a(kind)}")
+    raise SpatialTokensError(f"{_tower_error(vision)}: it must be a CLIP, got {_with_article(kind)}")
 
 
 def language_model(
-    transformers: Any, base: str | PathLike[str], config: Any, is_its: Callable[[str], bool] = lambda name: True
+    transformers: Any, base: str | PathLike[str], config: Any, is_language_model_name: Callable[[str], bool] = lambda name: True
 ) -> Any:
     """A language model in the dtype of its files.
 
@@ -147,16 +147,16 @@ def language_model(
         transformers: The library.
         base: Where it is.
         config: Its config.
-        is_its: Which of the files' names are a language model's; the others are skipped.
+        is_language_model_name: Which of the files' names are a language model's; the others are skipped.
 
     Raises:
         SpatialTokensError: If it cannot be loaded, or its tensors are not exactly a Llama's.
     """
-    with saying(f"cannot load the language model {base}"):
+    with errors_prefixed(f"cannot load the language model {base}"):
         model, info = transformers.LlamaForCausalLM.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
     faults = {
         "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(name for name in info["unexpected_keys"] if is_its(name)),
+        "unexpected": sorted(name for name in info["unexpected_keys"] if is_language_model_name(name)),
     }
     if found := [f"{kind}: {', '.join(names[:20])}" for kind, names in faults.items() if names]:
         raise SpatialTokensError(f"the tensors of {base} are not a Llama's: {'; '.join(found)}")
@@ -169,10 +169,10 @@ def vision_tower(transformers: Any, vision: str | PathLike[str], dtype: torch.dt
     Raises:
         SpatialTokensError: If it cannot be loaded, or not all of it is there.
     """
-    with saying(_no_tower(vision)):
+    with errors_prefixed(_tower_error(vision)):
         tower, info = transformers.CLIPVisionModel.from_pretrained(vision, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
-        raise SpatialTokensError(f"{_no_tower(vision)}: missing: {', '.join(sorted(info['missing_keys'])[:20])}")
+        raise SpatialTokensError(f"{_tower_error(vision)}: missing: {', '.join(sorted(info['missing_keys'])[:20])}")
     return tower
 
 
@@ -196,7 +196,7 @@ def _llava(transformers: Any, llama: Any, tower: Any, mlp: MLPHead, layer: int) 
 
 def _tokenizer(transformers: Any, model: Any, base: str | PathLike[str]) -> Any:
     """The base's tokenizer with a token for images, and one for padding if it has none; the model gains rows for them."""
-    with saying(f"cannot load the tokenizer of {base}"):
+    with errors_prefixed(f"cannot load the tokenizer of {base}"):
         if os.path.isdir(base) and not any(os.path.isfile(os.path.join(base, name)) for name in TOKENIZERS):
             raise FileNotFoundError(f"the folder has no {' or '.join(TOKENIZERS)}")  # transformers 5.0 would make one of no words
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left")
@@ -219,22 +219,22 @@ def _tokenizer(transformers: Any, model: Any, base: str | PathLike[str]) -> Any:
 
 def _image_processor(transformers: Any, vision: str | PathLike[str], *, pad: bool) -> Any:
     """CLIP's own; where the released model pads pictures to squares of the mean color first, LLaVA's with CLIP's values."""
-    with saying(f"cannot load the image processor of {vision}"):
+    with errors_prefixed(f"cannot load the image processor of {vision}"):
         if pad:
             return transformers.LlavaImageProcessor.from_pretrained(vision, do_pad=True)
         return transformers.CLIPImageProcessor.from_pretrained(vision)
 
 
-def _a(kind: str | None) -> str:
+def _with_article(kind: str | None) -> str:
     return "no model" if kind is None else f"a {kind}"
 
 
-def _no_tower(vision: str | PathLike[str]) -> str:
+def _tower_error(vision: str | PathLike[str]) -> str:
     return f"cannot load the vision tower {vision} (vision= or --vision gives another)"
 
 
 @contextmanager
-def saying(what: str) -> Iterator[None]:
+def errors_prefixed(what: str) -> Iterator[None]:
     """Makes another library's error one of ours."""
     try:
         yield

@@ -24,10 +24,10 @@ from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 from spatial_tokens.adapters.huggingface.saving import FORMAT, save_adapter
 from spatial_tokens.checkpoint.build_llava import (
     assembled,
+    errors_prefixed,
     found_base,
     found_vision,
     language_model,
-    saying,
     text_config,
     vision_config,
     vision_tower,
@@ -134,7 +134,7 @@ def convert_released(
     """
     with new_directory(os.path.realpath(as_path(out)), _require_replaceable) as directory, quiet_transformers() as transformers:
         model, processor, projector = _assembled(transformers, as_path(folder), base, vision, config)
-        with saying(f"cannot write {out}"):
+        with errors_prefixed(f"cannot write {out}"):
             processor.save_pretrained(directory)
             model, _ = _with_tokens(model, processor, projector)
             model.save_pretrained(directory)
@@ -243,7 +243,7 @@ def _own_text_config(transformers: Any, settings: Mapping[str, Any]) -> Any:
     known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "transformers_version"}
     fields = {name: value for name, value in settings.items() if name in known and value is not None}
-    with saying("cannot make a Llama's config of the folder's settings"):
+    with errors_prefixed("cannot make a Llama's config of the folder's settings"):
         return transformers.LlamaConfig(**fields)
 
 

@@ -28,8 +28,8 @@ from spatial_tokens.visualize import save
 
 REPORT_NAME, PLOT_NAME = "compression.json", "compression.png"
 LAYER, LIMIT = -2, 1000
-OF_IMAGES = ("encoder", "layer", "limit")
-OF_FACTORS = ("rank", "parameters", "error", "frequencies", "basis")
+IMAGE_OPTIONS = ("encoder", "layer", "limit")
+FACTOR_OPTIONS = ("rank", "parameters", "error", "frequencies", "basis")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,9 +75,9 @@ def _check(arguments: argparse.Namespace, target: Path) -> None:
     for name in ("images", "features"):
         if getattr(arguments, name) is not None:
             as_path(getattr(arguments, name), f"--{name}")
-    for names, needed in ((OF_IMAGES, "images"), (OF_FACTORS, "images or --features")):
+    for names, needed in ((IMAGE_OPTIONS, "images"), (FACTOR_OPTIONS, "images or --features")):
         given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
-        if given and (arguments.int8 or (names is OF_IMAGES and arguments.images is None)):
+        if given and (arguments.int8 or (names is IMAGE_OPTIONS and arguments.images is None)):
             raise SpatialTokensError(f"{', '.join(given)} needs --{needed}")
     if arguments.images is not None and arguments.encoder is None:
         raise SpatialTokensError(

@@ -14,13 +14,13 @@ from spatial_tokens.errors import SpatialTokensError
 
 PRESET, PROMPT = "llava-sp-cropping", "What is in this picture?"  # without a choice of the user's
 TRAINED_WITHOUT = 45  # % of the questions about position in the same setting; the mean of five seeds of the evidence's MLP
-OF_STAGES = ("image", "preset", "encoder", "full_size", "pretrained")  # what asks for the stages of a projector
+STAGE_OPTIONS = ("image", "preset", "encoder", "full_size", "pretrained")  # what asks for the stages of a projector
 
 
 def run(arguments: Namespace) -> None:
     """`spatial-tokens demo`."""
     require_paths(arguments, "output")
-    chosen = [name for name in (*OF_STAGES, "model") if getattr(arguments, name) not in (None, False)]
+    chosen = [name for name in (*STAGE_OPTIONS, "model") if getattr(arguments, name) not in (None, False)]
     if arguments.scene is not None and chosen:
         raise SpatialTokensError(f"--scene is for the trained model, which takes no {chosen[0].replace('_', '-')}; leave one out")
     if arguments.model is not None:
@@ -38,7 +38,7 @@ def _run_scene_demo(arguments: Namespace) -> None:
         return
     for note in report.notes:
         print_wrapped(f"note: {note}")
-    rows = [(each.question, each.right or "?", *_judged(each)) for each in report.answers]
+    rows = [(each.question, each.right or "?", *_with_verdicts(each)) for each in report.answers]
     print_table(f"a scene of {', '.join(report.things)}", ("question", "right", "without", "with spatial tokens"), rows)
     _print_stages("what runs", report.stages)
     without, having = (f"{each:.1f}" if each is not None else "no" for each in report.distances)
@@ -56,7 +56,7 @@ def _run_scene_demo(arguments: Namespace) -> None:
     print_wrapped(f"next: spatial-tokens demo --scene {EXAMPLE}; spatial-tokens demo YOUR.jpg; spatial-tokens info")
 
 
-def _judged(answer: Answer) -> list[str]:
+def _with_verdicts(answer: Answer) -> list[str]:
     """What was said, and whether it is right."""
     said = (answer.without_spatial, answer.with_spatial)
     return [each if answer.right is None else f"{each} {'ok   ' if each == answer.right else 'wrong'}" for each in said]

@@ -76,13 +76,13 @@ class EncodedPictures(AbstractContextManager["EncodedPictures"]):
                     raise SpatialTokensError(
                         f"the encoder gives NaN or infinity for the picture {path}; look at its weights and dtype"
                     )
-            kept = self._room(features) if kept is None else kept
+            kept = self._allocate(features) if kept is None else kept
             kept[done : done + len(features)] = features
             done += len(features)
             yield features
         self._kept = kept
 
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
+    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         """Room for the features of all pictures, in a file."""
         shape = (len(self._paths), *like.shape[1:])
         path = Path(self._folder.name) / "features"

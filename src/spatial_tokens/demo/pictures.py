@@ -45,14 +45,14 @@ def draw_places(picture: Image, scene: Scene, without: Places, having: Places) -
 
 
 @dataclass(frozen=True)
-class Look:
+class PatchAttention:
     """What a word attends to of a picture: the patches `(H, W)`, and the share of its attention that the spatial tokens have."""
 
     patches: torch.Tensor
     spatial: float
 
 
-def draw_looks(picture: Image, answers: Sequence[tuple[str, str]], looks: Sequence[Look]) -> Figure:
+def draw_attention(picture: Image, answers: Sequence[tuple[str, str]], looks: Sequence[PatchAttention]) -> Figure:
     """The attention that each question pays to the patches as its answer is said, as shares of the panel's largest.
 
     Titles give the answer, and the share of the attention to the picture's tokens that the spatial tokens have.
@@ -63,7 +63,7 @@ def draw_looks(picture: Image, answers: Sequence[tuple[str, str]], looks: Sequen
     )
     figure, axes = panels(len(looks), title, columns=4, colorbar=True)
     for axis, (question, answer), look in zip(axes, answers, looks, strict=True):
-        axis.set_title(f"{_broken(question)}\n{answer} ({look.spatial:.0%} to spatial tokens)", fontsize=7)
+        axis.set_title(f"{_on_two_lines(question)}\n{answer} ({look.spatial:.0%} to spatial tokens)", fontsize=7)
         show_picture(axis, picture, GRID, brightness=0.8)
         patches = (look.patches / look.patches.max()).float().numpy()
         drawn = axis.imshow(patches, extent=(0, GRID[1], GRID[0], 0), cmap="viridis", alpha=0.6, vmin=0, vmax=1)
@@ -71,7 +71,7 @@ def draw_looks(picture: Image, answers: Sequence[tuple[str, str]], looks: Sequen
     return figure
 
 
-def _broken(text: str) -> str:
+def _on_two_lines(text: str) -> str:
     """A question on two lines if it is long."""
     words = text.split()
     return text if len(text) < 34 else " ".join(words[: len(words) // 2]) + "\n" + " ".join(words[len(words) // 2 :])

@@ -72,7 +72,7 @@ class Difficulty:
 
 STANDARD = Difficulty(things=(4, 6), clutter=(4, 8), unseen=(0, 0))
 HARD = Difficulty(things=(7, 9), clutter=(10, 16), unseen=(1, 2))
-TOLD = Difficulty(things=(4, 9), clutter=(0, 0), unseen=(0, 2))  # in words, to the language model
+TEXT_ONLY = Difficulty(things=(4, 9), clutter=(0, 0), unseen=(0, 2))  # in words, to the language model
 
 
 def sample_scene(random: Random, difficulty: Difficulty, topic: str, count: int) -> Scene:

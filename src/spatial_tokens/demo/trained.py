@@ -92,11 +92,11 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     right = [each.answer for each in questions] + ([None] if prompt else [])
     names = [thing.name for thing in scene.things]
     with torch.inference_mode():
-        before = _say(base, plain, picture, asked, names)
+        before = _generate(base, plain, picture, asked, names)
         model, processor = load_adapter(base, TRAINED_ADAPTER, plain)
         model.float()
-        after = _say(model, processor, picture, asked, names)
-        stages, looks = _look(model, processor, picture, asked)
+        after = _generate(model, processor, picture, asked, names)
+        stages, looks = _stages_and_attention(model, processor, picture, asked)
     counted = (each[: len(asked)] for each in (before, after))
     answers = [Answer(*each) for each in zip(asked, right, *counted, strict=True)]
     told = [[_place(words) for words in each[len(asked) :]] for each in (before, after)]
@@ -105,7 +105,7 @@ def run_scene_demo(described: str | None, output: str, *, prompt: str | None, se
     drawn = {
         "places.png": pictures.draw_places(picture, scene, *told),
         "windows.png": visualize.draw_windows(picture, config.grid_size, config.kernel_sizes, config.variant),
-        "attention.png": pictures.draw_looks(picture, [(each.question, each.with_spatial) for each in answers], looks),
+        "attention.png": pictures.draw_attention(picture, [(each.question, each.with_spatial) for each in answers], looks),
     }
     for name, figure in drawn.items():
         visualize.save(figure, folder / name)
@@ -147,7 +147,7 @@ def _check_words(processor: Any, prompt: str | None) -> None:
         )
 
 
-def _say(model: Any, processor: Any, picture: Image, questions: list[str], names: list[str]) -> list[str]:
+def _generate(model: Any, processor: Any, picture: Image, questions: list[str], names: list[str]) -> list[str]:
     """What a model answers about a picture: a word to each question, and after each name a size, a column and a row."""
     said: list[str] = []
     for prompts, length in ((questions, 1), (names, 3)):
@@ -158,7 +158,9 @@ def _say(model: Any, processor: Any, picture: Image, questions: list[str], names
     return said
 
 
-def _look(model: Any, processor: Any, picture: Image, prompts: list[str]) -> tuple[list[Stage], list[pictures.Look]]:
+def _stages_and_attention(
+    model: Any, processor: Any, picture: Image, prompts: list[str]
+) -> tuple[list[Stage], list[pictures.PatchAttention]]:
     """The stages, and what each question attends to as it is answered."""
     report, spatial = Report(), model.spatial_tokens
     inputs = [processor(images=picture, text=f"<image> {each}", return_tensors="pt") for each in prompts]
@@ -171,15 +173,17 @@ def _look(model: Any, processor: Any, picture: Image, prompts: list[str]) -> tup
     report.run("spatial head", spatial.spatial_head, lambda: spatial.spatial_head(tokens))
     report.run("patch head", mlp, lambda: mlp(patches))
     report.run("whole model", model, lambda: model(**inputs[0]).logits)
-    return report.stages, [_looked_at(model, each) for each in inputs]
+    return report.stages, [_attention(model, each) for each in inputs]
 
 
-def _looked_at(model: Any, inputs: Any) -> pictures.Look:
+def _attention(model: Any, inputs: Any) -> pictures.PatchAttention:
     """What the last word attends to, in the mean over all layers and heads."""
     paid = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0, :, -1].mean((0, 1))
     ids, spatial = inputs["input_ids"][0], attachment_of(model).token_id
     patches, tokens = paid[ids == model.config.image_token_id], paid[ids == spatial]
-    return pictures.Look(patches.view(model.spatial_tokens.config.grid_size), float(tokens.sum() / (tokens.sum() + patches.sum())))
+    return pictures.PatchAttention(
+        patches.view(model.spatial_tokens.config.grid_size), float(tokens.sum() / (tokens.sum() + patches.sum()))
+    )
 
 
 def _place(words: str) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from spatial_tokens.adapters.timm import TimmPatchEncoder
 from spatial_tokens.adapters.transformers import TransformersPatchEncoder
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason, shown
 from spatial_tokens.grid import KernelSize, Size, as_size
-from spatial_tokens.storage.hub import in_reach
+from spatial_tokens.storage.hub import name_or_cached_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,7 +126,7 @@ def _is_vision_language(name: str) -> bool:
     except ImportError as error:
         raise MissingExtraError("transformers", "hf") from error
     try:
-        kind = AutoConfig.from_pretrained(str(in_reach(name))).model_type
+        kind = AutoConfig.from_pretrained(str(name_or_cached_folder(name))).model_type
     except (OSError, ValueError) as error:
         raise SpatialTokensError(f"transformers cannot load {name!r}: {reason(error)}") from error
     return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

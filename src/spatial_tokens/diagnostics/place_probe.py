@@ -124,7 +124,7 @@ def _opened(picture: Any) -> Image:
 
 def _learn(reads: PictureEncoder, sources: list[Callable[[], Image]], progress: Progress) -> tuple[dict[str, Any], str]:
     """Readers of each layer, and the name of the one that a projector reads."""
-    sums: dict[str, _Learned] = {}
+    sums: dict[str, _ReaderFit] = {}
     known, main = [i for i in range(len(sources)) if i % PARTS != PARTS - 1], reads.layer
     for numbers, images in _batches(reads, sources, known):
         found = _encoded(reads, images, numbers)
@@ -136,17 +136,17 @@ def _learn(reads: PictureEncoder, sources: list[Callable[[], Image]], progress: 
     return {name: (each.fit(), each.embedding) for name, each in sums.items()}, main
 
 
-def _with_embedding(found: dict[str, Maps], main: str, sums: dict[str, _Learned]) -> dict[str, Maps]:
+def _with_embedding(found: dict[str, Maps], main: str, sums: dict[str, _ReaderFit]) -> dict[str, Maps]:
     """All layers' maps, and the main one's once more, for an embedding of place to be added; the first batch tells its size."""
     found = {**found, WITH_PLACES: found[main]}
     if not sums:
         deviation = torch.cat([each.flatten(0, 1) for each in found[main]]).double().std(0).square().mean().sqrt().item()
-        sums |= {name: _Learned() for name in found}
+        sums |= {name: _ReaderFit() for name in found}
         sums[WITH_PLACES].embedding = deviation or 1.0
     return found
 
 
-class _Learned:
+class _ReaderFit:
     """What is known of a layer's features: of patches anywhere, and of patches beside those of the same picture."""
 
     def __init__(self) -> None:
@@ -172,27 +172,27 @@ class _Learned:
 
 def _test(
     reads: PictureEncoder, readers: dict[str, Any], main: str, sources: list[Callable[[], Image]], seed: int, progress: Progress
-) -> dict[str, _Tested]:
+) -> dict[str, _ReaderTest]:
     """What each layer's readers get right in pictures that they have not seen, and what their readings follow in shifted ones."""
-    tests = {name: _Tested(*reader) for name, reader in readers.items()}
+    tests = {name: _ReaderTest(*reader) for name, reader in readers.items()}
     asked = list(range(PARTS - 1, len(sources), PARTS))
     for numbers, images in _batches(reads, sources, asked):
         plain = _encoded(reads, images, numbers)
         for name, test in tests.items():
             for each in plain[main if name == WITH_PLACES else name]:
-                test.ask(each)
+                test.add(each)
         for kind in ("roll", "crop"):
             grids = [(each.shape[0], each.shape[1]) for each in plain[main]]
             shifts = [drawn_shift(kind, grid, Random(f"{seed} {n} {kind}")) for n, grid in zip(numbers, grids, strict=True)]
             moved = _encoded(reads, [shift(image) for shift, image in zip(shifts, images, strict=True)], numbers)
             for name, maps in moved.items():
                 for shift, each in zip(shifts, maps, strict=True):
-                    tests[name].follow(each, shift)
+                    tests[name].add_shifted(each, shift)
         progress("test", asked.index(numbers[-1]) + 1)
     return tests
 
 
-class _Tested:
+class _ReaderTest:
     """What a layer's readers say of pictures that they have not seen; each picture's sums."""
 
     def __init__(self, readers: tuple[Reader, Reader, Reader], embedding: float) -> None:
@@ -207,7 +207,7 @@ class _Tested:
         self.there = torch.zeros(2, SECTIONS, dtype=torch.float64)  # patches in each twelfth, by column and row
         self.channels = 0
 
-    def ask(self, features: torch.Tensor) -> None:
+    def add(self, features: torch.Tensor) -> None:
         """Reads a picture's map `(H, W, C)`."""
         grid, self.channels = (features.shape[0], features.shape[1]), features.shape[2]
         self.grids.add(grid)
@@ -224,7 +224,7 @@ class _Tested:
             torch.stack([missed, places.square().sum(0), right, every, right - right_from_half, every, ordered, pairs], dim=1)
         )
 
-    def follow(self, features: torch.Tensor, shift: Shift) -> None:
+    def add_shifted(self, features: torch.Tensor, shift: Shift) -> None:
         """Reads the map of a shifted picture."""
         rows = _rows(features, 0.0)
         places = coordinates((features.shape[0], features.shape[1]), rows.device)
@@ -238,7 +238,7 @@ def _right(read: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return (told == where).sum(0).double()
 
 
-def _layer(name: str, test: _Tested, seed: int) -> Layer:
+def _layer(name: str, test: _ReaderTest, seed: int) -> Layer:
     sums = torch.stack(test.sums).cpu()
     readings = []
     for axis in range(2):

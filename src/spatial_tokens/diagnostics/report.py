@@ -147,7 +147,7 @@ def _table(report: ProbeReport) -> list[str]:
                 _pair(*(f"{reading.right.value:.0%}" for reading in each.readings)),
                 _pair(*(f"{reading.order.value:.0%}" for reading in each.readings)),
                 *(
-                    _pair(*("" if told is None else f"{getattr(told, name).value:.2f}" for told in follows))
+                    _pair(*("" if shares is None else f"{getattr(shares, name).value:.2f}" for shares in follows))
                     for name in ("slot", "border", "content")
                 ),
             )

@@ -14,7 +14,7 @@ from spatial_tokens.grid import Size
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SHOWN = 0.5  # of a picture's sides, in a crop
+CROP_SHARE = 0.5  # of a picture's sides, in a crop
 ANY_SIZE = 448  # a picture for an encoder of any size is scaled down to at most so many pixels, squared
 
 
@@ -39,14 +39,14 @@ class Shift:
             from PIL import ImageChops
 
             return ImageChops.offset(picture, round(self.across * width), round(self.down * height))
-        left, top = self.across * (1 - SHOWN) * width, self.down * (1 - SHOWN) * height
-        return picture.resize(picture.size, box=(left, top, left + SHOWN * width, top + SHOWN * height))
+        left, top = self.across * (1 - CROP_SHARE) * width, self.down * (1 - CROP_SHARE) * height
+        return picture.resize(picture.size, box=(left, top, left + CROP_SHARE * width, top + CROP_SHARE * height))
 
     def origins(self, places: torch.Tensor) -> torch.Tensor:
         """Where in the unshifted picture is what patches at these coordinates show, `(n, 2)`."""
         moved = torch.tensor([self.across, self.down], dtype=places.dtype, device=places.device)
         shares = (places + 1) / 2
-        shares = (shares - moved) % 1 if self.kind == "roll" else moved * (1 - SHOWN) + SHOWN * shares
+        shares = (shares - moved) % 1 if self.kind == "roll" else moved * (1 - CROP_SHARE) + CROP_SHARE * shares
         return 2 * shares - 1
 
 

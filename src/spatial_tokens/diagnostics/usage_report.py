@@ -111,8 +111,8 @@ class UsageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""
-        told = {"share": self.share, "attention_share": self.attention_share, "verdict": self.verdict}
-        return {**asdict(self), **told}
+        derived = {"share": self.share, "attention_share": self.attention_share, "verdict": self.verdict}
+        return {**asdict(self), **derived}
 
     def to_json(self) -> str:
         """All of it, as JSON."""
@@ -123,7 +123,7 @@ class UsageReport:
         rows = [("another picture's spatial tokens", self.another), ("the mean spatial tokens         ", self.mean)]
         if self.patches is not None:
             rows.append(("another picture's patch tokens  ", self.patches))
-        lines += [f"{name} loss {change.loss:+.4f}, right {_less(change.right):+.3f}" for name, change in rows]
+        lines += [f"{name} loss {change.loss:+.4f}, right {_negated(change.right):+.3f}" for name, change in rows]
         if self.share is not None:
             lines.append(f"share of what the picture's tokens bring: {self.share:.1%}")
         if self.attention_share is not None:
@@ -131,7 +131,7 @@ class UsageReport:
         return "\n".join([*lines, fill(self.verdict, WIDTH)])
 
 
-def _less(estimate: Estimate) -> Estimate:
+def _negated(estimate: Estimate) -> Estimate:
     """The same with its sign changed."""
     bounds = [None if each is None else 0 - each for each in (estimate.high, estimate.low)]
     return Estimate(0 - estimate.value, *bounds)

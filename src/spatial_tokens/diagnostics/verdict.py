@@ -40,43 +40,43 @@ LIMITS = (
 
 def verdict_of(report: ProbeReport) -> list[str]:
     """Sentences: how the encoder compares with the evidence, what the readings follow, the cheapest rival, and the limits."""
-    return [_comparison(report.main, report.fitted), *_following(report.main), _rival(report), *_caveats(report), LIMITS]
+    return [_comparison(report.main, report.fitted), *_following(report.main), _alternative(report), *_caveats(report), LIMITS]
 
 
 def _comparison(layer: Layer, fitted: int) -> str:
     column, row = layer.readings
-    told = (
+    text = (
         f"a linear reader finds a patch's column with R² {column.r2.value:.2f} and its row with {row.r2.value:.2f}, and the right "
         f"twelfth of the picture in {column.right.value:.0%} and {row.right.value:.0%} of cases (chance {column.chance:.0%} and "
         f"{row.chance:.0%})"
     )
     if layer.grid is None or min(layer.grid) < SECTIONS:
         return (
-            f"No verdict: {told}. The evidence has {SECTIONS} x {SECTIONS} patches. With fewer patches on a side, or pictures of "
+            f"No verdict: {text}. The evidence has {SECTIONS} x {SECTIONS} patches. With fewer patches on a side, or pictures of "
             "different sizes, finding the right twelfth is not the same task."
         )
     if column.right.low is None:
-        return f"No verdict: {told}, but too few pictures were tested for intervals. Use more pictures."
+        return f"No verdict: {text}, but too few pictures were tested for intervals. Use more pictures."
     as_plain = all(_high(each.skill) >= skill_of(figure) for each, figure in zip(layer.readings, PLAIN_RIGHT, strict=True))
     as_rolled = all(_low(each.skill) <= skill_of(figure) for each, figure in zip(layer.readings, ROLLED_RIGHT, strict=True))
     if as_plain and as_rolled:
-        return f"No verdict: {told}, but the intervals include both cases that were measured. Use more pictures."
+        return f"No verdict: {text}, but the intervals include both cases that were measured. Use more pictures."
     if as_plain:
         expected = "Do not expect a gain from spatial tokens."
-        return f"The features encode places: {told}. That is not measurably less than {PLAIN}. {expected}"
-    if as_rolled and _more_may_find(layer, layer.grid[0] * layer.grid[1] * fitted):
+        return f"The features encode places: {text}. That is not measurably less than {PLAIN}. {expected}"
+    if as_rolled and _more_may_help(layer, layer.grid[0] * layer.grid[1] * fitted):
         return (
-            f"No verdict: {told}. No place was found with {fitted} fitted pictures; more pictures may find it. Use more pictures."
+            f"No verdict: {text}. No place was found with {fitted} fitted pictures; more pictures may find it. Use more pictures."
         )
     if as_rolled:
-        return f"The features do not encode places: {told}. That is not measurably more than {ROLLED}. Spatial tokens may help."
+        return f"The features do not encode places: {text}. That is not measurably more than {ROLLED}. Spatial tokens may help."
     return (
-        f"The features encode places in part: {told}. That is between the two cases that were measured. One is {PLAIN}. The other "
+        f"The features encode places in part: {text}. That is between the two cases that were measured. One is {PLAIN}. The other "
         f"is {ROLLED}. What spatial tokens bring in between was not measured: train a short run with them and one without."
     )
 
 
-def _more_may_find(layer: Layer, patches: int) -> bool:
+def _more_may_help(layer: Layer, patches: int) -> bool:
     """Whether readers that found nothing in so many patches may find something in more."""
     return patches < PATCHES_PER_CHANNEL * layer.channels or any(_low(each.gain) > 0 for each in layer.readings)
 
@@ -106,11 +106,11 @@ def _following(layer: Layer) -> list[str]:
         "border": "the picture's border",
         "content": "what the patch shows, so pictures with another composition will be misread",
     }
-    told = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-    return [f"In shifted pictures the readings mostly follow {what[most]} ({told})."]
+    measured = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
+    return [f"In shifted pictures the readings mostly follow {what[most]} ({measured})."]
 
 
-def _rival(report: ProbeReport) -> str:
+def _alternative(report: ProbeReport) -> str:
     column, row = report.with_places.readings
     grid = report.main.grid
     size = "" if grid is None else f" ({grid[0] * grid[1] * report.main.channels:,} parameters if learned)"

@@ -250,10 +250,10 @@ class SPProjector(nn.Module):
             raise SpatialTokensError("there is no attention to return: this projector has no DetailFeatureIntegrator")
         if not self.any_grid:
             require_own_grid(grid_sizes)
-        told = () if grid_sizes is None else (grid_sizes,)
-        spatial_tokens, attention = self.extractor(patches, *told), None
+        grid_argument = () if grid_sizes is None else (grid_sizes,)
+        spatial_tokens, attention = self.extractor(patches, *grid_argument), None
         if self.integrator is not None:
-            spatial_tokens, attention = self.integrator(spatial_tokens, patches, *told, return_attention=True)
+            spatial_tokens, attention = self.integrator(spatial_tokens, patches, *grid_argument, return_attention=True)
         tokens = self.spatial_head(spatial_tokens)
         if self.patch_head is not None:
             tokens = _before_patches(tokens, self.patch_head(patches), grid_sizes)

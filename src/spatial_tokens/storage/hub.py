@@ -64,7 +64,7 @@ def folder_of(source: str | os.PathLike[str], names: Sequence[str], revision: st
     return found
 
 
-def in_reach(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+def name_or_cached_folder(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """A model's name, for another library to load; the folder in the cache instead, if the Hub does not answer.
 
     Asked once here: those libraries ask five times for each file, for minutes in all.

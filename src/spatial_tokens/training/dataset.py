@@ -31,7 +31,7 @@ from spatial_tokens.training.conversations import (
 )
 
 IGNORED = -100
-SHOWN = 10  # bad samples that an error names
+MOST_LISTED = 10  # bad samples that an error names
 OnBadSample = Literal["stop", "skip"]
 
 
@@ -101,8 +101,8 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             except BadSampleError as error:
                 bad.append((index, error))
         if bad and on_bad_sample == "stop":
-            listed = "; ".join(str(error) for _, error in bad[:SHOWN])
-            more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            listed = "; ".join(str(error) for _, error in bad[:MOST_LISTED])
+            more = f"; and {len(bad) - MOST_LISTED} more" if len(bad) > MOST_LISTED else ""
             raise SpatialTokensError(f"{path} has {len(bad)} bad samples (on_bad_sample='skip' leaves them out): {listed}{more}")
         if not self.samples:
             raise SpatialTokensError(f"{path} has no good sample: {bad[0][1]}")

@@ -71,7 +71,7 @@ class SpatialTokensTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = kind(parameter_groups(parts_of(self._bare()), self.stage), **options)
+            self.optimizer = kind(parameter_groups(parts_of(self._unwrapped_model()), self.stage), **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -131,21 +131,21 @@ class SpatialTokensTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
-            require_finite(self._bare())  # in every process, not only in the one that writes
-        if self.args.should_save or is_sharded_model(self._bare()):
-            save_trained(self._bare(), output_dir or str(self.args.output_dir))
+            require_finite(self._unwrapped_model())  # in every process, not only in the one that writes
+        if self.args.should_save or is_sharded_model(self._unwrapped_model()):
+            save_trained(self._unwrapped_model(), output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(self._bare(), resume_from_checkpoint)
+        load_trained(self._unwrapped_model(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_trained(self._bare(), str(self.state.best_model_checkpoint))
+        load_trained(self._unwrapped_model(), str(self.state.best_model_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial=trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         try:
-            require_finite(self._bare())
+            require_finite(self._unwrapped_model())
         except SpatialTokensError as error:
             if self.on_nan == "stop":
                 raise self._not_finite(str(error)) from error
@@ -190,7 +190,7 @@ class SpatialTokensTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return _ByLength(dataset.lengths, batch_size, seed)
 
-    def _bare(self) -> Any:
+    def _unwrapped_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 

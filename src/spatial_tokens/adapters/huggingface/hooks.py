@@ -33,7 +33,7 @@ from spatial_tokens.adapters.huggingface.call import Call, Features, PerThread, 
 from spatial_tokens.adapters.huggingface.layouts import joined, maps_of, thumbnails, tiles_of
 from spatial_tokens.adapters.huggingface.maps_to_tokens import MapsToTokens, Resize
 from spatial_tokens.adapters.huggingface.model_parts import ModelParts
-from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, find_places, uncounted
+from spatial_tokens.adapters.huggingface.placeholders import IGNORED, WRAP, Places, count_without_placeholders, find_places
 from spatial_tokens.adapters.huggingface.reserved_token import PromptStreamer, ReservedToken, with_prompt
 from spatial_tokens.adapters.huggingface.training_warnings import TrainingWarnings
 from spatial_tokens.errors import SpatialTokensError
@@ -42,7 +42,7 @@ from spatial_tokens.modules import SPProjector
 Mode = Literal["own", "image"]
 Unit = Literal["image", "tile"]
 NAME = "spatial_tokens"  # of the projector in the model
-CARRIED = "_spatial_features"  # on what get_image_features returns: generate() encodes images before it calls the model
+FEATURES_ATTRIBUTE = "_spatial_features"  # on what get_image_features returns: generate() encodes images before it calls the model
 
 
 class Attachment:
@@ -182,7 +182,7 @@ class Attachment:
         mask = labels == self.token.id
         replaced = {"labels": labels.masked_fill(mask, IGNORED)}
         if kwargs.get("num_items_in_batch") is not None:
-            replaced["num_items_in_batch"] = uncounted(kwargs["num_items_in_batch"], labels, mask)
+            replaced["num_items_in_batch"] = count_without_placeholders(kwargs["num_items_in_batch"], labels, mask)
         elif "fused_lm_head" in kwargs and bool(mask.any()):  # TRL divides by a count that the model does not see
             raise SpatialTokensError(f"labels of placeholders of spatial tokens are not -100, but TRL counts them; {WRAP}")
         return args, {**kwargs, **replaced}
@@ -208,7 +208,7 @@ class Attachment:
         if call.generate is not None and ids is not None and ids.shape[1] > 1 and self._has_placeholders(ids):
             call.generate = None  # generate() was given others: somebody calls the model while it generates
         encoded = (arguments.get("mm_encoder_outputs") or {}).get("image")
-        call.features = getattr(encoded, CARRIED, None)
+        call.features = getattr(encoded, FEATURES_ATTRIBUTE, None)
         if call.generate is not None and encoded is not None:  # accelerate copies it, without what is carried on it
             call.features, call.generate.features = call.features or call.generate.features, None
         call.input_ids = ids
@@ -251,7 +251,7 @@ class Attachment:
         if current.call is not None:
             current.call.features = features
         if not isinstance(outputs, (tuple, list, torch.Tensor)):
-            setattr(outputs, CARRIED, features)
+            setattr(outputs, FEATURES_ATTRIBUTE, features)
         return outputs
 
     def encode_video(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -34,10 +34,10 @@ def maps_of(layout: str, captured: Sequence[torch.Tensor], arguments: Arguments,
 
 def square(captured: Sequence[torch.Tensor], arguments: Arguments, vision_config: Any) -> Maps:
     """`(T, N, C)`, N a square."""
-    told = [name for name in OF_SEQUENCES if arguments.get(name) is not None]
-    if told or any(found.ndim < 3 for found in captured):
+    given = [name for name in OF_SEQUENCES if arguments.get(name) is not None]
+    if given or any(found.ndim < 3 for found in captured):
         raise SpatialTokensError(
-            f"the projector is given {tuple(captured[0].shape)}, with {' and '.join(told) or 'no sizes'}: patches of images one "
+            f"the projector is given {tuple(captured[0].shape)}, with {' and '.join(given) or 'no sizes'}: patches of images one "
             "after another; this model's features lie in a way that is not known"
         )
     features = torch.cat([found.reshape(-1, *found.shape[-2:]) for found in captured])
@@ -242,11 +242,11 @@ def joined(outputs: Any, tokens: torch.Tensor) -> Any:
         outputs.pooler_output = type(own)(torch.cat([ours.to(theirs), theirs]) for ours, theirs in zip(tokens, own, strict=True))
     deep = getattr(outputs, "deepstack_features", None)
     if deep is not None:
-        outputs.deepstack_features = [_after_zeros(layer, tokens.shape[1], [len(each) for each in own]) for layer in deep]
+        outputs.deepstack_features = [_with_zeros_before(layer, tokens.shape[1], [len(each) for each in own]) for layer in deep]
     return outputs
 
 
-def _after_zeros(layer: Any, count: int, lengths: list[int]) -> Any:
+def _with_zeros_before(layer: Any, count: int, lengths: list[int]) -> Any:
     """What an encoder's layer adds to the image tokens, with nothing for the `count` spatial tokens before each image."""
     images = torch.split(layer, lengths) if isinstance(layer, torch.Tensor) else layer
     joined = [torch.cat([each.new_zeros(count, each.shape[-1]), each]) for each in images]

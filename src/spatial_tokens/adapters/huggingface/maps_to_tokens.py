@@ -63,5 +63,5 @@ class MapsToTokens:
             )
         weight = next(projector.parameters())
         patches, grids = packed([fitted(each, self.grid_size, self.resize) for each in maps])
-        told = () if self.grid_size is not None or not self.any_grid else (grids,)
-        return projector(patches.to(device=device_of(projector, weight), dtype=weight.dtype), *told)  # type: ignore[no-any-return]
+        grid_argument = () if self.grid_size is not None or not self.any_grid else (grids,)
+        return projector(patches.to(device=device_of(projector, weight), dtype=weight.dtype), *grid_argument)  # type: ignore[no-any-return]

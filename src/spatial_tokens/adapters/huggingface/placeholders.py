@@ -183,7 +183,7 @@ def find_runs(
         starts.append([start - 1 if start and row[start - 1] in opening_ids else start for start in found])
     if lengths is not None and used < len(lengths):
         raise SpatialTokensError(f"tokens_per_image names {len(lengths)} images, input_ids have {used}")
-    counts = _shared_out(count, [len(row) for row in starts])
+    counts = _counts_by_row(count, [len(row) for row in starts])
     return [list(zip(at, each, strict=True)) for at, each in zip(starts, counts, strict=True)]
 
 
@@ -268,7 +268,7 @@ def _images(row: Sequence[int], number: int, image_token_id: int, given: int | S
     return starts
 
 
-def _shared_out(count: int | Sequence[int], images: Sequence[int]) -> list[list[int]]:
+def _counts_by_row(count: int | Sequence[int], images: Sequence[int]) -> list[list[int]]:
     """The placeholders of each image, row by row."""
     if isinstance(count, int):
         return [[count] * number for number in images]
@@ -303,7 +303,7 @@ def _with_offsets(row: Sequence[Sequence[int]], runs: Runs) -> list[tuple[int, i
     return made + [(each[0], each[1]) for each in row[last:]]
 
 
-def uncounted(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
+def count_without_placeholders(counted: Any, labels: torch.Tensor, mask: torch.Tensor) -> Any:
     """Trainer's `num_items_in_batch` without placeholders, which a collator has left among the labels where the mask is.
 
     Raises:

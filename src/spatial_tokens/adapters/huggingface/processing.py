@@ -94,7 +94,7 @@ class Inserter:
         return placeholders.find_runs(rows, count, self.image_token_id, self.opening_ids, lengths)
 
 
-class _Noted:
+class _Marks:
     """Where the marks of each text were, when it was ready to be tokenized, and what became of it.
 
     Args:
@@ -124,37 +124,37 @@ class _Noted:
 class _MarkedTokenizer:
     """Mixed into the class of a tokenizer's copy for one call: it takes the marks out of the text."""
 
-    _noted: _Noted
+    _marks: _Marks
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(text, str):
-            text = self._noted.take([text])[0]
+            text = self._marks.take([text])[0]
         elif isinstance(text, (list, tuple)) and all(isinstance(each, str) for each in text):
-            text = self._noted.take(list(text))
+            text = self._marks.take(list(text))
         tokenize: Any = super().__call__  # type: ignore[misc]
         encoding = tokenize(text, *args, **kwargs)
-        if self._noted.marks and self._noted.encoding is None:
-            self._noted.encoding = encoding
-            self._noted.left_truncated = getattr(self, "truncation_side", "right") == "left"
+        if self._marks.marks and self._marks.encoding is None:
+            self._marks.encoding = encoding
+            self._marks.left_truncated = getattr(self, "truncation_side", "right") == "left"
             sanitized = {SANITIZE: kwargs[SANITIZE]} if SANITIZE in kwargs else {}
-            self._noted.count = lambda part: len(tokenize(part, add_special_tokens=False, **sanitized)["input_ids"])
+            self._marks.count = lambda part: len(tokenize(part, add_special_tokens=False, **sanitized)["input_ids"])
         return encoding
 
 
 class _MarkedReplacements:
     """Mixed into the class of a processor's copy for one call: where it says how it expands images, the text is the caller's."""
 
-    _noted: _Noted
+    _marks: _Marks
 
     def get_text_with_replacements(self, text: list[str], *args: Any, **kwargs: Any) -> Any:
-        given = [self._noted.positions(each) for each in text]
+        given = [self._marks.positions(each) for each in text]
         text, replacements = super().get_text_with_replacements(text, *args, **kwargs)  # type: ignore[misc]
-        plain = self._noted.take(text)
-        if not self._noted.marks:
+        plain = self._marks.take(text)
+        if not self._marks.marks:
             return plain, replacements
         for row, found in enumerate(replacements):
             for each in found:
-                for name, marks in (("span", given[row]), ("new_span", self._noted.marks[row])):
+                for name, marks in (("span", given[row]), ("new_span", self._marks.marks[row])):
                     starts = [place + number for number, place in enumerate(marks)]
                     each[name] = tuple(place - sum(start < place for start in starts) for place in each[name])
         return plain, replacements
@@ -179,8 +179,8 @@ class _SpatialProcessor:
             return kind.__call__(self, *args, **kwargs)
         if has_places:
             inserter.check_counts(texts, images)
-        processor, noted = _for_one_call(self, texts)
-        marked = [inserter.pattern.sub(lambda match: noted.mark + match[0], each) for each in texts]
+        processor, marks = _for_one_call(self, texts)
+        marked = [inserter.pattern.sub(lambda match: marks.mark + match[0], each) for each in texts]
         if text is not None:
             given.arguments["text"] = marked[0] if isinstance(text, str) else marked
         given.arguments["self"] = processor
@@ -189,16 +189,16 @@ class _SpatialProcessor:
             return outputs
         padding, side, multiple = (_option(name, kwargs) for name in ("padding", "padding_side", "pad_to_multiple_of"))
         placeholders.insert_runs(
-            outputs, self._runs(outputs, noted, images), inserter.token_id, inserter.pad_token_id,
+            outputs, self._runs(outputs, marks, images), inserter.token_id, inserter.pad_token_id,
             pad=padding not in (None, False, "do_not_pad"), padding_side=side or self.tokenizer.padding_side, multiple=multiple,
         )  # fmt: skip
         return outputs
 
-    def _runs(self, outputs: Any, noted: _Noted, images: Any) -> list[placeholders.Runs]:
+    def _runs(self, outputs: Any, marks: _Marks, images: Any) -> list[placeholders.Runs]:
         """Where placeholders go."""
         inserter = self._inserter
-        if noted.marks and not (inserter.per_tile and inserter.tile_length is not None):
-            return _at_marks(noted, inserter, outputs)
+        if marks.marks and not (inserter.per_tile and inserter.tile_length is not None):
+            return _at_marks(marks, inserter, outputs)
         runs, given = inserter.at_runs(outputs), _counts(images)
         found, total = sum(map(len, runs)), sum(given) if isinstance(given, list) else given
         if not inserter.per_tile and found != total:
@@ -220,23 +220,23 @@ def _rebuild(kind: type) -> Any:
     return object.__new__(_with(_SpatialProcessor, kind))
 
 
-def _for_one_call(processor: Any, texts: Sequence[str]) -> tuple[Any, _Noted]:
+def _for_one_call(processor: Any, texts: Sequence[str]) -> tuple[Any, _Marks]:
     """A shallow copy of a processor that takes these texts with marks, and what it notes of them."""
     from transformers import PreTrainedTokenizerBase
 
     used: set[str] = set().union(*texts)
-    noted, kind = _Noted(next(each for each in map(chr, PRIVATE_USE) if each not in used)), type(processor).__mro__[2]
+    marks, kind = _Marks(next(each for each in map(chr, PRIVATE_USE) if each not in used)), type(processor).__mro__[2]
     processor = copy.copy(processor)
-    processor._noted = noted
+    processor._marks = marks
     processor.__class__ = _with(_MarkedReplacements, kind) if hasattr(kind, "get_text_with_replacements") else kind
     for name, each in vars(processor).items():
         if isinstance(each, PreTrainedTokenizerBase):
             tokenizer: Any = copy.copy(each)
             kind_of_tokenizer: Any = type(each)
             tokenizer.__class__ = _with(_MarkedTokenizer, kind_of_tokenizer)
-            tokenizer._noted = noted if name == "tokenizer" else _Noted(noted.mark)
+            tokenizer._marks = marks if name == "tokenizer" else _Marks(marks.mark)
             setattr(processor, name, tokenizer)
-    return processor, noted
+    return processor, marks
 
 
 def add_token(processor: Any, token: str | None) -> tuple[Any, int | None]:
@@ -338,22 +338,22 @@ def without_placeholders(processor: Any) -> Any:
     return processor
 
 
-def _at_marks(noted: _Noted, inserter: Inserter, outputs: Any) -> list[placeholders.Runs]:
+def _at_marks(marks: _Marks, inserter: Inserter, outputs: Any) -> list[placeholders.Runs]:
     """Before the first token of each image: the first that starts at, or after, its mark.
 
     Raises:
         SpatialTokensError: If that was cut off.
     """
-    encoding, of_image = noted.encoding, {inserter.image_token_id, *inserter.opening_ids}
+    encoding, of_image = marks.encoding, {inserter.image_token_id, *inserter.opening_ids}
     samples = encoding.get("overflow_to_sample_mapping")
     rows = placeholders.rows_of(encoding["input_ids"])
     numbers = range(len(rows)) if samples is None else [int(each) for each in samples]
-    tiles = tiles_of(outputs, inserter.config) if inserter.per_tile else [1] * sum(map(len, noted.marks))
+    tiles = tiles_of(outputs, inserter.config) if inserter.per_tile else [1] * sum(map(len, marks.marks))
     made = []
     for row, text in enumerate(numbers):
-        first, found = sum(map(len, noted.marks[:text])), []
-        for number, place in enumerate(noted.marks[text], first):
-            index = _token_at(noted, row, place, of_image) if encoding.encodings else _token_after(noted, row, place)
+        first, found = sum(map(len, marks.marks[:text])), []
+        for number, place in enumerate(marks.marks[text], first):
+            index = _token_at(marks, row, place, of_image) if encoding.encodings else _token_after(marks, row, place)
             if index is None and samples is None:
                 raise SpatialTokensError(f"text {row} was cut off before one of its images; raise max_length")
             if index is not None:  # else it is in another part of a long text
@@ -362,8 +362,8 @@ def _at_marks(noted: _Noted, inserter: Inserter, outputs: Any) -> list[placehold
     return made
 
 
-def _token_at(noted: _Noted, row: int, place: int, of_image: set[int]) -> int | None:
-    encoding = noted.encoding
+def _token_at(marks: _Marks, row: int, place: int, of_image: set[int]) -> int | None:
+    encoding = marks.encoding
     index = encoding.char_to_token(row, place)
     if index is None:
         return None
@@ -371,11 +371,11 @@ def _token_at(noted: _Noted, row: int, place: int, of_image: set[int]) -> int | 
     return int(index) + (before and encoding.encodings[row].ids[index] not in of_image)
 
 
-def _token_after(noted: _Noted, row: int, place: int) -> int | None:
+def _token_after(marks: _Marks, row: int, place: int) -> int | None:
     """Of an encoding that does not know where its tokens were, as with `sanitize_control_tokens`: the tokens before are counted."""
-    text, mask = noted.texts[row], placeholders.rows_of(noted.encoding["attention_mask"])[row]
-    kept, before = sum(mask), noted.count(text[:place])
-    cut_off = noted.count(text) - kept if noted.left_truncated else 0
+    text, mask = marks.texts[row], placeholders.rows_of(marks.encoding["attention_mask"])[row]
+    kept, before = sum(mask), marks.count(text[:place])
+    cut_off = marks.count(text) - kept if marks.left_truncated else 0
     index = before - cut_off
     return mask.index(1) + index if 0 <= index < kept else None
 

@@ -10,7 +10,7 @@ import torch
 
 from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 from spatial_tokens.errors import MissingExtraError, SpatialTokensError, reason
-from spatial_tokens.storage.hub import in_reach
+from spatial_tokens.storage.hub import name_or_cached_folder
 
 TRAINED = Path(__file__).with_name("trained")  # base, adapter, and what is known of them
 TRAINED_ADAPTER = TRAINED / "adapter"
@@ -32,7 +32,7 @@ def from_hub(name: str, **options: Any) -> tuple[Any, Any]:
         raise MissingExtraError("transformers", "hf") from error
     import_module("spatial_tokens.adapters.huggingface.rolled_vit")  # registers the vision tower of the trained model
     try:
-        place = str(in_reach(name))
+        place = str(name_or_cached_folder(name))
         model = transformers.AutoModelForImageTextToText.from_pretrained(place, **{"dtype": "auto", **options})
         model.name_or_path = model.config._name_or_path = name  # not the cache's folder
         return model, transformers.AutoProcessor.from_pretrained(place)  # type: ignore[no-untyped-call]

@@ -53,8 +53,8 @@ def pooling(options: Options, dtype: torch.dtype, batch: int, direction: str) ->
 
 def detail(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     """The integrator's strided convolution."""
-    twins = _Twins(partial(_detail, options.factorized), partial(_dense_detail, options.config))
-    return _comparison(options, "detail map", partial(_detail, options.config), ConvDetail, dtype, batch, direction, twins)
+    pair = _FactorizedPair(partial(_detail, options.factorized), partial(_dense_detail, options.config))
+    return _comparison(options, "detail map", partial(_detail, options.config), ConvDetail, dtype, batch, direction, pair)
 
 
 def projection(options: Options, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
@@ -77,7 +77,7 @@ def integration(options: Options, dtype: torch.dtype, batch: int, direction: str
 
 
 @dataclass(frozen=True)
-class _Twins:
+class _FactorizedPair:
     """How factorized kernels are made, and the dense ones that they stand for."""
 
     make: Callable[[torch.device, torch.dtype], nn.Module]
@@ -86,8 +86,8 @@ class _Twins:
 
 def _tokens(options: Options, variant: Variant, dtype: torch.dtype, batch: int, direction: str) -> Comparison:
     dense, small = (replace(config, variant=variant) for config in (options.config, options.factorized))
-    twins = _Twins(partial(extractor_of, small), FactorizedFeatureExtractor.to_dense)
-    return _comparison(options, f"tokens, {variant}", partial(extractor_of, dense), ConvExtractor, dtype, batch, direction, twins)
+    pair = _FactorizedPair(partial(extractor_of, small), FactorizedFeatureExtractor.to_dense)
+    return _comparison(options, f"tokens, {variant}", partial(extractor_of, dense), ConvExtractor, dtype, batch, direction, pair)
 
 
 def extractor_of(
@@ -180,23 +180,23 @@ def _comparison(
     dtype: torch.dtype,
     batch: int,
     direction: str,
-    twins: _Twins | None = None,
+    pair: _FactorizedPair | None = None,
 ) -> Comparison:
     @cache
     def small() -> nn.Module | None:
-        return None if twins is None else twins.make(options.device, dtype)
+        return None if pair is None else pair.make(options.device, dtype)
 
     @cache  # gigabytes: made when the first candidate is, gone with the comparison
     def shared() -> tuple[nn.Module, torch.Tensor]:
-        module = build(options.device, dtype) if twins is None else twins.to_dense(small())
+        module = build(options.device, dtype) if pair is None else pair.to_dense(small())
         return module, options.features(batch, dtype)
 
     meta = torch.device("meta")
     shapes = replace(options, device=meta).features(batch, dtype)
 
-    def factorized(twins: _Twins) -> Candidate:
+    def factorized(pair: _FactorizedPair) -> Candidate:
         module, (_, features) = cast(nn.Module, small()), shared()
-        candidate = replace(_candidate(module, features, module, direction), work=work(twins.make(meta, dtype), shapes, direction))
+        candidate = replace(_candidate(module, features, module, direction), work=work(pair.make(meta, dtype), shapes, direction))
         if direction == PASSES[0]:
             return candidate
         return replace(candidate, result=lambda found: found[:2], num_compared=2)  # the gradients of factors are its own
@@ -212,8 +212,8 @@ def _comparison(
     candidates: dict[str, Callable[[], Candidate]] = {
         name: partial(_own, shared, name, direction) for name in _backends(options.device)
     }
-    if twins is not None:
-        candidates[FACTORIZED] = partial(factorized, twins)
+    if pair is not None:
+        candidates[FACTORIZED] = partial(factorized, pair)
     candidates[AUTHORS] = convolution
     # On a CPU the backward pass took 36 s a run channels last, and over eight minutes to compile: there they run forward only.
     if direction == PASSES[0] or options.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The simplest rivals of kernels on windows: bins that are averaged, and places that are learned."""
+"""The simplest alternatives to kernels on windows: bins that are averaged, and places that are learned."""
 
 from collections.abc import Sequence
 
