@@ -143,6 +143,16 @@ ANY_SIZE = {"grid_size": (4, 4), "resize": "pool", **SMALL_KERNELS}
 
 @register("LlavaForConditionalGeneration", "<image>")
 def llava() -> tuple[Any, Any]:
+    return llava_with({"model_type": "llama"})
+
+
+@register("LlavaForConditionalGeneration", "<image>")
+def llava_mixtral() -> tuple[Any, Any]:
+    return llava_with({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2})
+
+
+def llava_with(text: dict[str, Any]) -> tuple[Any, Any]:
+    """A LLaVA of this language model."""
     tokenizer = letters({"image_token": "<image>"})
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     processor = transformers.LlavaProcessor(
@@ -152,7 +162,7 @@ def llava() -> tuple[Any, Any]:
         vision_config={
             "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, **VISION, "num_hidden_layers": 3
         },
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT},
+        text_config={**text, "vocab_size": len(tokenizer), **TEXT},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
     )  # fmt: skip
     return config, processor
