@@ -116,4 +116,5 @@ def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def _made_from(told: dict[str, Any]) -> Any:
     plan = {name: value for name, value in told["plan"].items() if name != "name"}
-    return told["benchmark"], plan, [told["pretrained"][name]["right"] for name in ("encoder", "language_model")]
+    trained = [told["pretrained"][name]["right"] for name in ("encoder", "language_model") if name in told["pretrained"]]
+    return told["benchmark"], plan, trained
