@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from benchmarks.spatial_vqa.language_model import LanguageModel
 from benchmarks.spatial_vqa.words import Tokens
 from spatial_tokens import SpatialTokensError
+from spatial_tokens.adapters.huggingface.quiet import quiet_transformers
 
 IMAGE = "<empty_output>"  # a special token that its training on text had no use for
 
@@ -53,9 +54,10 @@ class SmolLM2:
             SpatialTokensError: If it is not installed, or what reads it is not.
         """
         file = self.find()
-        model = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        with quiet_transformers():
+            model = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         del model.config.quantization_config  # its weights are plain by now
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         encode = partial(tokenizer.encode, add_special_tokens=False)
         tokens = Tokens(encode, model.config.eos_token_id, tokenizer.convert_tokens_to_ids(IMAGE))
         return LanguageModel(model.config, model.state_dict(), tokens)
