@@ -264,7 +264,8 @@ def without_values(monkeypatch):
         return nullcontext()
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.0)
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.0 if self.is_meta else item(self))
     return "meta"
 
 
