@@ -264,6 +264,7 @@ def without_values(monkeypatch):
         return nullcontext()
 
     monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True)
     item = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.0 if self.is_meta else item(self))
     return "meta"
