@@ -8,22 +8,12 @@ import torch
 
 from benchmarks.spatial_vqa.designs import DESIGNS, Design, factors, install
 from benchmarks.spatial_vqa.plans import Compression
-from benchmarks.spatial_vqa.training import LORA, STAGES, Material, add_lora, ask, prefix_of, train
+from benchmarks.spatial_vqa.training import LORA, STAGES, Material, Training, add_lora, ask, prefix_of
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.compression import compress
-from spatial_tokens.training import Parts
+from spatial_tokens.training import Parts, Stage
 
 PICTURES = 4000  # whose features weigh the kernels
-BRIEF_TUNING = replace(  # the second stage once more, at a tenth of its rates
-    STAGES[1],
-    projector_learning_rate=STAGES[1].projector_learning_rate / 10,
-    lora=replace(LORA, learning_rate=LORA.learning_rate / 10),
-)
-
-
-def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """What a run has trained, by name."""
-    return {name: each.detach().contiguous() for name, each in model.named_parameters() if each.requires_grad}
 
 
 @torch.no_grad()
@@ -50,6 +40,7 @@ def run(
     llava: Callable[[], Any],
     material: dict[str, Material],
     tensors: Mapping[str, torch.Tensor],
+    stage: Stage = STAGES[1],
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Compresses a run's kernels and asks the model.
@@ -59,14 +50,20 @@ def run(
         llava: Makes the untrained model.
         material: Of each split; as the run had.
         tensors: What the run has trained.
+        stage: Its second stage, which the tuning is once more, at a tenth of the rates.
         progress: Told of each step of tuning.
 
     Returns:
         Accuracies on test and hard of the compressed model, of the same after tuning, and of the dense one after as much of it.
     """
-    design = DESIGNS[compression.of.design]
+    design, scenes = DESIGNS[compression.of.design], compression.of.schedule.scenes
+    briefly = replace(
+        stage,
+        projector_learning_rate=stage.projector_learning_rate / 10,
+        lora=replace(LORA, learning_rate=LORA.learning_rate / 10),
+    )
     (dense, dense_parts), (small, parts) = (restore(design, llava, tensors) for _ in range(2))
-    features = material["train"].features[:PICTURES, 1:].float()
+    features = material["train"].features[:PICTURES, 1:].to(small.device).float()
     to = factors(compression.frequencies, compression.rank, compression.spatial_basis)
     small.spatial_tokens, report = compress(small.spatial_tokens, features, **to)
     parts = replace(parts, projector=[parts.projector[0], small.spatial_tokens], kernels=[])
@@ -76,9 +73,7 @@ def run(
     }  # fmt: skip
     for name, model, its_parts in (("tuned", small, parts), ("dense_tuned", dense, dense_parts)):
         order = torch.Generator().manual_seed(compression.of.seed)
-        for _ in train(
-            model, design, its_parts, BRIEF_TUNING, compression.tuning, material["train"], compression.of.schedule.scenes, order
-        ):
+        for _ in Training(model, design, its_parts, briefly, compression.tuning, material["train"], scenes, order):
             progress()
         found[name] = _asked(model, design, material)
     return found

@@ -26,7 +26,7 @@ from benchmarks.spatial_vqa import demo_files, tasks
 from benchmarks.spatial_vqa.compressed import restore
 from benchmarks.spatial_vqa.designs import CROPPING
 from benchmarks.spatial_vqa.language_model import inputs_of, next_word_loss, tally
-from benchmarks.spatial_vqa.plans import LONGER, PLANS, Job
+from benchmarks.spatial_vqa.plans import LONGER, PLANS, Job, Plan
 from benchmarks.spatial_vqa.splits import Example, examples
 from benchmarks.spatial_vqa.training import STAGES, prefix_of
 from benchmarks.spatial_vqa.words import END, IGNORED, Rows, Segment, encode, pack, questions_of
@@ -61,13 +61,13 @@ def main(arguments: list[str]) -> None:
         make_directory(work / "runs")
         tasks.run_job(JOB, plan, work)
     started = time.process_time()
-    model, facts = train(work)
+    model, facts = train(plan, work)
     facts |= {"run": JOB.name, "seed": SEED, "steps": STEPS, "seconds": round(time.process_time() - started)}
     demo_files.write(options.output, model, facts)
     demo_files.measure(options.output, examples("test", SCENES["test"]), count_right)
 
 
-def train(work: Path) -> tuple[Any, dict[str, Any]]:
+def train(plan: Plan, work: Path) -> tuple[Any, dict[str, Any]]:
     """The model after all that, LoRA not yet merged; and what was lost on the way."""
     torch.manual_seed(SEED)
     features = {
@@ -82,7 +82,7 @@ def train(work: Path) -> tuple[Any, dict[str, Any]]:
         for name, spatial in (("without", False), ("with", True)):
             print(f"{what}, {name}: {_shares(count_right(model, features['validation'], asked, spatial))}", flush=True)
 
-    model, parts = restore(CROPPING, lambda: tasks.make_llava(work), read_tensors(tasks.model_file(work, JOB)))
+    model, parts = restore(CROPPING, lambda: tasks.make_llava(plan, work), read_tensors(tasks.model_file(work, JOB)))
     model.spatial_tokens, found = compress(model.spatial_tokens, features["train"][:, 1:].float(), **FACTORS)
     mlp = model.model.multi_modal_projector
     narrow, missed = distilled(mlp, features["train"][:, 1:])

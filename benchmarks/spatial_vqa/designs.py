@@ -11,7 +11,6 @@ from torch import nn
 
 from benchmarks.spatial_vqa.alternatives import PlaceEmbedding, PooledBins
 from benchmarks.spatial_vqa.encoder import HIDDEN_SIZE as VISION
-from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE as TEXT
 from benchmarks.spatial_vqa.layout import GRID
 from spatial_tokens import SPProjector, SPProjectorConfig
 from spatial_tokens.adapters.huggingface import attach
@@ -45,7 +44,7 @@ class Design:
         compares: What it is there for; the paper's table.
         fields: Of an SPProjectorConfig, in place of cropping without a DetailFeatureIntegrator; None: no spatial tokens.
         extractor: Makes what takes the place of the SpatialFeatureExtractor.
-        head: Makes the spatial head that goes with it.
+        head: Makes the spatial head that goes with it, of the language model's width.
         mlp_widths: Channels between the layers of the patches' MLP.
         scale: Of the projector's learning rates. Each main design has tried 1 and 0.25 on three seeds, and has what is better in
             their mean on validation.
@@ -57,7 +56,7 @@ class Design:
     compares: str
     fields: dict[str, Any] | None = None
     extractor: Callable[[], nn.Module] | None = None
-    head: Callable[[], nn.Module] = lambda: MLPHead(SPATIAL, TEXT)
+    head: Callable[[int], nn.Module] = lambda width: MLPHead(SPATIAL, width)
     mlp_widths: tuple[int, ...] = (4 * VISION,)
     scale: float = 1.0
     blind: bool = False
@@ -85,8 +84,8 @@ def _transformers(variant: str) -> Callable[[], nn.Module]:
     return lambda: TransformerExtractor(VISION, grid_size=GRID, kernel_sizes=KERNELS, variant=variant, feedforward_size=VISION)
 
 
-def _transformer_head() -> nn.Module:
-    return LinearHead(VISION, TEXT, bias=False)
+def _transformer_head(width: int) -> nn.Module:
+    return LinearHead(VISION, width, bias=False)
 
 
 def _sliding_windows() -> nn.Module:
@@ -139,21 +138,22 @@ def install(design: Design, model: Any) -> Parts:
     Returns:
         The modules that train as its projector. Its kernels are what makes spatial tokens of patches, or knows their places.
     """
-    mlp = model.model.multi_modal_projector
-    first, *between, last = (nn.Linear(*sizes) for sizes in pairwise((VISION, *design.mlp_widths, TEXT)))
-    places = [PlaceEmbedding(GRID * GRID, TEXT)] if design.places else []
+    mlp, width = model.model.multi_modal_projector, model.config.text_config.hidden_size
+    first, *between, last = (nn.Linear(*sizes) for sizes in pairwise((VISION, *design.mlp_widths, width)))
+    places = [PlaceEmbedding(GRID * GRID, width)] if design.places else []
     layers = (*chain.from_iterable((each, nn.GELU()) for each in between), last, *places)
     mlp.linear_1, mlp.linear_2 = first, nn.Sequential(*layers)
+    mlp.to(model.device)
     if design.fields is None:
         return Parts([mlp], kernels=places)
     fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **design.fields}
     stride = {"detail_stride": 1} if fields["detail_kernel_size"] else {}
     config = SPProjectorConfig(
-        vision_hidden_size=VISION, text_hidden_size=TEXT, grid_size=(GRID, GRID), spatial_hidden_size=SPATIAL, **fields, **stride
+        vision_hidden_size=VISION, text_hidden_size=width, grid_size=(GRID, GRID), spatial_hidden_size=SPATIAL, **fields, **stride
     )
     attach(model, None, config)
     if design.extractor is not None:  # as many tokens as the config says, made in another way
-        model.spatial_tokens = SPProjector(design.extractor(), None, design.head(), None)
+        model.spatial_tokens = SPProjector(design.extractor(), None, design.head(width), None).to(model.device)
     spatial = model.spatial_tokens
     detail = [] if spatial.integrator is None else [spatial.integrator.detail_kernel]
     return Parts([mlp, spatial], kernels=[spatial.extractor, *detail])

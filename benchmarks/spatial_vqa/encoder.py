@@ -85,7 +85,7 @@ class Pair(nn.Module):
         Returns:
             Pictures and captions, `(B, B)`, by the class token; regions and phrases, `(R, T)`, by those patches.
         """
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             seen = self.project(self.vision.forward_features(pixels)).float()
             whole, single = (functional.normalize(self.text(each).float(), dim=-1) for each in (captions, phrases))
         inside = functional.normalize(torch.einsum("rbn, bnc -> rc", regions, seen[:, 1:]), dim=-1)
@@ -93,12 +93,12 @@ class Pair(nn.Module):
 
 
 def train_encoder(
-    examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None]
+    examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None], device: str = "cpu"
 ) -> VisionTransformer:
     """The encoder, trained to tell which caption goes with which picture and, as in RegionCLIP, which phrase with which thing."""
     torch.manual_seed(seed)
     random = Random(seed)
-    pair = Pair()
+    pair = Pair().to(device)
     optimization = Optimization(pair.vision.blocks, pair, plan)
     shown = torch.from_numpy(pictures(examples))
     for _ in range(plan.steps):
@@ -109,8 +109,10 @@ def train_encoder(
         for number, (i, thing) in enumerate(things):
             column, row = random.choice(cover(thing))
             regions[number, i, row * GRID + column] = 1
-        whole, single = pair(as_pixels(shown[chosen]), regions, as_ids([examples[k].caption for k in chosen]), as_ids(phrases))
-        target, which = torch.arange(len(chosen)), torch.tensor([phrases.index(phrase(thing)) for _, thing in things])
+        captions, names = as_ids([examples[k].caption for k in chosen]), as_ids(phrases)
+        whole, single = pair(*(each.to(device) for each in (as_pixels(shown[chosen]), regions, captions, names)))
+        target = torch.arange(len(chosen), device=device)
+        which = torch.tensor([phrases.index(phrase(thing)) for _, thing in things], device=device)
         loss = functional.cross_entropy(single, which)
         loss = loss + 0.5 * (functional.cross_entropy(whole, target) + functional.cross_entropy(whole.T, target))
         optimization.step(loss)
@@ -128,7 +130,11 @@ def features_of(encoder: VisionTransformer, pixels: torch.Tensor) -> torch.Tenso
     """Pixels `(B, 3, H, W)` to layer -2 with its class token, `(B, 1 + GRID * GRID, HIDDEN_SIZE)`."""
     depth = len(encoder.blocks)
     ((patches, prefix),) = encoder.forward_intermediates(
-        pixels, indices=[depth + LAYER], output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        pixels.to(encoder.pos_embed.device),
+        indices=[depth + LAYER],
+        output_fmt="NLC",
+        return_prefix_tokens=True,
+        intermediates_only=True,
     )
     return torch.cat([prefix, patches], dim=1)
 

@@ -4,7 +4,9 @@ It reads texts that are laid out, and answers the questions from them: what "lef
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -13,7 +15,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.spatial_vqa.layout import NOTHING, Place, lay_out
 from benchmarks.spatial_vqa.optimization import Optimization, Pretraining
 from benchmarks.spatial_vqa.splits import Example
-from benchmarks.spatial_vqa.words import IGNORED, WORDS, Rows, Segment, list_of, pack, questions_of, records_of
+from benchmarks.spatial_vqa.words import (
+    END,
+    IDS,
+    IGNORED,
+    OWN,
+    START,
+    WORDS,
+    Rows,
+    Segment,
+    Tokens,
+    list_of,
+    pack,
+    questions_of,
+    records_of,
+)
 from spatial_tokens.demo.questions import KINDS, Question, counts
 from spatial_tokens.demo.scenes import PAIRS
 
@@ -26,11 +42,32 @@ NAMES = set(map("-".join, PAIRS))
 Text = tuple[list[Place], list[Segment]]
 
 
+@dataclass(frozen=True)
+class LanguageModel:
+    """What a vision-language model takes of a language model: its config, its weights by name, and how it reads text."""
+
+    config: LlamaConfig
+    weights: Mapping[str, torch.Tensor]
+    tokens: Tokens
+
+
+class Pretrained(Protocol):
+    """A Llama that others have trained, in the place of the small one; a dataclass, whose fields tell it from others."""
+
+    def load(self) -> LanguageModel:
+        """The language model.
+
+        Raises:
+            SpatialTokensError: If it is not installed.
+        """
+
+
 def llama_config() -> LlamaConfig:
     """Three layers, 0.65 M parameters."""
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=HIDDEN_SIZE, intermediate_size=3 * HIDDEN_SIZE, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08,
+        bos_token_id=IDS[START], eos_token_id=IDS[END],
     )  # fmt: skip
     config._attn_implementation = "eager"  # on a CPU, in bfloat16, plain products train twice as fast as torch's attention
     return config
@@ -57,21 +94,21 @@ def short_text_of(example: Example, random: Random) -> Text:
 
 def inputs_of(rows: Rows) -> dict[str, torch.Tensor]:
     """As a transformers model takes them."""
-    blocked = torch.zeros(rows.mask.shape).masked_fill(~rows.mask, torch.finfo(torch.float32).min)
+    blocked = torch.zeros_like(rows.mask, dtype=torch.float32).masked_fill(~rows.mask, torch.finfo(torch.float32).min)
     return {"input_ids": rows.ids, "position_ids": rows.positions, "attention_mask": blocked}
 
 
 def train_language_model(
-    examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None]
+    examples: Sequence[Example], plan: Pretraining, seed: int, progress: Callable[[float], None], device: str = "cpu"
 ) -> LlamaForCausalLM:
     """The language model, trained on texts that are laid out and on questions with their answers."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama_config())
+    model = LlamaForCausalLM(llama_config()).to(device)
     random = Random(seed)
     texts = [short_text_of(each, random) if random.random() < FEW else text_of(each, random) for each in examples]
     optimization = Optimization(model.model.layers, model, plan)
     for _ in range(plan.steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             logits, labels = read(model, [texts[i] for i in torch.randint(len(texts), (plan.batch_size,))])
         optimization.step(next_word_loss(logits, labels))
         progress((logits.argmax(-1) == labels)[labels != IGNORED].float().mean().item())
@@ -81,10 +118,11 @@ def train_language_model(
 def read(model: LlamaForCausalLM, texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(B, L, V)` and labels `(B, L)`. At a place of a text, its words' embeddings are added."""
     laid, segments = zip(*texts, strict=True)
-    rows = pack([[place[0] for place in each] for each in laid], segments)
+    rows = pack([[place[0] for place in each] for each in laid], segments).to(model.device)
     beside = torch.full((*rows.ids.shape, 3), NOTHING)
     for row, places in enumerate(laid):
         beside[row, : len(places)] = torch.tensor(places)[:, 1:]
+    beside = beside.to(model.device)
     embed = model.get_input_embeddings()
     inputs = inputs_of(rows)
     words = embed(inputs.pop("input_ids"))
@@ -95,6 +133,11 @@ def read(model: LlamaForCausalLM, texts: Sequence[Text]) -> tuple[torch.Tensor, 
 def next_word_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean loss where there is a label: each label is at the position that predicts its word."""
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def own(tensors: Mapping[str, torch.Tensor]) -> LanguageModel:
+    """The language model that training left, for a vision-language model."""
+    return LanguageModel(llama_config(), tensors, OWN)
 
 
 def load(tensors: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -114,12 +157,13 @@ def ask(model: LlamaForCausalLM, examples: Sequence[Example]) -> dict[str, list[
 
 
 def tally(logits: torch.Tensor, labels: torch.Tensor, asked: Sequence[Sequence[Segment]]) -> dict[str, list[int]]:
-    """Right answers of each kind, of how many: the likeliest of all words must be the answer."""
+    """Right answers of each kind, of how many: of all tokens each of the answer's must be the likeliest."""
     where = labels != IGNORED
-    right = (logits.argmax(-1) == labels)[where].tolist()
+    segments = [each for row in asked for each in row]
+    right = (logits.argmax(-1) == labels)[where].cpu().split([each.learned for each in segments])
     counted = {kind: [0, 0] for kind in KINDS}
-    for segment, is_right in zip((each for row in asked for each in row), right, strict=True):
+    for segment, is_right in zip(segments, right, strict=True):
         if segment.kind is not None:
-            counted[segment.kind][0] += is_right
+            counted[segment.kind][0] += int(is_right.all())
             counted[segment.kind][1] += 1
     return counted

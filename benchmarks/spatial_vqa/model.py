@@ -7,8 +7,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.spatial_vqa import encoder
-from benchmarks.spatial_vqa.language_model import llama_config
-from benchmarks.spatial_vqa.words import IDS, IMAGE
+from benchmarks.spatial_vqa.language_model import LanguageModel
 from spatial_tokens.demo.scenes import SIDE
 
 
@@ -25,20 +24,20 @@ class Tower(nn.Module):
         return BaseModelOutputWithPooling(hidden_states=(features, None))  # the last but one is read, and no other
 
 
-def build_llava(vit: VisionTransformer, words: dict[str, torch.Tensor]) -> LlavaForConditionalGeneration:
+def build_llava(vit: VisionTransformer, language: LanguageModel) -> LlavaForConditionalGeneration:
     """LLaVA with the encoder's weights, the language model's, and an MLP of random ones."""
     vision = {
         "model_type": "clip_vision_model", "image_size": SIDE, "patch_size": encoder.PATCH, "hidden_size": encoder.HIDDEN_SIZE,
         "intermediate_size": encoder.HIDDEN_SIZE, "num_hidden_layers": 1, "num_attention_heads": 1,
     }  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=llama_config(), image_token_id=IDS[IMAGE], vision_feature_layer=encoder.LAYER,
+        vision_config=vision, text_config=language.config, image_token_id=language.tokens.image, vision_feature_layer=encoder.LAYER,
         vision_feature_select_strategy="default", tie_word_embeddings=True, attn_implementation="eager",
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = Tower(vit)
     model.model.language_model.load_state_dict(
-        {name.removeprefix("model."): each for name, each in words.items() if name.startswith("model.")}
+        {name.removeprefix("model."): each for name, each in language.weights.items() if name.startswith("model.")}
     )
     model.tie_weights()
     return model

@@ -1,12 +1,15 @@
-"""What is run: how the encoder and the language model are trained, and which designs from which seeds on how much data."""
+"""What is run: of which encoder and language model, and which designs from which seeds on how much data."""
 
 from dataclasses import dataclass, replace
 
 from benchmarks.spatial_vqa import designs
 from benchmarks.spatial_vqa.designs import Design
 from benchmarks.spatial_vqa.encoder import Pretraining
-from benchmarks.spatial_vqa.training import COMMON, KernelRate, Schedule
+from benchmarks.spatial_vqa.language_model import Pretrained
+from benchmarks.spatial_vqa.smollm2 import SmolLM2
+from benchmarks.spatial_vqa.training import BATCH, COMMON, STAGES, KernelRate, Schedule
 from spatial_tokens.grid import SpatialBasis
+from spatial_tokens.training import Stage
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,30 @@ class Plan:
     Args:
         name: Its name.
         vision: How the encoder is trained.
-        language: How the language model is.
+        language: How the language model is; or one that others have trained.
         held_out: Scenes of each split that is not trained on.
         jobs: The runs. A model is compressed after all that stand before it are done.
         folder: Where it works: another plan's, that has the same encoder, language model and scenes; its own unless given.
+        batch_size: Pictures a step of the runs.
     """
 
     name: str
     vision: Pretraining
-    language: Pretraining
+    language: Pretraining | Pretrained
     held_out: dict[str, int]
     jobs: tuple[Job | Compression, ...]
     folder: str | None = None
+    batch_size: int = BATCH
 
     @property
     def runs(self) -> tuple[Job, ...]:
         """Those that train a design."""
         return tuple(job for job in self.jobs if isinstance(job, Job))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of a run."""
+        return tuple(replace(stage, global_batch_size=self.batch_size) for stage in STAGES)
 
     @property
     def kept(self) -> set[Job]:
@@ -118,6 +128,7 @@ VISION = Pretraining(examples=10_000, steps=1000, batch_size=48, learning_rate=3
 LANGUAGE = Pretraining(examples=20_000, steps=1600, batch_size=32, learning_rate=4e-3)
 LONG, FEW, QUICK = Schedule(5000, (250, 400)), Schedule(1000, (250, 400)), Schedule(4000, (200, 300), curve=3)
 LONGER = Schedule(5000, (250, 2400), curve=8)
+TRIAL = Schedule(200, (20, 40), curve=2)
 MLP_AND_DENSE = (designs.MLP, designs.CROPPING, designs.POOLING)
 CONTROLS = (designs.DEEP, designs.LEARNED)
 DETAIL_AND_TOKENS = (*designs.DETAIL, *designs.TOKENS)
@@ -137,6 +148,11 @@ def _compressions(seeds: range) -> tuple[Compression, ...]:
 
 
 PLANS = {
+    "trial": Plan(
+        name="trial", held_out={"validation": 16, "test": 32, "hard": 32},
+        vision=replace(VISION, examples=1000, steps=100), language=replace(LANGUAGE, examples=1000, steps=100),
+        jobs=_jobs((designs.MLP, designs.CROPPING), range(1), TRIAL),
+    ),
     "quick": Plan(
         name="quick", held_out={"validation": 200, "test": 400, "hard": 400},
         vision=replace(VISION, examples=6000, steps=800), language=replace(LANGUAGE, examples=12_000, steps=1100),
@@ -183,3 +199,12 @@ PLANS = {
         ),
     ),
 }  # fmt: skip
+
+
+def with_smollm2(plan: Plan) -> Plan:
+    """A plan's runs with SmolLM2, a pretrained language model of 135 M parameters; in a folder of their own.
+
+    Batches are half as large: by what smaller ones took, a step of the usual ones takes a core about 36 seconds.
+    """
+    name, folder = (each and f"{each}-smollm2" for each in (plan.name, plan.folder))
+    return replace(plan, name=name, folder=folder, language=SmolLM2(), batch_size=16)

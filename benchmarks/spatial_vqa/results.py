@@ -116,4 +116,5 @@ def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def _made_from(values: dict[str, Any]) -> Any:
     plan = {name: value for name, value in values["plan"].items() if name != "name"}
-    return values["benchmark"], plan, [values["pretrained"][name]["right"] for name in ("encoder", "language_model")]
+    trained = [values["pretrained"][name]["right"] for name in ("encoder", "language_model") if name in values["pretrained"]]
+    return values["benchmark"], plan, trained

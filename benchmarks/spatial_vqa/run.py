@@ -1,11 +1,15 @@
 """Do spatial tokens help? The whole comparison in one command, which can be stopped and started again.
 
+python benchmarks/spatial_vqa/run.py --trial     two designs for some tens of steps, which rank nothing: does it run here, how fast?
 python benchmarks/spatial_vqa/run.py --quick     four of the main designs; 18 minutes on 2 cores
 python benchmarks/spatial_vqa/run.py --full      every design, and the main ones on fewer scenes; hours
 python benchmarks/spatial_vqa/run.py --factorized     dense or factorized kernels; days, with what `--full` has made
 
-What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice. `results.json`
-there holds all runs so far, whenever the command ends. docs/evidence.md is made of committed ones by benchmarks/figures.py.
+`--language-model smollm2` gives any of them a pretrained language model, and a folder of its own.
+
+What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice; a run that was
+stopped goes on from a checkpoint, which it writes once a minute. `results.json` there holds all runs so far, whenever the command
+ends. docs/evidence.md is made of committed ones by benchmarks/figures.py.
 """
 
 import argparse
@@ -40,10 +44,11 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from benchmarks.spatial_vqa import dense_or_factorized, tables, tasks
-    from benchmarks.spatial_vqa.plans import PLANS, Compression, Job, Plan
+    from benchmarks.spatial_vqa.optimization import Pretraining
+    from benchmarks.spatial_vqa.plans import PLANS, Compression, Job, Plan, with_smollm2
     from benchmarks.spatial_vqa.results import Results
+    from benchmarks.spatial_vqa.smollm2 import SmolLM2
     from benchmarks.spatial_vqa.splits import SPLITS, digest, examples
-    from benchmarks.spatial_vqa.training import STAGES
     from spatial_tokens.demo.scenes import VERSION
 except ImportError as error:
     sys.exit(f"run.py: error: {reason(error)}; in a clone: pip install -e '.[timm,train,bench]' 'torch>=2.9'")
@@ -59,34 +64,44 @@ def main(arguments: list[str]) -> None:
     for name, plan in PLANS.items():
         size.add_argument(f"--{name}", dest="plan", action="store_const", const=plan, help=f"{len(plan.jobs)} runs")
     parser.add_argument("--work", type=Path, default=Path("spatial-vqa-work"), help="the work folder [spatial-vqa-work]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each [one a core]")
+    parser.add_argument("--language-model", choices=("own", "smollm2"), default="own", help="trained here, or SmolLM2-135M [own]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models are trained [cpu]")
+    parser.add_argument("--workers", type=int, help="processes, of one thread each [one a core; one with a GPU]")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later than that")
     options = parser.parse_args(arguments)
-    if options.workers < 1:
-        raise SpatialTokensError(f"--workers must be at least 1, got {options.workers}")
+    plan, device, workers = options.plan, options.device, options.workers
+    if workers is None:
+        workers = os.cpu_count() if device == "cpu" else 1
+    if workers < 1:
+        raise SpatialTokensError(f"--workers must be at least 1, got {workers}")
     if not options.minutes >= 0:
         raise SpatialTokensError(f"--minutes must not be negative, got {options.minutes}")
-    work = make_directory(options.work / (options.plan.folder or options.plan.name))
-    results = make_directory(options.work / options.plan.name) / "results.json"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SpatialTokensError("--device cuda: torch finds no CUDA device; leave --device out to run on the CPU")
+    if options.language_model == "smollm2":
+        SmolLM2().find()
+        plan = with_smollm2(plan)
+    work = make_directory(options.work / (plan.folder or plan.name))
+    results = make_directory(options.work / plan.name) / "results.json"
     fresh, began = not any(work.iterdir()), time.monotonic()
-    claim_folder(work, options.plan)
+    claim_folder(work, plan)
     try:
-        run_plan(options.plan, work, options.workers, began + 60 * options.minutes)
+        run_plan(plan, work, workers, began + 60 * options.minutes, device)
     finally:
         found = None
-        if runs_in(work).keys() & {job.name for job in options.plan.jobs}:
-            found = collect(options.plan, work)
+        if runs_in(work).keys() & {job.name for job in plan.jobs}:
+            found = collect(plan, work, device)
             if fresh:
-                found |= {"minutes": (time.monotonic() - began) / 60, "workers": options.workers}  # that all of it took
+                found |= {"minutes": (time.monotonic() - began) / 60, "workers": workers}  # that all of it took
             write_text(results, json.dumps(found, separators=(",", ":")))
     if found is None:
-        print(f"0 of {len(options.plan.jobs)} runs are done")
+        print(f"0 of {len(plan.jobs)} runs are done")
         return
-    summary = dense_or_factorized.summary if options.plan.folder else tables.summary
+    summary = dense_or_factorized.summary if plan.folder else tables.summary
     Console().print(Markdown(summary(Results(found))))
     print(tables.caution(Results(found)))
     done = len(found["runs"]) + len(found.get("compressions", ()))
-    print(f"{done} of {len(options.plan.jobs)} runs are in {results}")
+    print(f"{done} of {len(plan.jobs)} runs are in {results}")
 
 
 def claim_folder(work: Path, plan: Plan) -> None:
@@ -97,14 +112,16 @@ def claim_folder(work: Path, plan: Plan) -> None:
     """
     path = work / "made_from.json"
     made_from = {"version": VERSION, "scenes": plan.scenes, "vision": asdict(plan.vision), "language": asdict(plan.language)}
-    stages = [{name: value for name, value in asdict(each).items() if name != "kernel_learning_rate"} for each in STAGES]  # a job's
+    stages = [asdict(each) for each in plan.stages]
+    for each in stages:
+        del each["kernel_learning_rate"]  # a job's
     text = json.dumps({**made_from, "stages": stages})
     if path.exists() and read_text(path) != text:
         raise SpatialTokensError(f"{work} holds what another plan has left; give another --work, or delete it")
     write_text(path, text)
 
 
-def run_plan(plan: Plan, work: Path, workers: int, until: float) -> None:
+def run_plan(plan: Plan, work: Path, workers: int, until: float, device: str = "cpu") -> None:
     """Does what is not done yet, in the plan's order.
 
     Raises:
@@ -123,9 +140,9 @@ def run_plan(plan: Plan, work: Path, workers: int, until: float) -> None:
     with Progress(*columns) as progress, pool:
         todo = [job for job in plan.jobs if not is_done(job, plan, work)]
         overall = progress.add_task("runs", total=len(plan.jobs), completed=len(plan.jobs) - len(todo))
-        steps: list[list[Task]] = [[(tasks.make_language_model, (plan, work)), (tasks.make_features, (plan, work))]]
+        steps: list[list[Task]] = [[(each, (plan, work, device)) for each in (tasks.make_language_model, tasks.make_features)]]
         for kind, jobs in groupby(todo, type):  # a model is there before it is compressed
-            steps.append([(RUNNERS[kind], (job, plan, work)) for job in jobs])
+            steps.append([(RUNNERS[kind], (job, plan, work, device)) for job in jobs])
         for step in steps:
             try:
                 run_tasks(pool, workers, step, queue, progress, until)
@@ -187,18 +204,20 @@ def read(path: Path) -> Any:
         raise SpatialTokensError(f"{path} is damaged ({reason(error)}); delete it, and the same command makes it again") from error
 
 
-def collect(plan: Plan, work: Path) -> dict[str, Any]:
+def collect(plan: Plan, work: Path, device: str = "cpu") -> dict[str, Any]:
     """All results so far; attention maps, which are large, of the first seed alone.
 
     Of a plan that works in another's folder what its page uses: the other's results tell the rest.
     """
-    pretrained = {Path(name).stem: read((work / name).with_suffix(".json")) for name in (tasks.ENCODER, tasks.LANGUAGE_MODEL)}
+    trains_language_model = isinstance(plan.language, Pretraining)
+    names = (tasks.ENCODER, tasks.LANGUAGE_MODEL) if trains_language_model else (tasks.ENCODER,)
+    pretrained = {Path(name).stem: read((work / name).with_suffix(".json")) for name in names}
     found = runs_in(work)
     done = [(job, read(found[job.name])) for job in plan.jobs if job.name in found]
     runs = [run for job, run in done if isinstance(job, Job)]
     values = {
         "benchmark": {"version": VERSION, "digests": {split: digest(examples(split, 20)) for split in SPLITS}},
-        "machine": describe(torch.device("cpu")),
+        "machine": describe(torch.device(device)),
         "plan": {"name": plan.name, "vision": asdict(plan.vision), "language": asdict(plan.language), "held_out": plan.held_out},
         "pretrained": pretrained,
         "planned": len(plan.jobs),
@@ -206,7 +225,9 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
     if plan.folder is not None:
         compressions = [run for job, run in done if isinstance(job, Compression)]
         return {**values, "runs": [without_details(run) for run in runs], "compressions": compressions}
-    values["pretrained"] |= {"from_words": tasks.read_words(work), "from_patches": tasks.read_patches(work)}
+    pretrained["from_patches"] = tasks.read_patches(work)
+    if trains_language_model:
+        pretrained["from_words"] = tasks.read_words(work)
     for run in runs:
         if run["seed"] > 0:
             for each in run.get("attention", {}).values():
@@ -216,7 +237,7 @@ def collect(plan: Plan, work: Path) -> dict[str, Any]:
 
 def without_details(run: dict[str, Any]) -> dict[str, Any]:
     """A run without attention, other pictures' tokens, and validation but at the end."""
-    kept = {name: value for name, value in run.items() if name not in ("attention", "strangers", "steps")}
+    kept = {name: value for name, value in run.items() if name not in ("attention", "strangers", "steps", "losses")}
     return {**kept, "seconds": round(run["seconds"]), "curve": [{"validation": run["curve"][-1]["validation"]}]}
 
 

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks.spatial_vqa import attention, compressed, encoder, language_model, probes, training
+from benchmarks.spatial_vqa.checkpoint import Checkpoint
 from benchmarks.spatial_vqa.designs import DESIGNS
+from benchmarks.spatial_vqa.language_model import LanguageModel, Pretrained
 from benchmarks.spatial_vqa.model import build_llava
+from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import Compression, Job, Plan
 from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import Material
@@ -46,19 +49,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def make_features(plan: Plan, work: Path) -> None:
+def make_features(plan: Plan, work: Path, device: str = "cpu") -> None:
     """Trains the encoder; what it then sees in every picture of the comparison."""
-    _pretrain(work / ENCODER, "encoder", "train", encoder.train_encoder, plan.vision)
+    _pretrain(work / ENCODER, "encoder", "train", encoder.train_encoder, plan.vision, device)
     for rolled in sorted({job.rolled for job in plan.runs}):
-        _look(plan, work, rolled)
+        _look(plan, work, rolled, device)
 
 
-def make_language_model(plan: Plan, work: Path) -> None:
-    """Trains the language model."""
-    _pretrain(work / LANGUAGE_MODEL, "language model", "told", language_model.train_language_model, plan.language)
+def make_language_model(plan: Plan, work: Path, device: str = "cpu") -> None:
+    """Trains the language model, unless the plan has one that others have trained."""
+    if isinstance(plan.language, Pretraining):
+        _pretrain(work / LANGUAGE_MODEL, "language model", "told", language_model.train_language_model, plan.language, device)
 
 
-def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.Module], plan: encoder.Pretraining) -> None:
+def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.Module], plan: Pretraining, device: str) -> None:
     if path.exists() and path.with_suffix(".json").exists():
         return
     right: list[float] = []
@@ -68,17 +72,17 @@ def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.M
         right.append(share)
         _report(name, len(right), plan.steps)
 
-    trained = train(examples(split, plan.examples, PRETRAINING_SEED), plan, 0, progress)
+    trained = train(examples(split, plan.examples, PRETRAINING_SEED), plan, 0, progress, device)
     facts = {"seconds": time.perf_counter() - started, "right": sum(right[-20:]) / 20}
     write_text(path.with_suffix(".json"), json.dumps(facts))
     write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})
 
 
-def _look(plan: Plan, work: Path, rolled: bool) -> None:
+def _look(plan: Plan, work: Path, rolled: bool, device: str) -> None:
     path = features_file(work, rolled)
     if path.exists():
         return
-    vit = load_encoder(work)
+    vit = load_encoder(work).to(device)
     random = Random(PRETRAINING_SEED)
     total, done, tensors = sum(plan.scenes.values()), 0, {}
     for split, count in plan.scenes.items():
@@ -86,7 +90,7 @@ def _look(plan: Plan, work: Path, rolled: bool) -> None:
         for start in range(0, count, 100):
             pixels = encoder.as_pixels(torch.from_numpy(pictures(found[start : start + 100])))
             seen = encoder.rolled_features_of(vit, pixels, random) if rolled else encoder.features_of(vit, pixels)
-            pieces.append(seen.bfloat16())
+            pieces.append(seen.to("cpu", torch.bfloat16))
             done += len(pixels)
             _report(path.stem.replace("_", " "), done, total)
         tensors[split] = torch.cat(pieces)
@@ -105,39 +109,47 @@ def load_encoder(work: Path) -> Any:
     return vit.eval().requires_grad_(False)
 
 
+def load_language_model(language: Pretraining | Pretrained, work: Path) -> LanguageModel:
+    """The language model: the one that was trained here, or one that others have trained."""
+    if isinstance(language, Pretraining):
+        return language_model.own(read_tensors(work / LANGUAGE_MODEL))
+    return language.load()
+
+
 @cache
-def load_material(work: Path, rolled: bool) -> dict[str, Material]:
+def load_material(work: Path, rolled: bool, language: Pretraining | Pretrained) -> dict[str, Material]:
     """Every split's."""
-    tensors = read_tensors(features_file(work, rolled))
-    return {split: Material.of(features, examples(split, len(features))) for split, features in tensors.items()}
+    tensors, tokens = read_tensors(features_file(work, rolled)), load_language_model(language, work).tokens
+    return {split: Material.of(features, examples(split, len(features)), tokens) for split, features in tensors.items()}
 
 
-def make_llava(work: Path) -> Any:
+def make_llava(plan: Plan, work: Path, device: str = "cpu") -> Any:
     """A LLaVA whose MLP is new."""
-    return build_llava(load_encoder(work), dict(read_tensors(work / LANGUAGE_MODEL)))
+    return build_llava(load_encoder(work), load_language_model(plan.language, work)).to(device)
 
 
-def run_job(job: Job, plan: Plan, work: Path) -> None:
+def run_job(job: Job, plan: Plan, work: Path, device: str = "cpu") -> None:
     """A run; its results are written at its end, and before them its model, if the plan keeps it."""
-    design, material = DESIGNS[job.design], load_material(work, job.rolled)
-    total = sum(job.schedule.steps)
+    design, material = DESIGNS[job.design], load_material(work, job.rolled, plan.language)
+    total, checkpoint = sum(job.schedule.steps), Checkpoint(work / "runs" / f"{job.name}.pt")
     found, model = training.run(
-        design, job.seed, partial(make_llava, work), material, job.schedule, scale=job.scale, kernel_rate=job.kernel_rate,
-        progress=lambda step, _: _report(job.name, step, total),
+        design, job.seed, partial(make_llava, plan, work, device), material, job.schedule, stages=plan.stages, scale=job.scale,
+        kernel_rate=job.kernel_rate, checkpoint=checkpoint, progress=lambda step, _: _report(job.name, step, total),
     )  # fmt: skip
     if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:
         found["attention"] = attention.look(model, material["test"].features)
     if job in plan.kept:
         make_directory(model_file(work, job).parent)
-        write_tensors(model_file(work, job), compressed.trained_tensors(model), {})
+        write_tensors(model_file(work, job), training.trained_tensors(model), {})
     _write(job, work, {**asdict(job), **found})
+    checkpoint.remove()
 
 
-def run_compression(job: Compression, plan: Plan, work: Path) -> None:
+def run_compression(job: Compression, plan: Plan, work: Path, device: str = "cpu") -> None:
     """The compression of a run's model, which was kept."""
-    steps = itertools.count(1)
+    steps, material = itertools.count(1), load_material(work, job.of.rolled, plan.language)
     found = compressed.run(
-        job, partial(make_llava, work), load_material(work, job.of.rolled), read_tensors(model_file(work, job.of)),
+        job, partial(make_llava, plan, work, device), material, read_tensors(model_file(work, job.of)), plan.stages[1],
         progress=lambda: _report(job.name, next(steps), 2 * job.tuning),
     )  # fmt: skip
     _write(job, work, {**asdict(job), **found})

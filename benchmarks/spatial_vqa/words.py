@@ -5,7 +5,7 @@ segment attends to the prefix and to itself and counts its positions from the pr
 alone, at the price of one prefix for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,24 @@ def encode(text: str) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """How a language model reads text.
+
+    Args:
+        encode: A text's ids. A word and the space before it have the same ids after any text.
+        end: The id that ends a caption.
+        image: The id that stands for a patch, and in no text.
+    """
+
+    encode: Callable[[str], list[int]]
+    end: int
+    image: int
+
+
+OWN = Tokens(encode, IDS[END], IDS[IMAGE])  # those of the language model that is trained here
+
+
+@dataclass(frozen=True)
 class Segment:
     """Ids that follow a prefix; the last `learned` of them are what is to be said, to a question of a kind if it is one."""
 
@@ -41,9 +59,10 @@ class Segment:
     kind: str | None = None
 
 
-def questions_of(questions: Sequence[Question]) -> list[Segment]:
-    """Each question with its one-word answer."""
-    return [Segment(encode(f"{each.text} {each.answer}"), 1, each.kind) for each in questions]
+def questions_of(questions: Sequence[Question], tokens: Tokens = OWN) -> list[Segment]:
+    """Each question with its answer: one word, of one token or of more."""
+    told = [(tokens.encode(each.text), tokens.encode(f" {each.answer}"), each.kind) for each in questions]
+    return [Segment([*asked, *answer], len(answer), kind) for asked, answer, kind in told]
 
 
 def records_of(things: Sequence[Thing]) -> list[Segment]:
@@ -51,9 +70,9 @@ def records_of(things: Sequence[Thing]) -> list[Segment]:
     return [Segment(encode(f"{each.name} {record(each)}"), 3) for each in things]
 
 
-def list_of(example: Example) -> Segment:
+def list_of(example: Example, tokens: Tokens = OWN) -> Segment:
     """What there is, in reading order: a caption."""
-    ids = encode(f"{example.reading} {END}")
+    ids = [*tokens.encode(example.reading), tokens.end]
     return Segment(ids, len(ids))
 
 
@@ -68,6 +87,10 @@ class Rows:
     positions: torch.Tensor
     labels: torch.Tensor
     mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same on a device."""
+        return Rows(*(each.to(device) for each in (self.ids, self.positions, self.labels, self.mask)))
 
 
 def pack(prefixes: Sequence[Sequence[int]], segments: Sequence[Sequence[Segment]]) -> Rows:

@@ -48,7 +48,7 @@ def vit():
 def llava(vit, words):
     def make():
         torch.manual_seed(2)
-        return build_llava(vit, words)
+        return build_llava(vit, language_model.own(words))
 
     return make
 
@@ -67,7 +67,7 @@ def test_a_packed_row_is_as_its_questions_one_by_one(found, words):
             at += len(segment.ids)
 
 
-def test_labels_stand_where_their_words_are_foretold(found):
+def test_labels_stand_where_their_words_are_predicted(found):
     question, record, listed = questions_of(found[0].questions)[0], records_of(found[0].scene.things)[0], list_of(found[0])
     prefix = [IDS["<s>"], IDS["."]]
     rows = pack([prefix], [[question, record, listed]])
@@ -362,7 +362,7 @@ def test_what_replaces_dense_kernels_is_small(llava, design):
 def test_a_model_is_restored_of_what_it_has_learned(llava, vit):
     seen = material(vit)
     found, model = training.run(CROPPING, 0, llava, seen, Schedule(8, (1, 2), curve=1))
-    tensors = compressed.trained_tensors(model)
+    tensors = training.trained_tensors(model)
     again, parts = compressed.restore(CROPPING, llava, tensors)
     for name, each in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], each), name

@@ -202,7 +202,7 @@ def test_a_plan_goes_on_in_anothers_folder_and_compresses_what_it_kept(work, tmp
 
 
 def test_features_and_rolled_ones_are_kept_apart(work):
-    kept = {rolled: tasks.load_material(work[0], rolled) for rolled in (False, True)}
+    kept = {rolled: tasks.load_material(work[0], rolled, tiny().language) for rolled in (False, True)}
     for rolled, name in ((False, "features"), (True, "rolled_features")):
         for split, tensor in read_tensors(work[0] / f"{name}.safetensors").items():
             assert torch.equal(kept[rolled][split].features, tensor)
