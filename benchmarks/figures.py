@@ -137,7 +137,7 @@ def front_page() -> str:
     sizes = [(each.costs()[0].parameters, each.num_parameters) for each in (config, replace(config, rank=128))]
     subjects = (
         ("the authors' convolutions", AUTHORS, sizes[0]), ("the same kernels here (`llava-sp-cropping`)", "dense", sizes[0]),
-        ("factorized kernels (`factorized-cropping`)", "factorized", sizes[1]),
+        ("factorized kernels (the same preset with `rank=128`)", "factorized", sizes[1]),
     )  # fmt: skip
     lines = []
     for name, implementation, (extractor, whole) in subjects:
@@ -189,7 +189,8 @@ def operators(*subjects: str) -> str:
 
 def projectors() -> str:
     """What the projectors and llm suites found; and whether one thread ranks the projectors alike."""
-    _, rows = load(RESULTS / "cpu", "projectors", "llm")
+    (machine, of_projectors), (llm_machine, of_llm) = (load(RESULTS / "cpu", name) for name in ("projectors", "llm"))
+    rows = of_projectors + of_llm
     _, alone = load(RESULTS / "cpu", "projectors_one_thread")
     lines, seen = [], set()
     for row in rows:
@@ -200,7 +201,7 @@ def projectors() -> str:
             again = pick(alone, row["subject"], name, **setting)
             ratios = ("not measured" if found is None else f"{1 / found['ratio']:.2f}" for found in (values, again))
             lines.append((name, setting["dtype"], *figures, *ratios, f"{values['peak_mib']:.0f}"))
-    text = table(
+    text = f"{machine_line(machine)}.\n\n" + table(
         ["projector, one image", "dtype", "tokens", "parameters", "GFLOP", "time / LLaVA MLP's", "on one thread", "peak MiB"], lines
     )
     models = [
@@ -208,7 +209,9 @@ def projectors() -> str:
          f"{row['values']['ratio']:.3f}")
         for row in rows if row["suite"] == "llm" and row["values"]
     ]  # fmt: skip
-    return text + "\n" + table(["language model", "projector", "image tokens", "tokens/s", "speed / LLaVA-1.5's"], models)
+    return f"{text}\n{machine_line(llm_machine)}.\n\n" + table(
+        ["language model", "projector", "image tokens", "tokens/s", "speed / LLaVA-1.5's"], models
+    )
 
 
 def factorized() -> str:
@@ -313,7 +316,7 @@ def exported() -> str:
             eager = pick(rows, "program", "eager", **setting)
             cost = (milliseconds(eager["ms"]), milliseconds(row["values"]["ms"]), f"{row['values']['ratio']:.2f}")
             lines.append((setting["kernels"], setting["batch"], row["implementation"], *cost))
-    head = f"All widths half the paper's, float32; {told(machine)}."
+    head = f"All widths half the paper's, float32; {machine_line(machine)}."
     return head + "\n\n" + table(["kernels", "batch", "program", "eager, ms", "program, ms", "times as fast"], lines)
 
 
@@ -328,7 +331,7 @@ def int8() -> str:
                 for name in ("eager", "int8", "int8, compiled")
             ]
             lines.append((dtype, batch, *(milliseconds(values["ms"]) for values in found)))
-    head = f"The extractor with dense kernels, milliseconds, all widths half the paper's; {told(machine)}."
+    head = f"The extractor with dense kernels, milliseconds, all widths half the paper's; {machine_line(machine)}."
     return head + "\n\n" + table(["dtype", "batch", "plain kernels", "int8", "int8, `torch.compile`"], lines)
 
 
@@ -343,12 +346,12 @@ def served() -> str:
             lines.append((name, kernels, *figures, f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"))
     head = (
         f"vLLM {report['vllm']}, {settings['dtype']}, {settings['requests']} requests at once with an image and "
-        f"{settings['tokens']} answered tokens each, {settings['rounds']} rounds; {told(report['machine'])}."
+        f"{settings['tokens']} answered tokens each, {settings['rounds']} rounds; {machine_line(report['machine'])}."
     )
     return head + "\n\n" + table(["", "kernels", "without", "with", "ratio of medians (95 %)"], lines)
 
 
-def told(machine: dict) -> str:
+def machine_line(machine: dict) -> str:
     return f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}"
 
 

@@ -94,6 +94,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if (given.base is None) != (given.adapter is None):
+        parser.error("--base and --adapter go together: a model's folder, and that of an adapter for it")
+    if given.base is not None and given.json == RESULTS:
+        parser.error("--json is needed for a model of your own: the committed file is of the small LLaVA")
 
     with tempfile.TemporaryDirectory() as made:
         base, adapters = given.base, {"with": given.adapter}
@@ -119,6 +123,7 @@ def main() -> None:
     report = {
         "vllm": __version__,
         "machine": describe(torch.device("cpu")),
+        "base": "a small LLaVA of random weights" if given.base is None else str(given.base),
         "settings": {name: getattr(given, name) for name in ("dtype", "requests", "tokens", "rounds")},
     }
     for name, column in columns.items():

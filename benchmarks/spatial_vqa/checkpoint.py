@@ -1,4 +1,4 @@
-"""What a run goes on from if it is stopped: one file, whole or not there."""
+"""What a stopped run resumes from: one file, whole or not there."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from spatial_tokens import SpatialTokensError
 from spatial_tokens.errors import reason
 from spatial_tokens.storage.files import atomic_write
 
-EVERY = 60.0  # seconds: what a stop costs at most, beside the step that it cuts off
+EVERY = 60.0  # seconds between checkpoints, which are written after a step: a stop while the model is asked costs that too
 
 
 class Checkpoint:

@@ -8,7 +8,7 @@ python benchmarks/spatial_vqa/run.py --factorized     dense or factorized kernel
 `--language-model smollm2` gives any of them a pretrained language model, and a folder of its own.
 
 What is done lies in the work folder (the encoder, the language model, a file for each run) and is not done twice; a run that was
-stopped goes on from a checkpoint, which it writes once a minute. `results.json` there holds all runs so far, whenever the command
+stopped resumes from a checkpoint, which it writes once a minute. `results.json` there holds all runs so far, whenever the command
 ends. docs/evidence.md is made of committed ones by benchmarks/figures.py.
 """
 
@@ -58,7 +58,7 @@ RUNNERS: dict[type, Callable[..., None]] = {Job: tasks.run_job, Compression: tas
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a plan, or goes on with it."""
+    """Runs a plan, or resumes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group(required=True)
     for name, plan in PLANS.items():
@@ -148,7 +148,7 @@ def run_plan(plan: Plan, work: Path, workers: int, until: float, device: str = "
                 run_tasks(pool, workers, step, queue, progress, until)
             except BrokenProcessPool as error:
                 raise SpatialTokensError(
-                    "a process was killed, as happens where memory runs out; the same command goes on: give fewer --workers"
+                    "a process was killed, as happens where memory runs out; the same command resumes: give fewer --workers"
                 ) from error
             progress.update(overall, completed=sum(is_done(job, plan, work) for job in plan.jobs))
 
@@ -247,4 +247,4 @@ if __name__ == "__main__":
     except SpatialTokensError as error:
         sys.exit(f"run.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("run.py: stopped; the same command goes on")
+        sys.exit("run.py: stopped; the same command resumes")

@@ -137,7 +137,7 @@ def run_job(job: Job, plan: Plan, work: Path, device: str = "cpu") -> None:
         kernel_rate=job.kernel_rate, checkpoint=checkpoint, progress=lambda step, _: _report(job.name, step, total),
     )  # fmt: skip
     if getattr(getattr(model, "spatial_tokens", None), "integrator", None) is not None:
-        found["attention"] = attention.look(model, material["test"].features)
+        found["attention"] = attention.measure_attention(model, material["test"].features)
     if job in plan.kept:
         make_directory(model_file(work, job).parent)
         write_tensors(model_file(work, job), training.trained_tensors(model), {})

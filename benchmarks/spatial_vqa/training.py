@@ -1,6 +1,6 @@
 """One run: a design is trained in the paper's two stages, on the same pictures in the same order, and asked about others.
 
-A run that was stopped goes on from its last checkpoint, to the same end as if it had not been stopped.
+A run that was stopped resumes from its last checkpoint, and ends as if it had not been stopped.
 """
 
 import time
@@ -110,7 +110,7 @@ def run(
         stages: In what batches and at what rates.
         scale: Of the projector's learning rates.
         kernel_rate: Of its kernels, over those.
-        checkpoint: What it goes on from, if that is there, and keeps up to date.
+        checkpoint: What it resumes from, if that is there, and keeps up to date.
         progress: Told each step and its loss.
 
     Returns:
@@ -209,7 +209,7 @@ class Training:
             yield self.done, loss.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of tensors and plain values. The stages that follow draw new weights at random, so it holds that too."""
+        """Tensors and plain values; the random state too, as later stages draw new weights."""
         return {
             "done": self.done, "weights": trained_tensors(self.model), "order": self.order.get_state(),
             "random": torch.get_rng_state(), "optimizer": self.optimizer.state_dict(), "rates": self.rates.state_dict(),

@@ -23,7 +23,7 @@ from spatial_tokens.demo.scene_text import draw_scene
 from spatial_tokens.demo.scenes import STANDARD
 from spatial_tokens.errors import SpatialTokensError
 from spatial_tokens.evaluation import lmms_eval_models
-from spatial_tokens.evaluation.lmms_eval import SpatialTokens, SpatialTokensOnStrings
+from spatial_tokens.evaluation.lmms_eval import SpatialTokens, SpatialTokensOnStrings, _placed
 
 TASKS = Path(__file__).parent / "tasks"
 SCENES = 120
@@ -283,3 +283,10 @@ def test_what_is_not_supported():
     with pytest.raises(SpatialTokensError, match="a task has videos"):
         model._images([{"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}])
     assert lmms_eval_models().model_id == "spatial_tokens"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("<image> and <image> ?", " and  ?"), ("what is it ?", "what is it ?")])
+def test_an_images_word_is_left_out_where_it_is_not_there_for_each(text, expected):
+    message = {"role": "user", "content": [{"type": "image", "url": "a.png"}, {"type": "text", "text": text}]}
+    (placed,) = _placed([message])
+    assert placed["content"] == [{"type": "image", "url": "a.png"}, {"type": "text", "text": expected}]

@@ -29,8 +29,8 @@ def plot_probe(report: ProbeReport) -> Figure:
     for axes, (field, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for axis, style, color in AXES:
             _line(axes, range(len(names)), [getattr(getattr(each, axis), field) for each in report.layers], axis, style, color)
-            rival = getattr(getattr(report.with_places, axis), field).value
-            axes.plot([names.index(report.layer)], [rival], "*", color=color, markersize=10, label=f"{axis}, places added")
+            alternative = getattr(getattr(report.with_places, axis), field).value
+            axes.plot([names.index(report.layer)], [alternative], "*", color=color, markersize=10, label=f"{axis}, places added")
         if field == "skill":
             for figures, name in ((PLAIN_RIGHT, "plain"), (ROLLED_RIGHT, "rolled")):
                 height = sum(map(skill_of, figures)) / 2

@@ -27,7 +27,8 @@ class Processes:
         """What each process's work gives, in the processes' order: plain values and tensors of the CPU.
 
         Raises:
-            SpatialTokensError: If another process's work fails. None waits for one that has failed.
+            SpatialTokensError: If another process's work fails. None waits for one that has failed,
+            unless the model is sharded, whose passes wait for one another.
         """
         if self.count == 1:
             return [work()]
@@ -45,15 +46,13 @@ class Processes:
                 raise SpatialTokensError(f"process {rank}: {message}")
         return [each for each, _ in given]
 
-    def own(self, batches: Any, number: int, size: int) -> int:
-        """How many of a batch's samples, its first, are no copies: accelerate fills up the last ones, so that all have as many."""
-        try:
-            length: int = batches.total_dataset_length
-        except (AttributeError, TypeError):  # not accelerate's; of a data set without a length
+    def own(self, batches: Any, size: int) -> int:
+        """How many samples of the batch just read, its first, are no copies: accelerate fills up the last batch of each process."""
+        if self.count == 1 or not getattr(batches, "end_of_dataloader", False) or batches.remainder <= 0:
             return size
-        return min(max(length - (number * self.count + self.rank) * size, 0), size)
+        return min(max(batches.remainder - self.rank * size, 0), size)
 
 
 def is_shared_out(batches: Any) -> bool:
     """Whether these are a DataLoader of accelerate's, which gives each process batches of its own."""
-    return hasattr(batches, "total_batch_size")
+    return hasattr(batches, "end_of_dataloader")

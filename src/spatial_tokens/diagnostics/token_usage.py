@@ -140,7 +140,7 @@ class _Measurement:
             raise SpatialTokensError(f"batch {number}, counted from 0, has no images; leave out batches of text alone")
         (found,) = tokens
         places = (inputs["input_ids"] == self.attachment.token_id).sum(1)
-        own = len(found) * int(places[: self.processes.own(batches, number, len(places))].sum()) // int(places.sum())
+        own = len(found) * int(places[: self.processes.own(batches, len(places))].sum()) // int(places.sum())
         self.sum, self.pictures = self.sum + found[:own].double().sum(0), self.pictures + own
         names = self._pictures(inputs, len(found))
         self.another.keep(found, names)
@@ -179,7 +179,7 @@ class _Measurement:
         """A batch's losses and answers, with each kind of tokens."""
         inputs, labels = self._inputs(batch, number)
         ids, mean = inputs["input_ids"], self.sum / self.pictures
-        own = self.processes.own(batches, number, len(ids))
+        own = self.processes.own(batches, len(ids))
         told = (labels != IGNORED).any(1) & (ids == self.attachment.token_id).any(1)
         told[own:] = False
         spatial, patches = self.attachment.projector, self.parts.projector

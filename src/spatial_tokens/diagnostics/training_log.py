@@ -26,7 +26,7 @@ def log_usage(trainer: Any, batches: Iterable[Batch] | None = None, *, limit: in
         batches: What is measured (see `usage`); the first of the evaluation's own when left out. Several processes share out a
             DataLoader that accelerate has prepared, as the evaluation's own is, and log what all of them have found; other batches
             are all measured by each.
-        limit: At most so many batches, of all processes together, but one of each.
+        limit: At most so many batches, of all processes together; rounded up to as many for each process.
 
     Raises:
         MissingExtraError: If transformers is not installed.
@@ -64,10 +64,8 @@ class _First:
     def __init__(self, batches: Iterable[Batch], count: int) -> None:
         self.batches, self.count = batches, count
 
-    @property
-    def total_dataset_length(self) -> int:
-        """As a DataLoader of accelerate's has it."""
-        return self.batches.total_dataset_length  # type: ignore[attr-defined, no-any-return]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
 
     def __iter__(self) -> Any:
         return islice(self.batches, self.count)

@@ -39,7 +39,7 @@ LIMITS = (
 
 
 def verdict_of(report: ProbeReport) -> list[str]:
-    """Sentences: how the encoder compares with the evidence, what the readings follow, the cheapest rival, and the limits."""
+    """Sentences: how the encoder compares with the evidence, what the readings follow, the cheapest alternative, and the limits."""
     return [_comparison(report.main, report.fitted), *_following(report.main), _alternative(report), *_caveats(report), LIMITS]
 
 

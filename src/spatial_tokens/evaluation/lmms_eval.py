@@ -49,7 +49,7 @@ class SpatialTokens(lmms):  # type: ignore[misc]
         dtype: The base's; what its files have unless given.
         device_map: For a base that one device does not hold; "auto" spreads it.
         attn_implementation: As transformers takes it.
-        batch_size: Requests at once; of those with several images, as many as have so many images.
+        batch_size: Requests at once; of those with `n` images each, `batch_size // n`.
         max_batch_size: Of the harness; not used.
 
     Raises:
@@ -261,12 +261,14 @@ class SpatialTokensOnStrings(SpatialTokens):
 
 
 def _placed(messages: Messages) -> Messages:
-    """Each message's images where its text says `<image>`, if it does so for each; the harness puts them before the text."""
+    """Each message's images where its text says `<image>`, if it does so for each; otherwise before the text, without that word."""
     placed = []
     for message in messages:
         images = iter([part for part in message["content"] if part["type"] == "image"])
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-        content = message["content"]
+        content = [
+            {**part, "text": part["text"].replace(IMAGE, "")} if part["type"] == "text" else part for part in message["content"]
+        ]
         if sum(text.count(IMAGE) for text in texts) == len(content) - len(texts):
             content = []
             for text in texts:

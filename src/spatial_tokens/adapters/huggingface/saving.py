@@ -164,8 +164,8 @@ def read_config(directory: str | PathLike[str]) -> dict[str, Any]:
 def warn_of_another_base(folder: Path, values: dict[str, Any], config: Any) -> None:
     """Warns if an adapter was saved with a base of another name than the model that has this config.
 
-    Folders are not compared, nor anything where a name is not known or the adapter is in the base's own folder. It is no error:
-    a copy of the base may have been renamed.
+    Only the last part of a name or path is compared, and nothing where a name is not known or the adapter is in the base's own
+    folder. It is no error: a copy of the base may have been renamed.
     """
     saved, given = values.get(BASE_NAME), getattr(config, "_name_or_path", None)
     if not isinstance(saved, str) or not saved or not given or _model_name(saved) == _model_name(given):
@@ -173,7 +173,7 @@ def warn_of_another_base(folder: Path, values: dict[str, Any], config: Any) -> N
     if os.path.realpath(given) != os.path.realpath(folder.parent):
         warnings.warn(
             f"{folder} was saved with the base model {saved!r}, and this one is {given!r}; unless that is the same model under "
-            "another name, load the adapter's own base: another one does not understand its tokens",
+            "another name, load the base that the adapter was trained for",
             stacklevel=3,
         )
 
