@@ -89,15 +89,15 @@ class Results:
         """These with the runs of another plan that are not among them; these alone if its encoder or language model is another."""
         if _made_from(self.values) != _made_from(other.values):
             return self
-        own = {_identity(run) for run in self.values["runs"]}
+        own = {identity(run) for run in self.values["runs"]}
         return Results(
-            {**self.values, "runs": [*self.values["runs"], *(run for run in other.values["runs"] if _identity(run) not in own)]}
+            {**self.values, "runs": [*self.values["runs"], *(run for run in other.values["runs"] if identity(run) not in own)]}
         )
 
     def count_repeated(self, other: "Results") -> tuple[int, int]:
         """How many runs another plan has too, and how many of them gave the same answers there."""
-        theirs = {_identity(run): run for run in other.values["runs"]}
-        pairs = [(run, theirs[_identity(run)]) for run in self.values["runs"] if _identity(run) in theirs]
+        theirs = {identity(run): run for run in other.values["runs"]}
+        pairs = [(run, theirs[identity(run)]) for run in self.values["runs"] if identity(run) in theirs]
         return len(pairs), sum(all(one[split] == two[split] for split in ("test", "hard")) for one, two in pairs)
 
 
@@ -110,7 +110,8 @@ def _setting(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["design"], run["rolled"], run["schedule"]["scenes"], run["schedule"]["steps"][1], run["scale"]
 
 
-def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
+def identity(run: dict[str, Any]) -> tuple[Any, ...]:
+    """Which of a plan's runs it is."""
     return *_setting(run), KernelRate(**run.get("kernel_rate", {})), run["seed"]
 
 

@@ -70,14 +70,15 @@ def front_page() -> str:
 def setting(results: Results) -> str:
     """On what, and how much."""
     values, machine, plan = results.values, results.values["machine"], results.values["plan"]
-    schedule = next(iter(results.runs(MLP.name).values()))["schedule"]
+    run = next(iter(results.runs(MLP.name).values()))
+    schedule, batch_size = run["schedule"], run.get("batch_size", 32)  # files before 0.2 do not say
     vision, words = values["pretrained"]["encoder"], values["pretrained"]["language_model"]
     hours = sum(run["seconds"] for run in values["runs"]) / 3600
     days = sorted({run["date"] for run in values["runs"]})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return (
         f"{len(values['runs'])} of {values['planned']} runs of the plan `{plan['name']}`: {schedule['scenes']} training scenes in "
-        f"batches of 32, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of instruction tuning, "
+        f"batches of {batch_size}, {schedule['steps'][0]} steps of alignment and {schedule['steps'][1]} of instruction tuning, "
         f"{plan['held_out']['test']} test scenes and {plan['held_out']['hard']} hard ones, of eight questions each. "
         f"{machine['device']}, torch {machine['versions']['torch']}, {when}; {hours:.1f} hours of one core for training "
         f"and {(vision['seconds'] + words['seconds']) / 3600:.1f} for the encoder and the language model.\n"
