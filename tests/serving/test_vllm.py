@@ -15,10 +15,11 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 from spatial_tokens.serving import hf_overrides, serve_export
-from spatial_tokens.serving.families import COMPARED
+from spatial_tokens.serving.families import COMPARED, REFUSED_IN_VLLM
 from spatial_tokens.storage.files import read_safetensors
 from tests.serving.answers import by_transformers, by_vllm, picture, prompts
 from tests.serving.bases import BASES, quantize, write, write_adapter
+from tests.serving.refused import NOT_RUN
 
 QWEN = "qwen2_5_vl"  # the model of the tests that take one
 ADAPTERS = {
@@ -37,11 +38,12 @@ ADAPTERS = {
 }
 CLOSE = 2e-5  # log-probabilities, of sums in another order
 LESS_CLOSE = {"idefics3": 2e-4}  # as it is without spatial tokens: 3e-5
+REFUSED = sorted(REFUSED_IN_VLLM.keys() - NOT_RUN.keys())
 CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in adapters]
 
 
 def asked(name):
-    return prompts(BASES[name].image)
+    return [each for each in prompts(BASES[name].image) if each[1] or name != "paligemma"]  # whose processor needs a picture
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,9 @@ def references(folder, request):
         for adapter, options in adapters.items():
             write_adapter(name, folder / name, adapter, **options)
             found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, asked(name))
+    for name in selected & set(REFUSED):
+        write(name, folder / name)
+        found[name, None] = by_transformers(folder / name / "base", None, asked(name))
     write("llava", folder / "int8")
     write_adapter("llava", folder / "int8", "own")
     quantize(folder / "int8" / "base")
@@ -122,6 +127,24 @@ def test_answers_depend_on_spatial_tokens(name, references):
 
 def test_every_family_said_to_be_compared_is():
     assert {BASES[name].build()[0].model_type for name in ADAPTERS} == set(COMPARED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_families_differ_without_spatial_tokens(name, folder, references):
+    """Where there are pictures, and nowhere else: what is refused is what the reason says."""
+    with engine(folder / name / "base", model_impl="transformers") as llm:
+        made = by_vllm(llm, asked(name))
+    for (text, pictures), ours, theirs in zip(asked(name), made, references[name, None], strict=True):
+        assert ours.prompt == theirs.prompt
+        far = (ours.logprobs[0] - theirs.logprobs[0]).abs() > 100 * CLOSE or ours.tokens != theirs.tokens
+        assert far == bool(pictures), f"{text!r}: vLLM now agrees with transformers: serve {name}" if pictures else text
+
+
+@pytest.mark.parametrize(("name", "error"), NOT_RUN.items())
+def test_refused_families_that_do_not_start_without_spatial_tokens(name, error, tmp_path):
+    write(name, tmp_path)
+    with pytest.raises(ValueError, match=error), engine(tmp_path / "base", model_impl="transformers"):
+        pytest.fail(f"vLLM now starts {name}: compare its answers")
 
 
 @pytest.mark.parametrize(
