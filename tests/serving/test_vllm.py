@@ -15,11 +15,11 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 from spatial_tokens.serving import hf_overrides, serve_export
-from spatial_tokens.serving.families import COMPARED, REFUSED_IN_VLLM
+from spatial_tokens.serving.families import COMPARED
 from spatial_tokens.storage.files import read_safetensors
 from tests.serving.answers import by_transformers, by_vllm, picture, prompts
 from tests.serving.bases import BASES, quantize, write, write_adapter
-from tests.serving.refused import NOT_RUN
+from tests.serving.refused import DIFFERENT, NOT_RUN
 
 QWEN = "qwen2_5_vl"  # the model of the tests that take one
 ADAPTERS = {
@@ -38,7 +38,6 @@ ADAPTERS = {
 }
 CLOSE = 2e-5  # log-probabilities, of sums in another order
 LESS_CLOSE = {"idefics3": 2e-4}  # as it is without spatial tokens: 3e-5
-REFUSED = sorted(REFUSED_IN_VLLM.keys() - NOT_RUN.keys())
 CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in adapters]
 
 
@@ -64,7 +63,7 @@ def references(folder, request):
         for adapter, options in adapters.items():
             write_adapter(name, folder / name, adapter, **options)
             found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, asked(name))
-    for name in selected & set(REFUSED):
+    for name in selected & set(DIFFERENT):
         write(name, folder / name)
         found[name, None] = by_transformers(folder / name / "base", None, asked(name))
     write("llava", folder / "int8")
@@ -129,7 +128,7 @@ def test_every_family_said_to_be_compared_is():
     assert {BASES[name].build()[0].model_type for name in ADAPTERS} == set(COMPARED)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_refused_families_differ_without_spatial_tokens(name, folder, references):
     """Where there are pictures, and nowhere else: what is refused is what the reason says."""
     with engine(folder / name / "base", model_impl="transformers") as llm:
