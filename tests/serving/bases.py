@@ -218,8 +218,7 @@ def qwen(name: str, images: Any, videos: Any, **tower: Any) -> tuple[Any, Any]:
     sizes = {
         "size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 96}, "patch_size": 8, "merge_size": 2, "temporal_patch_size": 2
     }  # fmt: skip
-    kind = getattr(transformers, f"{name}Processor", transformers.Qwen3VLProcessor)  # some have none of their own
-    processor = kind(images(**sizes), tokenizer, videos(**sizes))
+    processor = getattr(transformers, f"{name}Processor")(images(**sizes), tokenizer, videos(**sizes))
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     shared = {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
     config = getattr(transformers, f"{name}Config")(

@@ -42,7 +42,7 @@ CASES = [(name, adapter) for name, adapters in ADAPTERS.items() for adapter in a
 
 
 def asked(name):
-    return [each for each in prompts(BASES[name].image) if each[1] or name != "paligemma"]  # whose processor needs a picture
+    return prompts(BASES[name].image)
 
 
 @pytest.fixture(scope="module")
