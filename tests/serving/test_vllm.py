@@ -130,7 +130,7 @@ def test_every_family_said_to_be_compared_is():
 
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_refused_families_differ_without_spatial_tokens(name, folder, references):
-    """Where there are pictures, and nowhere else: what is refused is what the reason says."""
+    """Where there are pictures, and nowhere else."""
     with engine(folder / name / "base", model_impl="transformers") as llm:
         made = by_vllm(llm, asked(name))
     for (text, pictures), ours, theirs in zip(asked(name), made, references[name, None], strict=True):
