@@ -67,10 +67,10 @@ def write(name: str, folder: Path) -> None:
         for path, each in model.named_parameters():
             if "language_model" in path or "lm_head" in path:
                 continue
-            if each.ndim > 1:
-                each.mul_(4)
-            elif each.abs().max() < 1e-3 and "bias" not in path:
+            if each.abs().max() < 1e-3 and "bias" not in path:
                 each.normal_(std=0.05)
+            elif each.ndim > 1:
+                each.mul_(4)
         spare = len(processor.tokenizer)  # the reserved token has a row where the vocabulary is larger: it must not win
         model.lm_head.weight[spare : spare + 1].mul_(20)
     model.generation_config.eos_token_id = 2
@@ -129,7 +129,7 @@ def letters(named: dict[str, str], others: Sequence[str] = ()) -> Any:
 
     names = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127))]
     found = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    found.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=found, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", extra_special_tokens=named
     )

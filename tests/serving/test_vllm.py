@@ -19,6 +19,7 @@ from spatial_tokens.serving.families import COMPARED
 from spatial_tokens.storage.files import read_safetensors
 from tests.serving.answers import by_transformers, by_vllm, picture, prompts
 from tests.serving.bases import BASES, quantize, write, write_adapter
+from tests.serving.refused import DIFFERENT, NOT_RUN
 
 QWEN = "qwen2_5_vl"  # the model of the tests that take one
 ADAPTERS = {
@@ -62,6 +63,9 @@ def references(folder, request):
         for adapter, options in adapters.items():
             write_adapter(name, folder / name, adapter, **options)
             found[name, adapter] = by_transformers(folder / name / "base", folder / name / adapter, asked(name))
+    for name in selected & set(DIFFERENT):
+        write(name, folder / name)
+        found[name, None] = by_transformers(folder / name / "base", None, asked(name))
     write("llava", folder / "int8")
     write_adapter("llava", folder / "int8", "own")
     quantize(folder / "int8" / "base")
@@ -122,6 +126,24 @@ def test_answers_depend_on_spatial_tokens(name, references):
 
 def test_every_family_said_to_be_compared_is():
     assert {BASES[name].build()[0].model_type for name in ADAPTERS} == set(COMPARED)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_refused_families_differ_without_spatial_tokens(name, folder, references):
+    """Where there are pictures, and nowhere else."""
+    with engine(folder / name / "base", model_impl="transformers") as llm:
+        made = by_vllm(llm, asked(name))
+    for (text, pictures), ours, theirs in zip(asked(name), made, references[name, None], strict=True):
+        assert ours.prompt == theirs.prompt
+        far = (ours.logprobs[0] - theirs.logprobs[0]).abs() > 100 * CLOSE or ours.tokens != theirs.tokens
+        assert far == bool(pictures), f"{text!r}: vLLM now agrees with transformers: serve {name}" if pictures else text
+
+
+@pytest.mark.parametrize(("name", "error"), NOT_RUN.items())
+def test_refused_families_that_do_not_start_without_spatial_tokens(name, error, tmp_path):
+    write(name, tmp_path)
+    with pytest.raises(ValueError, match=error), engine(tmp_path / "base", model_impl="transformers"):
+        pytest.fail(f"vLLM now starts {name}: compare its answers")
 
 
 @pytest.mark.parametrize(
