@@ -23,7 +23,7 @@ from benchmarks.spatial_vqa.designs import (
 )
 from benchmarks.spatial_vqa.estimates import ALL, ONE, accuracy, estimate
 from benchmarks.spatial_vqa.plans import PLANS, Job
-from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, features_name
+from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, features_name, identity
 from benchmarks.spatial_vqa.tables import format_gain, table
 from benchmarks.spatial_vqa.training import COMMON, STAGES, KernelRate
 
@@ -75,7 +75,8 @@ def counted(own: Results, full: Results, again: Results | None = None) -> str:
     """How many of the plan's runs are in, of what kind, and what is taken from the other plan."""
     found = [own.values, *([] if again is None else [again.values])]
     runs = [run for values in found for run in values["runs"]]
-    done, planned = Counter(map(_kind, runs)), Counter(map(_kind_of, PLANS[NAME].runs))
+    distinct = {identity(run): run for run in runs}.values()  # some with both encoders
+    done, planned = Counter(map(_kind, distinct)), Counter(map(_kind_of, PLANS[NAME].runs))
     of_each = [f"{done[kind]} of {count} with {kind}" for kind, count in planned.items()]
     compressions = sum(len(values["compressions"]) for values in found)
     of_each.append(f"{compressions} of {len(PLANS[NAME].jobs) - len(PLANS[NAME].runs)} compressions")
@@ -86,7 +87,7 @@ def counted(own: Results, full: Results, again: Results | None = None) -> str:
     more += f"{repeated} runs of that plan were run again; {same} of them gave the same answers. " if repeated else ""
     machines = " and ".join(f"{values['machine']['device']}, torch {values['machine']['versions']['torch']}" for values in found)
     return (
-        f"{len(runs) + compressions} of {own.values['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}. "
+        f"{len(distinct) + compressions} of {own.values['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}. "
         f"{more * joined}{machines}; {hours:.1f} hours of one core for training.\n"
     )
 
