@@ -48,9 +48,10 @@ class Processes:
 
     def own(self, batches: Any, size: int) -> int:
         """How many samples of the batch just read, its first, are no copies: accelerate fills up the last batch of each process."""
-        if self.count == 1 or not getattr(batches, "end_of_dataloader", False) or batches.remainder <= 0:
+        if self.count == 1 or not getattr(batches, "end_of_dataloader", False):
             return size
-        return min(max(batches.remainder - self.rank * size, 0), size)
+        remainder: int = batches.remainder  # of the samples of all processes' last batches; none where these are full
+        return size if remainder <= 0 else min(max(remainder - self.rank * size, 0), size)
 
 
 def is_shared_out(batches: Any) -> bool:
