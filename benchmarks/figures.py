@@ -219,7 +219,7 @@ def factorized() -> str:
     machine, rows = load(RESULTS / "cpu", "factorized")
     where = "nothing is measured yet"
     if machine is not None:
-        where = f"{machine['device']}, {machine['cores']} cores, torch {machine['versions']['torch']}, {machine['date']}"
+        where = machine_line(machine)
     times = f"The extractor with factorized kernels (`rank=128`, 3 x 3 cosines) at the paper's size; {where}."
     steps = (
         "A training step of the whole projector: forward, backward, AdamW. Held: weights and moments; the peak above it: gradients "

@@ -3,9 +3,6 @@
 `test_usage` starts them, and compares with one process.
 """
 
-import os
-import socket
-from datetime import timedelta
 from random import Random
 
 import torch
@@ -18,6 +15,7 @@ from spatial_tokens.demo.questions import sample
 from spatial_tokens.demo.scene_text import draw_scene
 from spatial_tokens.demo.scenes import STANDARD
 from spatial_tokens.diagnostics import log_usage, usage
+from tests.processes import free_port, join
 
 CASES = {"whole batches": (8, 2, 8), "the first batches": (8, 2, 2), "one picture each": (2, 1, 8), "copies": (7, 2, 8)}
 
@@ -72,12 +70,7 @@ def failure(model, rows, rank):
 
 
 def run(rank, world, port, folder):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    join(rank, world, port)
     model, rows = prepared(8)
     found = {name: logged(model, rows[:count], *options, folder) for name, (count, *options) in CASES.items()}
     found["batches of every process"], _ = logged(model, rows, 2, 8, folder, batches=[together(rows[:4])])
@@ -88,7 +81,4 @@ def run(rank, world, port, folder):
 
 def start(world, folder):
     """Runs so many processes; each writes what it found into the folder. The first error is raised here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(run, (world, port, folder), nprocs=world, start_method="spawn")
+    mp.start_processes(run, (world, free_port(), folder), nprocs=world, start_method="spawn")

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from openai import OpenAI
 
 from spatial_tokens.serving import serve_export
+from tests.processes import free_port
 from tests.serving.answers import LENGTH, by_transformers, picture
 from tests.serving.bases import write, write_adapter
 
@@ -68,9 +68,7 @@ def folder(tmp_path_factory):
 @contextmanager
 def server(model):
     """A server of its own process; it is killed at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["--model", model, "--served-model-name", "served", "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
     words += ["--enforce-eager", "--max-model-len", 1024, "--max-num-seqs", 4]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]

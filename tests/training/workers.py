@@ -3,10 +3,7 @@
 `test_scale_out` starts them, and compares with the same steps of one process.
 """
 
-import os
-import socket
 import tempfile
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 
@@ -22,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spatial_tokens import SPProjector, SPProjectorConfig
 from spatial_tokens.training.tensor_parallel import parallelize_projector
+from tests.processes import free_port, join
 from tests.training.on_cpu import import_deepspeed
 
 ROWS = range(4)
@@ -256,12 +254,7 @@ CHECKS = {
 
 
 def run(rank, world, port, folder):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    join(rank, world, port)
     from tests.training.zero3 import CHECKS_OF_TWO
 
     for name, (engine, case_name) in {**CHECKS, **(CHECKS_OF_TWO if world == 2 else {})}.items():
@@ -277,10 +270,7 @@ def run(rank, world, port, folder):
 
 def start(world, folder):
     """Runs all checks in so many processes; each writes what it found into the folder. The first error is raised here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.start_processes(run, (world, port, folder), nprocs=world, join=False, start_method="spawn")
+    context = mp.start_processes(run, (world, free_port(), folder), nprocs=world, join=False, start_method="spawn")
     for _ in range(30):
         if context.join(timeout=10):
             return

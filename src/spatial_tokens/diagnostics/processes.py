@@ -28,7 +28,7 @@ class Processes:
 
         Raises:
             SpatialTokensError: If another process's work fails. None waits for one that has failed,
-            unless the model is sharded, whose passes wait for one another.
+                unless the model is sharded, whose passes wait for one another.
         """
         if self.count == 1:
             return [work()]

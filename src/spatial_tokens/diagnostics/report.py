@@ -92,7 +92,7 @@ class ProbeReport:
         layer: The layer that a projector reads.
         layers: Every layer.
         with_places: The layer that a projector reads, with a sine-cosine embedding of each patch's place added to its features, as
-            large as these: the cheapest alternative of spatial tokens.
+            large as these: the cheapest alternative to spatial tokens.
     """
 
     encoder: str

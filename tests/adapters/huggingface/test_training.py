@@ -16,6 +16,7 @@ import transformers
 
 from spatial_tokens.adapters.huggingface import attach, detach, insert_placeholders, load_adapter, save_adapter, trainer_callback
 from tests.adapters.huggingface.models import FIELDS, llava, pictures, qwen
+from tests.processes import free_port
 
 
 @pytest.fixture(scope="module")
@@ -342,14 +343,6 @@ def one_of_two(rank, port, results):
     parallel(**batch_of(processor, with_image=rank == 0)).loss.backward()
     results[rank] = gradients(model)
     dist.destroy_process_group()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_ddp_with_text_alone_on_one_rank():
