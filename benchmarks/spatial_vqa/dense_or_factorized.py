@@ -22,7 +22,7 @@ from benchmarks.spatial_vqa.designs import (
     WIDER,
 )
 from benchmarks.spatial_vqa.estimates import ALL, ONE, accuracy, estimate
-from benchmarks.spatial_vqa.plans import PLANS, Job
+from benchmarks.spatial_vqa.plans import LONGER, MORE_SCENES, PLANS, Job
 from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, features_name, identity
 from benchmarks.spatial_vqa.tables import format_gain, table
 from benchmarks.spatial_vqa.training import COMMON, STAGES, KernelRate
@@ -34,6 +34,7 @@ ORDER = (
 )  # fmt: skip
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"rolled": True, "tuning": 2400},
+    {"rolled": True, "tuning": 2400, "scenes": MORE_SCENES.scenes},
     {"rolled": True, "tuning": 800},
     {"rolled": False, "tuning": 400},
 )
@@ -139,9 +140,9 @@ def compressed(results: Results) -> str:
         run = results.runs_by_rate(of["design"], **setting).get(KernelRate(**of["kernel_rate"]), {}).get(of["seed"])
         if run is None:
             continue
-        smaller = each["dense_kernel_parameters"] / each["kernel_parameters"]
+        size = f"1/{each['dense_kernel_parameters'] / each['kernel_parameters']:.0f}"
         kind = f"{each['frequencies']} x {each['frequencies']}, rank {each['rank']}"
-        row = [of["design"], of["seed"], kind, f"1/{smaller:.0f}", f"{100 * each['unexplained']:.1f}"]
+        row = [of["design"], f"{of['schedule']['scenes']:,}", of["seed"], kind, size, f"{100 * each['unexplained']:.1f}"]
         for group in GROUP_NAMES:
             dense = accuracy(run["test"], group)
             row.append(f"{dense:.1f}")
@@ -149,7 +150,7 @@ def compressed(results: Results) -> str:
         rows.append(row)
     what = ("compressed", "and tuned", "dense, tuned as long")
     columns = [f"{GROUP_NAMES[group]}, dense, %" if i == 0 else what[i - 1] for group, i in product(GROUP_NAMES, range(4))]
-    return table(["design", "seed", "kernels", "size", "variance missed, %", *columns], rows)
+    return table(["design", "scenes", "seed", "kernels", "size", "variance missed, %", *columns], rows)
 
 
 def rates(results: Results) -> str:
@@ -175,19 +176,25 @@ def format_rate(rate: KernelRate) -> str:
 
 
 def draw(images: Path) -> None:
-    """Accuracy against the parameters of the kernels, on rolled features after the long tuning: each design, with its interval."""
+    """Accuracy against the parameters of the kernels, on rolled features after the long tuning; and the dense interval."""
     if not (COMMITTED / f"{NAME}.json").exists():
         return
     from matplotlib import pyplot
 
-    again, setting = retrained(), SETTINGS[0]
-    rows = [committed(NAME).with_runs_of(committed("full")), *([] if again is None else [again])]
+    again, results = retrained(), committed(NAME).with_runs_of(committed("full"))
+    usual, more = SETTINGS[:2]
+    rows = [(results, usual, "")]
+    if any(results.designs(**more)):
+        rows.append((results, more, ""))
+    if again is not None:
+        rows.append((again, usual, "; encoder and language model retrained"))
     figure, grid = pyplot.subplots(
         len(rows), len(GROUP_NAMES), figsize=(12, 0.8 + 4 * len(rows)), layout="constrained", squeeze=False
     )
-    for results, axes, title in zip(rows, grid, ("", "encoder and language model retrained"), strict=False):
+    for (found, setting, note), axes in zip(rows, grid, strict=True):
+        title = f"{setting.get('scenes', LONGER.scenes):,} training scenes{note}"
         for axis, (group, said) in zip(axes, GROUP_NAMES.items(), strict=True):
-            _draw_designs(axis, results, setting, group)
+            _draw_designs(axis, found, setting, group)
             axis.set(xscale="log", xlabel="parameters of the kernels", ylabel=f"{said}, test, %", ylim=(30, 100), title=title)
     labels = {label: handle for axis in grid.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=8)
@@ -222,12 +229,18 @@ def _rate(results: Results, name: str, setting: dict[str, Any]) -> str:
 
 
 def _title(setting: dict[str, Any]) -> str:
-    return f"{features_name(setting['rolled']).capitalize()} features, {setting['tuning']:,} steps"
+    scenes = f", {setting['scenes']:,} training scenes" if "scenes" in setting else ""
+    return f"{features_name(setting['rolled']).capitalize()} features, {setting['tuning']:,} steps{scenes}"
 
 
 def _kind(run: dict[str, Any]) -> str:
-    return f"{features_name(run['rolled'])} features and {run['schedule']['steps'][1]:,} steps"
+    return _kind_name(run["rolled"], run["schedule"]["steps"][1], run["schedule"]["scenes"])
 
 
 def _kind_of(job: Job) -> str:
-    return f"{features_name(job.rolled)} features and {job.schedule.steps[1]:,} steps"
+    return _kind_name(job.rolled, job.schedule.steps[1], job.schedule.scenes)
+
+
+def _kind_name(rolled: bool, steps: int, scenes: int) -> str:
+    more = f" on {scenes:,} scenes" if scenes == MORE_SCENES.scenes else ""
+    return f"{features_name(rolled)} features and {steps:,} steps{more}"

@@ -106,8 +106,12 @@ class Plan:
 
     @property
     def scenes(self) -> dict[str, int]:
-        """Of each split."""
-        return {"train": max(job.schedule.scenes for job in self.runs), **self.held_out}
+        """Of each split; to train on, those of the first run."""
+        return {"train": self.runs[0].schedule.scenes, **self.held_out}
+
+    def takes_more(self, job: Job) -> bool:
+        """Whether a run is trained on more scenes than the first one."""
+        return job.schedule.scenes > self.scenes["train"]
 
 
 def _jobs(
@@ -133,6 +137,7 @@ MLP_AND_DENSE = (designs.MLP, designs.CROPPING, designs.POOLING)
 CONTROLS = (designs.DEEP, designs.LEARNED)
 DETAIL_AND_TOKENS = (*designs.DETAIL, *designs.TOKENS)
 MEDIUM = Schedule(5000, (250, 800))
+MORE_SCENES = replace(LONGER, scenes=20_000)
 DENSE = (designs.CROPPING, designs.POOLING)
 ALTERNATIVES = (designs.FACTORIZED_POOLING, designs.BINS, designs.PLACES)
 LOWEST_RATES = (KernelRate(0.1), KernelRate(0.01))  # 3e-4, 3e-5; every design's rates are the same ones
@@ -141,9 +146,9 @@ MORE_RATES = (KernelRate(by_fan_in=True), KernelRate(0.3), KernelRate(0.003))
 OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(3), LONG, scale=0.25 if each.scale == 1 else 1.0))
 
 
-def _compressions(seeds: range) -> tuple[Compression, ...]:
+def _compressions(seeds: range, schedule: Schedule) -> tuple[Compression, ...]:
     """Dense kernels at a 30th, a 29th and a 57th of their size."""
-    runs = _jobs((designs.CROPPING,), seeds, LONGER, rolled=True)
+    runs = _jobs((designs.CROPPING,), seeds, schedule, rolled=True)
     return tuple(Compression(job, *factors) for job in runs for factors in ((4, 18), (3, 32), (3, 16)))
 
 
@@ -181,8 +186,10 @@ PLANS = {
         held_out={"validation": 200, "test": 600, "hard": 600},
         jobs=(
             *_jobs((designs.FACTORIZED, designs.WIDER, designs.PLACES), range(3), LONGER, rolled=True),  # `full` has the dense ones
+            *_jobs((designs.FACTORIZED, designs.CROPPING, designs.MLP), range(3), MORE_SCENES, rolled=True),
             *_jobs((designs.CROPPING,), range(3), LONGER, rolled=True),  # once more, as their models are compressed
-            *_compressions(range(3)),
+            *_compressions(range(3), LONGER),
+            *_compressions(range(3), MORE_SCENES),
             *_jobs((designs.CROPPING, designs.FACTORIZED, designs.PLACES, designs.MLP), range(3), MEDIUM, rolled=True),
             *_jobs((designs.CROPPING, designs.FACTORIZED), range(3), MEDIUM, rolled=True, rates=LOW_RATES),
             *_jobs((designs.BINS, designs.FACTORIZED_POOLING), range(3), LONGER, rolled=True),

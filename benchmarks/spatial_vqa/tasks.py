@@ -24,7 +24,7 @@ from benchmarks.spatial_vqa.language_model import LanguageModel, Pretrained
 from benchmarks.spatial_vqa.model import build_llava
 from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import Compression, Job, Plan
-from benchmarks.spatial_vqa.splits import examples, pictures
+from benchmarks.spatial_vqa.splits import example, examples, pictures
 from benchmarks.spatial_vqa.training import Material
 from spatial_tokens.storage.files import make_directory, read_tensors, write_tensors, write_text
 
@@ -53,7 +53,11 @@ def make_features(plan: Plan, work: Path, device: str = "cpu") -> None:
     """Trains the encoder; what it then sees in every picture of the comparison."""
     _pretrain(work / ENCODER, "encoder", "train", encoder.train_encoder, plan.vision, device)
     for rolled in sorted({job.rolled for job in plan.runs}):
-        _look(plan, work, rolled, device)
+        usual = {split: range(count) for split, count in plan.scenes.items()}
+        _look(work, features_file(work, rolled), usual, rolled, device)
+    for rolled in sorted({job.rolled for job in plan.runs if plan.takes_more(job)}):
+        more = range(plan.scenes["train"], max(job.schedule.scenes for job in plan.runs))
+        _look(work, more_features_file(work, rolled), {"train": more}, rolled, device)
 
 
 def make_language_model(plan: Plan, work: Path, device: str = "cpu") -> None:
@@ -78,16 +82,15 @@ def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.M
     write_tensors(path, {key: each.detach().contiguous() for key, each in trained.named_parameters()}, {})
 
 
-def _look(plan: Plan, work: Path, rolled: bool, device: str) -> None:
-    path = features_file(work, rolled)
+def _look(work: Path, path: Path, scenes: dict[str, range], rolled: bool, device: str) -> None:
     if path.exists():
         return
     vit = load_encoder(work).to(device)
     random = Random(PRETRAINING_SEED)
-    total, done, tensors = sum(plan.scenes.values()), 0, {}
-    for split, count in plan.scenes.items():
-        found, pieces = examples(split, count), []
-        for start in range(0, count, 100):
+    total, done, tensors = sum(map(len, scenes.values())), 0, {}
+    for split, indices in scenes.items():
+        found, pieces = [example(split, index) for index in indices], []
+        for start in range(0, len(found), 100):
             pixels = encoder.as_pixels(torch.from_numpy(pictures(found[start : start + 100])))
             seen = encoder.rolled_features_of(vit, pixels, random) if rolled else encoder.features_of(vit, pixels)
             pieces.append(seen.to("cpu", torch.bfloat16))
@@ -100,6 +103,11 @@ def _look(plan: Plan, work: Path, rolled: bool, device: str) -> None:
 def features_file(work: Path, rolled: bool) -> Path:
     """Where they are kept."""
     return work / ("rolled_features.safetensors" if rolled else "features.safetensors")
+
+
+def more_features_file(work: Path, rolled: bool) -> Path:
+    """Where those of training scenes beyond the plan's usual ones are kept."""
+    return work / f"more_{features_file(work, rolled).name}"
 
 
 def load_encoder(work: Path) -> Any:
@@ -117,9 +125,11 @@ def load_language_model(language: Pretraining | Pretrained, work: Path) -> Langu
 
 
 @cache
-def load_material(work: Path, rolled: bool, language: Pretraining | Pretrained) -> dict[str, Material]:
-    """Every split's."""
+def load_material(work: Path, rolled: bool, language: Pretraining | Pretrained, more: bool = False) -> dict[str, Material]:
+    """Every split's, and if wanted the training scenes beyond the plan's usual ones."""
     tensors, tokens = read_tensors(features_file(work, rolled)), load_language_model(language, work).tokens
+    if more:
+        tensors["train"] = torch.cat([tensors["train"], read_tensors(more_features_file(work, rolled))["train"]])
     return {split: Material.of(features, examples(split, len(features)), tokens) for split, features in tensors.items()}
 
 
@@ -130,7 +140,7 @@ def make_llava(plan: Plan, work: Path, device: str = "cpu") -> Any:
 
 def run_job(job: Job, plan: Plan, work: Path, device: str = "cpu") -> None:
     """A run; its results are written at its end, and before them its model, if the plan keeps it."""
-    design, material = DESIGNS[job.design], load_material(work, job.rolled, plan.language)
+    design, material = DESIGNS[job.design], load_material(work, job.rolled, plan.language, plan.takes_more(job))
     total, checkpoint = sum(job.schedule.steps), Checkpoint(work / "runs" / f"{job.name}.pt")
     found, model = training.run(
         design, job.seed, partial(make_llava, plan, work, device), material, job.schedule, stages=plan.stages, scale=job.scale,
@@ -147,7 +157,7 @@ def run_job(job: Job, plan: Plan, work: Path, device: str = "cpu") -> None:
 
 def run_compression(job: Compression, plan: Plan, work: Path, device: str = "cpu") -> None:
     """The compression of a run's model, which was kept."""
-    steps, material = itertools.count(1), load_material(work, job.of.rolled, plan.language)
+    steps, material = itertools.count(1), load_material(work, job.of.rolled, plan.language, plan.takes_more(job.of))
     found = compressed.run(
         job, partial(make_llava, plan, work, device), material, read_tensors(model_file(work, job.of)), plan.stages[1],
         progress=lambda: _report(job.name, next(steps), 2 * job.tuning),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from math import gamma, pi, sqrt
+from random import Random
 from statistics import mean, stdev
 
 import numpy as np
@@ -33,12 +34,14 @@ from benchmarks.spatial_vqa.designs import (
     PLACES,
     POOLING,
 )
+from benchmarks.spatial_vqa.encoder import as_pixels, rolled_features_of
 from benchmarks.spatial_vqa.estimates import STUDENT, accuracy, chance, difference, estimate, sampling_error
 from benchmarks.spatial_vqa.optimization import Pretraining
-from benchmarks.spatial_vqa.plans import LONG, LONGER, MEDIUM, PLANS, Compression, Job, Plan
+from benchmarks.spatial_vqa.plans import LONG, LONGER, MEDIUM, MORE_SCENES, PLANS, Compression, Job, Plan
 from benchmarks.spatial_vqa.results import COMMITTED, Results, committed
-from benchmarks.spatial_vqa.splits import examples
+from benchmarks.spatial_vqa.splits import examples, pictures
 from benchmarks.spatial_vqa.training import KernelRate, Schedule
+from benchmarks.spatial_vqa.words import questions_of
 from spatial_tokens import SpatialTokensError
 from spatial_tokens.demo.questions import CATEGORIES, KINDS
 from spatial_tokens.storage.files import read_tensors
@@ -209,6 +212,27 @@ def test_features_and_rolled_ones_are_kept_apart(work):
     assert not torch.equal(kept[False]["test"].features, kept[True]["test"].features)
 
 
+def test_a_run_on_more_scenes_has_those_of_the_others_too(work, tmp_path):
+    folder = shutil.copytree(work[0], tmp_path / "quick")
+    plan = tiny(Job(MLP.name, 0, SHORT), Job(MLP.name, 0, replace(SHORT, scenes=12), rolled=True))
+    assert [plan.takes_more(job) for job in plan.runs] == [False, True]
+    before = {path.name: path.read_bytes() for path in folder.glob("*features.safetensors")}
+    tasks.make_features(plan, folder)
+    added = {path.name for path in folder.glob("*features.safetensors")} - before.keys()
+    assert added == {"more_rolled_features.safetensors"}
+    assert all((folder / name).read_bytes() == held for name, held in before.items())
+    usual, more = (tasks.load_material(folder, True, plan.language, each) for each in (False, True))
+    assert torch.equal(more["train"].features[:8], usual["train"].features)
+    assert more["train"].features.shape == (12, 1 + 144, 128)
+    assert more["train"].questions == [questions_of(each.questions) for each in examples("train", 12)]
+    for split in ("validation", "test", "hard"):
+        assert torch.equal(more[split].features, usual[split].features)
+    encoder, scene = tasks.load_encoder(folder), examples("train", 9)[8:]
+    random = Random(tasks.PRETRAINING_SEED)  # the same draws of shifts
+    seen = rolled_features_of(encoder, as_pixels(torch.from_numpy(pictures(scene))), random)
+    torch.testing.assert_close(more["train"].features[8:9].float(), seen, rtol=1e-2, atol=1e-2)
+
+
 def test_pretraining_has_scenes_of_its_own():
     asked = [each.scene for split in run.SPLITS for each in examples(split, 20)]
     assert not any(each.scene in asked for split in ("train", "told") for each in examples(split, 20, tasks.PRETRAINING_SEED))
@@ -244,7 +268,6 @@ def test_plans_are_what_the_comparison_asks_for():
             (job.seed, job.schedule, job.rolled) for job in (*plan.runs, *beside) if job.design == MLP.name and job.scale == 1
         }
         for job in plan.runs:
-            assert job.schedule.scenes <= plan.scenes["train"]
             assert (job.seed, job.schedule, job.rolled) in baseline  # equal data, in the same order, and steps
 
 
@@ -314,9 +337,9 @@ def counts(right):
     return {kind: [right, 100] for kind in KINDS}
 
 
-def made(design, seed, right, validation=50, *, steps=2400, rolled=True, **rate):
+def made(design, seed, right, validation=50, *, steps=2400, scenes=5000, rolled=True, **rate):
     return {
-        "design": design.name, "seed": seed, "schedule": {"scenes": 5000, "steps": [250, steps]}, "rolled": rolled, "scale": 1.0,
+        "design": design.name, "seed": seed, "schedule": {"scenes": scenes, "steps": [250, steps]}, "rolled": rolled, "scale": 1.0,
         "kernel_rate": asdict(KernelRate(**rate)), "kernel_parameters": 1000, "seconds": 36.0,
         "test": counts(right), "hard": counts(right), "curve": [{"validation": counts(validation)}],
     }  # fmt: skip
@@ -370,16 +393,20 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
     assert f"| {FACTORIZED.name} | 1 k | 3 | x 1 | 82.0, 83.0, 84.0 | **+2.0 ± 0.0** |" in table
     assert f"| {CROPPING.name} | 1 k | 3 | x 1 | 80.0, 81.0, 82.0 |  |" in table
     assert PLACES.name not in table
-    row = f"| {CROPPING.name} | 1 | 3 x 3, rank 32 | 1/29 | 12.5 | 81.0 | -2.0 | +1.0 | +0.0 |"
+    row = f"| {CROPPING.name} | 5,000 | 1 | 3 x 3, rank 32 | 1/29 | 12.5 | 81.0 | -2.0 | +1.0 | +0.0 |"
     assert row in dense_or_factorized.compressed(results)
     assert "Not run yet" in dense_or_factorized.designs(results, {"rolled": False, "tuning": 400})
     assert "Not run yet" in dense_or_factorized.rates(results)
     counted = dense_or_factorized.counted(results, results_of(made(CROPPING, 0, 80)))
     planned = [
-        sum((job.rolled, job.schedule.steps[1]) == each for job in PLANS["factorized"].runs) for each in ((1, 2400), (1, 800))
+        sum(job.rolled and job.schedule == each for job in PLANS["factorized"].runs) for each in (LONGER, MORE_SCENES, MEDIUM)
     ]
     assert "7 of 282 runs" in counted
-    assert "6 of {} with rolled features and 2,400 steps, 0 of {} with rolled features and 800 steps".format(*planned) in counted
+    for found in (
+        "6 of {} with rolled features and 2,400 steps, 0 of {} with rolled features and 2,400 steps on 20,000 scenes",
+        "0 of {2} with rolled features and 800 steps",
+    ):
+        assert found.format(*planned) in counted
     assert f"1 of {sum(isinstance(job, Compression) for job in PLANS['factorized'].jobs)} compressions" in counted
     assert "0.1 hours" in counted
     slower = results_of(*results.values["runs"], *(made(CROPPING, seed, 85, 60, scale=0.03) for seed in range(3)))
@@ -389,12 +416,15 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
 
 def test_the_page_is_made_of_what_is_committed(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    results = results_of(made(CROPPING, 0, 80), made(MLP, 0, 50), made(FACTORIZED, 0, 70))
+    more = made(FACTORIZED, 0, 75, scenes=MORE_SCENES.scenes)
+    results = results_of(made(CROPPING, 0, 80), made(MLP, 0, 50), made(FACTORIZED, 0, 70), more)
     monkeypatch.setattr(dense_or_factorized, "COMMITTED", tmp_path)
     assert dense_or_factorized.page() == "Not run yet.\n"
     (tmp_path / "factorized.json").write_text("")
     monkeypatch.setattr(dense_or_factorized, "committed", lambda name: results)
-    assert f"| {FACTORIZED.name} | 1 k | 1 | x 1 | 70.0 | -10.0 |" in dense_or_factorized.page()
+    usual, of_more = dense_or_factorized.page().split("### Rolled features, 2,400 steps, 20,000 training scenes\n")
+    assert f"| {FACTORIZED.name} | 1 k | 1 | x 1 | 70.0 | -10.0 |" in usual
+    assert f"| {FACTORIZED.name} | 1 k | 1 | x 1 | 75.0 | not run |" in of_more
     dense_or_factorized.draw(tmp_path)
     assert (tmp_path / "dense-or-factorized.png").stat().st_size > 10_000
 
