@@ -189,7 +189,7 @@ def draw(images: Path) -> None:
     if again is not None:
         rows.append((again, usual, "; encoder and language model retrained"))
     figure, grid = pyplot.subplots(
-        len(rows), len(GROUP_NAMES), figsize=(12, 0.8 + 4 * len(rows)), layout="constrained", squeeze=False
+        len(rows), len(GROUP_NAMES), figsize=(12, 0.8 + 4 * len(rows)), layout="constrained", squeeze=False, sharex=True
     )
     for (found, setting, note), axes in zip(rows, grid, strict=True):
         title = f"{setting.get('scenes', LONGER.scenes):,} training scenes{note}"
