@@ -21,7 +21,7 @@ from benchmarks.spatial_vqa.designs import (
     SIZES,
     WIDER,
 )
-from benchmarks.spatial_vqa.estimates import ALL, ONE, accuracy, estimate
+from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, estimate
 from benchmarks.spatial_vqa.plans import LONGER, MORE_SCENES, PLANS, Job
 from benchmarks.spatial_vqa.results import COMMITTED, Results, committed, features_name, identity
 from benchmarks.spatial_vqa.tables import format_gain, table
@@ -39,6 +39,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"rolled": False, "tuning": 400},
 )
 FEWEST_SUMMARIZED = 4  # fewer seeds are told one by one
+FEWEST_IN_AN_INTERVAL = 3
 GROUP_NAMES = {"position": "position", ALL: "mean"}
 
 
@@ -85,10 +86,11 @@ def counted(own: Results, full: Results, again: Results | None = None) -> str:
     joined = len(own.with_runs_of(full).values["runs"]) > len(own.values["runs"])
     repeated, same = own.count_repeated(full)
     more = "Rows with a setting of the plan `full` have its runs too: the encoder, the language model and the scenes are the same. "
-    more += f"{repeated} runs of that plan were run again; {same} of them gave the same answers. " if repeated else ""
+    more += f"Of that plan's runs {repeated} were run again, and {same} of these gave the same answers. " if repeated else ""
     machines = " and ".join(f"{values['machine']['device']}, torch {values['machine']['versions']['torch']}" for values in found)
     return (
-        f"{len(distinct) + compressions} of {own.values['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}. "
+        f"{len(distinct) + compressions} of {own.values['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}"
+        f"{'; with one encoder or the other' if again is not None else ''}. "
         f"{more * joined}{machines}; {hours:.1f} hours of one core for training.\n"
     )
 
@@ -104,13 +106,18 @@ def designs(results: Results, setting: dict[str, Any]) -> str:
         for split, group in (("test", "position"), ("test", ALL), ("hard", ALL)):
             gain = results.gain(name, split, group, over=CROPPING.name, **setting)
             row += [_format_accuracies([accuracy(run[split], group) for run in runs.values()])]
-            row += ["" if name == CROPPING.name else format_gain(gain).removesuffix(ONE)]
+            row += ["" if name == CROPPING.name else _format_gain(gain)]
         rows.append(row)
     over = "over dense cropping"
     return table(
         ["design", "kernels", "seeds", "their rate", "position, %", over, "mean, %", over, "hard, mean, %", over],
         rows,
     )
+
+
+def _format_gain(gain: Estimate | None) -> str:
+    """With its interval where there are three seeds or more: that of two spans more than all accuracies."""
+    return f"{gain.mean:+.1f}" if gain is not None and gain.count < FEWEST_IN_AN_INTERVAL else format_gain(gain)
 
 
 def _format_accuracies(found: list[float]) -> str:

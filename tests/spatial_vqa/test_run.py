@@ -262,6 +262,8 @@ def test_plans_are_what_the_comparison_asks_for():
         seeds = {job.seed for job in full.runs if job.design == design.name and job.scale == design.scale and not job.rolled}
         assert {0, 1, 2} <= seeds
     assert {job.design for job in (*full.runs, *factorized.runs)} == set(DESIGNS)
+    usual = {"trial": 200, "quick": 4000, "full": 5000, "factorized": 5000}  # what the features in a work folder are made of
+    assert {name: plan.scenes["train"] for name, plan in PLANS.items()} == usual
     for plan in PLANS.values():
         beside = full.runs if plan.folder else ()
         baseline = {
