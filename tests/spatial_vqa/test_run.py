@@ -395,6 +395,8 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
     assert f"| {FACTORIZED.name} | 1 k | 3 | x 1 | 82.0, 83.0, 84.0 | **+2.0 ± 0.0** |" in table
     assert f"| {CROPPING.name} | 1 k | 3 | x 1 | 80.0, 81.0, 82.0 |  |" in table
     assert PLACES.name not in table
+    two = [made(each, seed, right + seed) for each, right in ((CROPPING, 80), (FACTORIZED, 82)) for seed in range(2)]
+    assert f"| {FACTORIZED.name} | 1 k | 2 | x 1 | 82.0, 83.0 | +2.0 |" in dense_or_factorized.designs(results_of(*two), setting)
     row = f"| {CROPPING.name} | 5,000 | 1 | 3 x 3, rank 32 | 1/29 | 12.5 | 81.0 | -2.0 | +1.0 | +0.0 |"
     assert row in dense_or_factorized.compressed(results)
     assert "Not run yet" in dense_or_factorized.designs(results, {"rolled": False, "tuning": 400})
