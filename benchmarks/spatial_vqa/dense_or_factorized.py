@@ -20,6 +20,7 @@ from benchmarks.spatial_vqa.designs import (
     POOLING,
     SIZES,
     WIDER,
+    count_kernel_parameters,
 )
 from benchmarks.spatial_vqa.estimates import ALL, Estimate, accuracy, estimate
 from benchmarks.spatial_vqa.plans import LONGER, MORE_SCENES, PLANS, Job
@@ -132,10 +133,9 @@ def size(results: Results, name: str) -> str:
 
 
 def parameters(results: Results, name: str) -> int:
-    """The same as a number; 0 where there are none, or no run tells."""
-    return next(
-        (run["kernel_parameters"] for run in results.values["runs"] if run["design"] == name and "kernel_parameters" in run), 0
-    )
+    """The same as a number, from a run or (of a plan whose runs do not tell) from the design; 0 where there are none."""
+    told = (run["kernel_parameters"] for run in results.values["runs"] if run["design"] == name and "kernel_parameters" in run)
+    return next(told, count_kernel_parameters(DESIGNS[name]))
 
 
 def compressed(results: Results) -> str:

@@ -146,14 +146,30 @@ def install(design: Design, model: Any) -> Parts:
     mlp.to(model.device)
     if design.fields is None:
         return Parts([mlp], kernels=places)
-    fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **design.fields}
-    stride = {"detail_stride": 1} if fields["detail_kernel_size"] else {}
-    config = SPProjectorConfig(
-        vision_hidden_size=VISION, text_hidden_size=width, grid_size=(GRID, GRID), spatial_hidden_size=SPATIAL, **fields, **stride
-    )
-    attach(model, None, config)
+    attach(model, None, _config(design, width))
     if design.extractor is not None:  # as many tokens as the config says, made in another way
         model.spatial_tokens = SPProjector(design.extractor(), None, design.head(width), None).to(model.device)
     spatial = model.spatial_tokens
-    detail = [] if spatial.integrator is None else [spatial.integrator.detail_kernel]
-    return Parts([mlp, spatial], kernels=[spatial.extractor, *detail])
+    return Parts([mlp, spatial], kernels=_kernels(spatial.extractor, spatial.integrator))
+
+
+def count_kernel_parameters(design: Design) -> int:
+    """Parameters of what makes spatial tokens of patches; 0 where there are none."""
+    if design.fields is None:
+        return 0
+    with torch.device("meta"):
+        projector = SPProjector.from_config(_config(design, 1))
+        extractor = projector.extractor if design.extractor is None else design.extractor()
+    return sum(each.numel() for part in _kernels(extractor, projector.integrator) for each in part.parameters())
+
+
+def _config(design: Design, width: int) -> SPProjectorConfig:
+    fields = {"kernel_sizes": KERNELS, "detail_kernel_size": None, **(design.fields or {})}
+    stride = {"detail_stride": 1} if fields["detail_kernel_size"] else {}
+    return SPProjectorConfig(
+        vision_hidden_size=VISION, text_hidden_size=width, grid_size=(GRID, GRID), spatial_hidden_size=SPATIAL, **fields, **stride
+    )
+
+
+def _kernels(extractor: nn.Module, integrator: Any) -> list[nn.Module]:
+    return [extractor] if integrator is None else [extractor, integrator.detail_kernel]

@@ -26,7 +26,7 @@ from benchmarks.spatial_vqa.optimization import Pretraining
 from benchmarks.spatial_vqa.plans import Compression, Job, Plan
 from benchmarks.spatial_vqa.splits import example, examples, pictures
 from benchmarks.spatial_vqa.training import Material
-from spatial_tokens.storage.files import make_directory, read_tensors, write_tensors, write_text
+from spatial_tokens.storage.files import make_directory, read_shapes, read_tensors, write_tensors, write_text
 
 PRETRAINING_SEED = 1  # the encoder and the language model learn from scenes that are in no split of the comparison, whose seed is 0
 ENCODER, LANGUAGE_MODEL = "encoder.safetensors", "language_model.safetensors"
@@ -83,7 +83,8 @@ def _pretrain(path: Path, name: str, split: str, train: Callable[..., torch.nn.M
 
 
 def _look(work: Path, path: Path, scenes: dict[str, range], rolled: bool, device: str) -> None:
-    if path.exists():
+    wanted = {split: len(indices) for split, indices in scenes.items()}
+    if path.exists() and {split: shape[0] for split, shape in read_shapes(path).items()} == wanted:
         return
     vit = load_encoder(work).to(device)
     random = Random(PRETRAINING_SEED)

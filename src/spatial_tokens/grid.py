@@ -17,7 +17,7 @@ Variant = Literal["cropping", "pooling"]
 SpatialBasis = Literal["cosine", "learned"]
 
 LARGEST = 2**31 - 1
-FREQUENCIES = 3  # of factorized kernels, by default
+RANK, FREQUENCIES = 128, 3  # of factorized kernels, by default
 
 
 class Window(NamedTuple):

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from spatial_tokens import (
     SPProjector,
     SPProjectorConfig,
 )
+from spatial_tokens.modules.ablations import SlidingWindowExtractor, TransformerExtractor
 from spatial_tokens.ops import window_basis
 from tests import reference
 from tests.modules.cases import factorized
@@ -316,7 +318,7 @@ def refused(message):
         ((48, 4), None, "patch features must have shape (B, N, C), got (48, 4); images one after another, (sum of N, C), need the"),
         ((48, 4), (6, 8), "the grid of each: grid_sizes=[(height, width), ...], got (6, 8)"),
         ((2, 35, 4), None, "got 35 positions for a grid of 6 x 8 = 48 patches; resize the picture or build the module with its"),
-        ((2, 35, 4), (6, 8), "got 35 patches for the grid 6 x 8 that was given; give theirs"),
+        ((2, 35, 4), (6, 8), "got 35 patches, but grid_sizes=(6, 8) has 6 x 8 = 48; give the grid that the patches were made with"),
         ((2, 35, 4), (7, 0), "grid_sizes must be a positive integer or a (height, width) pair of them, got (7, 0)"),
         ((2, 35, 4), "7x5", "grid_sizes must be a positive integer or a (height, width) pair of them, got '7x5'"),
         ((35, 4), [(7, 6)], "patch features (35, 4) are not those of 1 images of [42] patches, as grid_sizes tell; give the grid"),
@@ -418,15 +420,47 @@ def test_functorch_leaves_nothing_in_the_cache_and_tracing_finds_one_graph():
     assert_close(traced(patches), module(patches))
 
 
-def test_dense_kernels_belong_to_their_grid():
+def test_only_factorized_kernels_read_other_grids():
     projector = SPProjector.from_config(
         SPProjectorConfig(vision_hidden_size=4, text_hidden_size=5, grid_size=6, kernel_sizes=(2, 6), detail_kernel_size=None)
     )
     assert not projector.any_grid
-    with refused(
-        "dense kernels belong to the grid that they were built for, got grid_sizes=(6, 6); leave it out, or use factorized"
-    ):
-        projector(torch.zeros(1, 36, 4), (6, 6))
+    modules = [
+        projector,
+        projector.extractor,
+        partial(DetailFeatureIntegrator(4, 3, grid_size=6, kernel_size=4), torch.zeros(1, 2, 3)),
+        SlidingWindowExtractor(4, 3, grid_size=6, kernel_size=3),
+        TransformerExtractor(4, grid_size=6, kernel_sizes=(2, 6), num_heads=2, num_layers=1),
+    ]
+    for module in modules:
+        with refused(
+            "this module reads only the grid that it was built for, got grid_sizes=(3, 12); leave it out, or use factorized"
+        ):
+            module(torch.zeros(1, 36, 4), (3, 12))
+
+
+def test_grids_in_tensors_and_arrays():
+    projector = SPProjector.from_config(
+        SPProjectorConfig(
+            vision_hidden_size=4, text_hidden_size=5, grid_size=(6, 8), kernel_sizes=(2, 6), detail_kernel_size=4, rank=2
+        ),
+        dtype=torch.float64,
+    )
+    batch, features = randn(2, 35, 4), randn(35 + 48, 4)
+    for grid in (torch.tensor([7, 5]), np.array([7, 5]), (np.int64(7), torch.tensor(5))):
+        assert torch.equal(projector(batch, grid), projector(batch, (7, 5)))
+    grids = [(7, 5), (6, 8)]
+    for images in (torch.tensor(grids), np.array(grids), list(torch.tensor(grids)), [tuple(each) for each in np.array(grids)]):
+        assert torch.equal(projector(features, images), projector(features, grids))
+    with refused("each of grid_sizes must be a positive integer or a (height, width) pair of them, got [1, 7, 5]"):
+        projector(batch, torch.tensor([[1, 7, 5]] * 2))  # what Qwen-VL's processors give
+    with refused("each of grid_sizes must be a positive integer or a (height, width) pair of them, got [7.0, 5.0]"):
+        projector(batch, torch.tensor([[7.0, 5.0]] * 2))
+
+
+def test_default_rank_is_at_most_the_channels():
+    shape = {"grid_size": 6, "kernel_sizes": (2, 6)}
+    assert [FactorizedFeatureExtractor(channels, 3, **shape).rank for channels in (64, 128, 200)] == [64, 128, 128]
 
 
 def test_configs_of_dense_kernels_are_written_as_before():

@@ -13,7 +13,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks.spatial_vqa import attention, compressed, encoder, language_model, probes, training
-from benchmarks.spatial_vqa.designs import BINS, CROPPING, DEEP, DESIGNS, DETAIL, FACTORS, LEARNED, MLP, PLACES, POOLING, install
+from benchmarks.spatial_vqa.designs import (
+    BINS,
+    CROPPING,
+    DEEP,
+    DESIGNS,
+    DETAIL,
+    FACTORS,
+    LEARNED,
+    MLP,
+    PLACES,
+    POOLING,
+    count_kernel_parameters,
+    install,
+)
 from benchmarks.spatial_vqa.language_model import HIDDEN_SIZE, inputs_of, lay_out, read, text_of
 from benchmarks.spatial_vqa.layout import GRID, NOTHING, cover
 from benchmarks.spatial_vqa.model import build_llava
@@ -160,6 +173,7 @@ def test_designs_are_as_large_as_they_are_said_to_be(llava):
     kernels = sum(128 * 64 * k * k for k in (2, 4, 6, 8, 10, 12))
     assert cropping == mlp + kernels + (64 * 128 + 128 + 128 * 128 + 128)
     assert parameters_of(POOLING, llava) == cropping
+    assert [count_kernel_parameters(each) for each in (MLP, CROPPING, POOLING)] == [0, kernels, kernels]
     assert parameters_of(DEEP, llava) == pytest.approx(cropping, rel=1e-3)
     assert parameters_of(LEARNED, llava) == mlp + 6 * 64 + (64 * 128 + 128 + 128 * 128 + 128)
 
@@ -354,7 +368,9 @@ def test_places_are_added_to_patches_and_are_zero_at_first(llava):
 @pytest.mark.parametrize("design", FACTORS, ids=lambda each: each.name)
 def test_what_replaces_dense_kernels_is_small(llava, design):
     parts = install(design, llava())
-    assert sum(each.numel() for part in parts.kernels for each in part.parameters()) < 2_981_888 / 5
+    kernels = sum(each.numel() for part in parts.kernels for each in part.parameters())
+    assert kernels < 2_981_888 / 5
+    assert count_kernel_parameters(design) == (0 if design is PLACES else kernels)
     own = {id(each) for part in parts.projector for each in part.parameters()}
     assert {id(each) for part in parts.kernels for each in part.parameters()} <= own
 

@@ -231,6 +231,9 @@ def test_a_run_on_more_scenes_has_those_of_the_others_too(work, tmp_path):
     random = Random(tasks.PRETRAINING_SEED)  # the same draws of shifts
     seen = rolled_features_of(encoder, as_pixels(torch.from_numpy(pictures(scene))), random)
     torch.testing.assert_close(more["train"].features[8:9].float(), seen, rtol=1e-2, atol=1e-2)
+    grown = tiny(*plan.jobs, Job(MLP.name, 0, replace(SHORT, scenes=14), rolled=True))
+    tasks.make_features(grown, folder)
+    assert len(read_tensors(folder / "more_rolled_features.safetensors")["train"]) == 14 - 8
 
 
 def test_pretraining_has_scenes_of_its_own():

@@ -15,10 +15,9 @@ from spatial_tokens.compression.report import CompressionReport, CurvePoint, Tok
 from spatial_tokens.compression.samples import Features, Progress, Sample
 from spatial_tokens.compression.target import Target
 from spatial_tokens.errors import SpatialTokensError, shown
-from spatial_tokens.grid import SpatialBasis, check_factors, check_positive
+from spatial_tokens.grid import FREQUENCIES, RANK, SpatialBasis, check_factors, check_positive
 from spatial_tokens.modules import SPProjector
 
-RANK, FREQUENCIES = 128, 3  # by default
 MOST_FREQUENCIES = 5  # that are tried where the rank is chosen, by default
 LARGEST_RANK, LARGEST_INPUT = 256, 2304  # that are tried where the rank is chosen; the latter is channels times maps
 CURVE = 4  # ranks on the curve of a rank that is given, each half of the one before

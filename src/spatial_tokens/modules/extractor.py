@@ -77,9 +77,9 @@ class SpatialFeatureExtractor(nn.Module):
         """Initializes the kernels as `Conv2d` initializes its own."""
         reset(self.kernels)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""
-        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0])
+    def forward(self, patches: torch.Tensor, grid_sizes: None = None) -> torch.Tensor:
+        """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`; no other grid is read, so `grid_sizes` must be None."""
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0], grid_sizes)
         if self._pooled_sizes is not None:
             patch_map = pyramid(patch_map, self._pooled_sizes)  # (B, 1, R, C)
         return apply_kernels(self.kernels, patch_map, self._windows)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from spatial_tokens.grid import (
+    RANK,
     KernelSize,
     SpatialBasis,
     Variant,
@@ -39,7 +40,7 @@ class FactorizedFeatureExtractor(nn.Module):
         variant: "cropping" or "pooling". Pooled scales are nearly the same few cosines of the whole picture, with different cores:
             the tokens then differ in their weights more than in what they see.
         frequencies: Cosines `F` of each side of a window, for all kernels or one number for each; by default 3, or as many as fit.
-        rank: Channels `R` that the kernels see.
+        rank: Channels `R` that the kernels see; by default 128, or `C` if that is fewer.
         spatial_basis: "cosine", or "learned" for maps that are parameters, and start as the cosines.
         device: Where the parameters are made.
         dtype: Their dtype.
@@ -74,14 +75,14 @@ class FactorizedFeatureExtractor(nn.Module):
         kernel_sizes: Sequence[KernelSize],
         variant: Variant = "cropping",
         frequencies: int | Sequence[int] | None = None,
-        rank: int = 128,
+        rank: int | None = None,
         spatial_basis: SpatialBasis = "cosine",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive(vision_hidden_size=vision_hidden_size, spatial_hidden_size=spatial_hidden_size)
-        check_positive(rank=rank)
+        rank = min(RANK, vision_hidden_size) if rank is None else rank
         self.vision_hidden_size = vision_hidden_size
         self.spatial_hidden_size = spatial_hidden_size
         self.grid_size = as_size(grid_size, "grid_size")
@@ -127,7 +128,8 @@ class FactorizedFeatureExtractor(nn.Module):
 
         Args:
             patches: `(B, N, C)`, or `(sum of N, C)` for images of different grids.
-            grid_sizes: The grid `(H, W)` of all images, or a list with that of each; None for `grid_size`.
+            grid_sizes: The grid `(H, W)` of all images, or a list with that of each; a tensor or array of integers too. None for
+                `grid_size`.
         """
         return self.kernels(patches, grid_sizes)  # type: ignore[no-any-return]
 

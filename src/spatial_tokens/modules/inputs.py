@@ -1,6 +1,7 @@
 """What every module asks of its input, and the error that says what is wrong with it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,21 +12,25 @@ from spatial_tokens.grid import Size, as_size
 from spatial_tokens.ops.autocasting import autocasts
 from spatial_tokens.ops.dense import check_dense
 
-GridSizes = Size | Sequence[Size]
+GridSizes = Size | Sequence[Size] | torch.Tensor
 
 
-def as_patch_map(patches: torch.Tensor, grid_size: Size, hidden_size: int, kernel: nn.Module) -> torch.Tensor:
-    """Views patch features `(B, N, C)` as a map `(B, H, W, C)`.
+def as_patch_map(
+    patches: torch.Tensor, grid_size: Size, hidden_size: int, kernel: nn.Module, grid_sizes: GridSizes | None = None
+) -> torch.Tensor:
+    """Views patch features `(B, N, C)` as a map `(B, H, W, C)`, for kernels that belong to one grid.
 
     Args:
         patches: Patch features, the grid's rows one after another.
         grid_size: The grid `(H, W)`; `N` must be `H * W`.
         hidden_size: The channels `C` expected.
         kernel: The layer that will read them: its dtype and device must be theirs.
+        grid_sizes: A grid that the call gives, which is an error.
 
     Raises:
-        SpatialTokensError: If the rank, number of patches, channels, dtype or device does not fit.
+        SpatialTokensError: If the rank, number of patches, channels, dtype or device does not fit, or a grid is given.
     """
+    require_own_grid(grid_sizes)
     check_features(patches, hidden_size, kernel, "patch features", "(B, N, C)", ndim=3)
     check_num_patches(patches.shape[1], grid_size)
     return torch.unflatten(patches, 1, grid_size)
@@ -38,7 +43,7 @@ def as_images(
 
     Args:
         patches: `(B, N, C)`, or `(sum of N, C)`.
-        grid_sizes: `(H, W)` of all images, or a list with that of each; None for `grid_size`.
+        grid_sizes: `(H, W)` of all images, or a list with that of each; tensors and arrays too. None for `grid_size`.
         grid_size: The grid of images whose grid is not given.
         hidden_size: The channels `C` expected.
         layer: The layer that will read them: its dtype and device must be theirs.
@@ -50,6 +55,7 @@ def as_images(
         SpatialTokensError: If the features are none that the layer reads, or not those of the grids.
     """
     check_dense(patches, "patch features", "(B, N, C)")
+    grid_sizes = as_integers(grid_sizes)
     if patches.ndim != 3 and (patches.ndim != 2 or _is_one(grid_sizes)):
         raise SpatialTokensError(
             f"patch features must have shape (B, N, C), got {tuple(patches.shape)}; images one after another, (sum of N, C), need "
@@ -61,9 +67,11 @@ def as_images(
             check_num_patches(patches.shape[1], grid_size, ", or tell their grid: grid_sizes=(height, width)")
             return patches, grid_size
         grid = as_size(grid_sizes, "grid_sizes")
-        if patches.shape[1] != grid[0] * grid[1]:
+        expected = grid[0] * grid[1]
+        if patches.shape[1] != expected:
             raise SpatialTokensError(
-                f"got {patches.shape[1]} patches for the grid {grid[0]} x {grid[1]} that was given; give theirs"
+                f"got {patches.shape[1]} patches, but grid_sizes={grid} has {grid[0]} x {grid[1]} = {expected}; give the grid that "
+                "the patches were made with"
             )
         return patches, grid
     grids = as_grid_list(grid_sizes)
@@ -75,6 +83,14 @@ def as_images(
             "give the grid of each image, in order"
         )
     return patches.reshape(-1, patches.shape[-1]), grids
+
+
+def as_integers(grid_sizes: Any, depth: int = 2) -> Any:
+    """Grids in plain integers: they may be a tensor or an array, or a list of these, as image processors give them."""
+    if isinstance(grid_sizes, (tuple, list)):
+        plain = [as_integers(each, depth - 1) for each in grid_sizes] if depth else grid_sizes
+        return tuple(plain) if isinstance(grid_sizes, tuple) else plain
+    return grid_sizes if isinstance(grid_sizes, int) or not hasattr(grid_sizes, "tolist") else grid_sizes.tolist()
 
 
 def as_grid_list(grid_sizes: GridSizes | None) -> list[Size]:
@@ -94,10 +110,10 @@ def _is_one(grid_sizes: GridSizes | None) -> bool:
 
 
 def require_own_grid(grid_sizes: GridSizes | None) -> None:
-    """Raises SpatialTokensError if dense kernels, which belong to one grid, are given another."""
+    """Raises SpatialTokensError if a module that belongs to one grid is given any."""
     if grid_sizes is not None:
         raise SpatialTokensError(
-            f"dense kernels belong to the grid that they were built for, got grid_sizes={shown(grid_sizes)}; leave it out, or use "
+            f"this module reads only the grid that it was built for, got grid_sizes={shown(grid_sizes)}; leave it out, or use "
             "factorized kernels (rank=128)"
         )
 

@@ -22,7 +22,7 @@ from spatial_tokens.grid import (
 )
 from spatial_tokens.modules.factorized_kernels import FactorizedKernels
 from spatial_tokens.modules.initialization import checked_factory, reset
-from spatial_tokens.modules.inputs import GridSizes, as_patch_map, check_features, is_plain, require_own_grid
+from spatial_tokens.modules.inputs import GridSizes, as_patch_map, check_features, is_plain
 from spatial_tokens.modules.window_projection import apply_kernels
 from spatial_tokens.ops.integrate import attend, integrate
 from spatial_tokens.ops.window_basis import WindowBasis
@@ -201,8 +201,7 @@ class DetailFeatureIntegrator(nn.Module):
         """Patch features `(B, N, C)` to the detail map `(B, P, S)`, its positions row by row."""
         if isinstance(self.detail_kernel, FactorizedKernels):
             return self.detail_kernel(patches, grid_sizes)  # type: ignore[no-any-return]
-        require_own_grid(grid_sizes)
-        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.detail_kernel)
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.detail_kernel, grid_sizes)
         return apply_kernels([self.detail_kernel], patch_map, [self._window], self._step, self.detail_grid_size)
 
     def look_up(self, spatial_tokens: torch.Tensor, detail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,9 +69,9 @@ class SlidingWindowExtractor(nn.Module):
         """Initializes the kernels as `Conv2d` initializes its own."""
         reset(self.kernels)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`."""
-        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0])
+    def forward(self, patches: torch.Tensor, grid_sizes: None = None) -> torch.Tensor:
+        """Patch features `(B, N, C)` to spatial tokens `(B, K, S)`; no other grid is read, so `grid_sizes` must be None."""
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, self.kernels[0], grid_sizes)
         return apply_kernels(self.kernels, patch_map, self._windows)
 
     def extra_repr(self) -> str:

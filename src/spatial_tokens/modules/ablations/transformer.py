@@ -111,10 +111,10 @@ class TransformerExtractor(nn.Module):
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patch features `(B, N, C)` to spatial tokens `(B, K, C)`."""
+    def forward(self, patches: torch.Tensor, grid_sizes: None = None) -> torch.Tensor:
+        """Patch features `(B, N, C)` to spatial tokens `(B, K, C)`; no other grid is read, so `grid_sizes` must be None."""
         first = cast(Any, self.transformers[0]).encoder.layers[0].linear1
-        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, first)
+        patch_map = as_patch_map(patches, self.grid_size, self.vision_hidden_size, first, grid_sizes)
         scales = [self._window(patch_map, size).flatten(1, 2) for size in self._windows]  # (B, h * w, C) each
         tokens = [
             transformer(scale, query.expand(patches.shape[0], -1, -1))  # (B, 1, C)
