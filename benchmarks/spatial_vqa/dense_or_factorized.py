@@ -143,8 +143,7 @@ def compressed(results: Results) -> str:
     rows = []
     for each in results.values.get("compressions", []):
         of = each["of"]
-        setting = {"rolled": of["rolled"], "tuning": of["schedule"]["steps"][1], "scenes": of["schedule"]["scenes"]}
-        run = results.runs_by_rate(of["design"], **setting).get(KernelRate(**of["kernel_rate"]), {}).get(of["seed"])
+        run = results.runs_by_rate(of["design"], **_setting_of(of)).get(KernelRate(**of["kernel_rate"]), {}).get(of["seed"])
         if run is None:
             continue
         size = f"1/{each['dense_kernel_parameters'] / each['kernel_parameters']:.0f}"
@@ -158,6 +157,10 @@ def compressed(results: Results) -> str:
     what = ("compressed", "and tuned", "dense, tuned as long")
     columns = [f"{GROUP_NAMES[group]}, dense, %" if i == 0 else what[i - 1] for group, i in product(GROUP_NAMES, range(4))]
     return table(["design", "scenes", "seed", "kernels", "size", "variance missed, %", *columns], rows)
+
+
+def _setting_of(run: dict[str, Any]) -> dict[str, Any]:
+    return {"rolled": run["rolled"], "tuning": run["schedule"]["steps"][1], "scenes": run["schedule"]["scenes"]}
 
 
 def rates(results: Results) -> str:
@@ -183,7 +186,7 @@ def format_rate(rate: KernelRate) -> str:
 
 
 def draw(images: Path) -> None:
-    """Accuracy against the parameters of the kernels, on rolled features after the long tuning; and the dense interval."""
+    """Accuracy against the parameters of the kernels, on rolled features after the long tuning; the dense interval; compressed."""
     if not (COMMITTED / f"{NAME}.json").exists():
         return
     from matplotlib import pyplot
@@ -202,6 +205,7 @@ def draw(images: Path) -> None:
         title = f"{setting.get('scenes', LONGER.scenes):,} training scenes{note}"
         for axis, (group, said) in zip(axes, GROUP_NAMES.items(), strict=True):
             _draw_designs(axis, found, setting, group)
+            _draw_compressed(axis, found, setting, group)
             axis.set(xscale="log", xlabel="parameters of the kernels", ylabel=f"{said}, test, %", ylim=(30, 100), title=title)
     labels = {label: handle for axis in grid.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=8)
@@ -218,10 +222,20 @@ def _draw_designs(axis: Any, results: Results, setting: dict[str, Any], group: s
         elif kernels:
             seeds = [accuracy(run["test"], group) for run in results.runs(name, **setting).values()]
             color, marker = f"C{ORDER.index(DESIGNS[name]) % 10}", "o" if DESIGNS[name] in FACTORS else "s"
-            axis.plot([kernels] * len(seeds), seeds, marker, color=color, label=name)
+            axis.plot([kernels] * len(seeds), seeds, marker, color=color, alpha=0.7, label=name)
         if name == CROPPING.name and found.count > 1:
             band = f"{CROPPING.name}, dense: interval of {found.count} seeds"
             axis.axhspan(found.mean - found.half, found.mean + found.half, color="C1", alpha=0.12, label=band)
+
+
+def _draw_compressed(axis: Any, results: Results, setting: dict[str, Any], group: str) -> None:
+    usual = {"scenes": LONGER.scenes, **setting}
+    found = [each for each in results.values.get("compressions", []) if _setting_of(each["of"]) == usual]
+    if found:
+        sizes, accuracies = zip(
+            *((each["kernel_parameters"], accuracy(each["compressed"]["test"], group)) for each in found), strict=True
+        )
+        axis.plot(sizes, accuracies, "k^", fillstyle="none", label=f"{CROPPING.name}, compressed without tuning")
 
 
 def _validated(found: list[float], chosen: bool) -> str:

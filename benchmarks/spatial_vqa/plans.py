@@ -147,9 +147,9 @@ OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(
 
 
 def _compressions(seeds: range, schedule: Schedule) -> tuple[Compression, ...]:
-    """Dense kernels at a 30th, a 29th and a 57th of their size."""
+    """Dense kernels at a 30th, a 29th, a 57th, a 114th and a 224th of their size."""
     runs = _jobs((designs.CROPPING,), seeds, schedule, rolled=True)
-    return tuple(Compression(job, *factors) for job in runs for factors in ((4, 18), (3, 32), (3, 16)))
+    return tuple(Compression(job, *factors) for job in runs for factors in ((4, 18), (3, 32), (3, 16), (3, 8), (2, 8)))
 
 
 PLANS = {
