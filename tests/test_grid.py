@@ -222,3 +222,10 @@ def test_a_window_ends_after_its_last_patch(top, left, height, width):
     window = Window(top, left, height, width)
     rows, columns = range(window.top, window.bottom), range(window.left, window.right)
     assert (len(rows), len(columns)) == (height, width)
+
+
+def test_integers_that_are_too_large_are_told_the_limit():
+    with pytest.raises(SpatialTokensError, match="rank must be a positive integer of at most 2147483647, got 2147483648"):
+        check_positive(rank=2**31)
+    with pytest.raises(SpatialTokensError, match=r"grid_size must be a positive integer of at most 2147483647 or a \("):
+        as_size((2**31, 1), "grid_size")

@@ -90,7 +90,7 @@ def counted(own: Results, full: Results, again: Results | None = None) -> str:
     more += f"Of that plan's runs {repeated} were run again, and {same} of these gave the same answers. " if repeated else ""
     machines = " and ".join(f"{values['machine']['device']}, torch {values['machine']['versions']['torch']}" for values in found)
     return (
-        f"{len(distinct) + compressions} of {own.values['planned']} runs of the plan `{NAME}` are in: {', '.join(of_each)}"
+        f"{len(distinct) + compressions} of {len(PLANS[NAME].jobs)} runs of the plan `{NAME}` are in: {', '.join(of_each)}"
         f"{'; with one encoder or the other' if again is not None else ''}. "
         f"{more * joined}{machines}; {hours:.1f} hours of one core for training.\n"
     )
@@ -206,7 +206,9 @@ def draw(images: Path) -> None:
         for axis, (group, said) in zip(axes, GROUP_NAMES.items(), strict=True):
             _draw_designs(axis, found, setting, group)
             _draw_compressed(axis, found, setting, group)
-            axis.set(xscale="log", xlabel="parameters of the kernels", ylabel=f"{said}, test, %", ylim=(30, 100), title=title)
+            axis.set(xscale="log", ylabel=f"{said}, test, %", ylim=(30, 100), title=title)
+    for axis in grid[-1]:
+        axis.set_xlabel("parameters of the kernels")
     labels = {label: handle for axis in grid.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(images / "dense-or-factorized.png", dpi=110, metadata={"Software": None})

@@ -49,7 +49,8 @@ def as_size(value: Any, name: str) -> Size:
     """
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(is_positive_int, pair)):
-        raise SpatialTokensError(f"{name} must be a positive integer or a (height, width) pair of them, got {shown(value)}")
+        wanted = _positive_integer(*pair) if isinstance(pair, (tuple, list)) else _positive_integer()
+        raise SpatialTokensError(f"{name} must be {wanted} or a (height, width) pair of them, got {shown(value)}")
     return pair[0], pair[1]
 
 
@@ -69,11 +70,16 @@ def is_positive_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
+def _positive_integer(*given: Any) -> str:
+    too_large = any(isinstance(value, int) and value > LARGEST for value in given)
+    return f"a positive integer of at most {LARGEST}" if too_large else "a positive integer"
+
+
 def check_positive(**values: Any) -> None:
     """Raises SpatialTokensError, with its name, if a value is not a positive integer."""
     for name, value in values.items():
         if not is_positive_int(value):
-            raise SpatialTokensError(f"{name} must be a positive integer, got {shown(value)}")
+            raise SpatialTokensError(f"{name} must be {_positive_integer(value)}, got {shown(value)}")
 
 
 def crop_sizes(grid_size: KernelSize, stride: int) -> tuple[KernelSize, ...]:

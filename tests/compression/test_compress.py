@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -248,8 +249,10 @@ def test_defaults():
 def test_frequencies_are_fitted_to_small_windows():
     projector = dense(kernel_sizes=((2, 4), (4, 6)), detail_kernel_size=2, detail_stride=None)
     small, report = compress(projector, correlated(20), rank=2)
-    assert small.config.frequencies == 2
-    assert report.frequencies == (2, 2)
+    assert small.config.frequencies == report.frequencies == (2, 3)
+    assert small.integrator.frequencies == small.config.detail_frequencies == 2
+    small, _ = compress(dense(), correlated(20), rank=2, frequencies=(2, 4, 5))
+    assert small.integrator.frequencies == small.config.detail_frequencies == 3
     small, report = compress(dense(), correlated(20), rank=2, frequencies=(2, 3, 1))
     assert small.config.frequencies == report.frequencies == (2, 3, 1)
 
@@ -316,6 +319,7 @@ class Once:
         (correlated(10, channels=11), "features have 11 channels, the projector reads 12"),
         (correlated(10, grid=(6, 7)), "got 42 positions for a grid of 6 x 8 = 48 patches"),
         (torch.zeros(10, 49, C), "one too many, which looks like the class token"),
+        (torch.zeros(10, 48, C, device="meta"), "features are on the meta device, without values; encode the pictures first"),
         (torch.zeros(10, 48, C, dtype=torch.int64), "features must be floating point, got torch.int64"),
         (correlated(4), "features are of 4 pictures; give 5 at least, better some hundreds"),
         ([], "features are of 0 pictures"),
@@ -325,6 +329,7 @@ class Once:
             "the features of picture 9, counted from 0, hold NaN or infinity",
         ),
         (Once(), "features were of 10 pictures when they were read first, and are of 20 now"),
+        (os.curdir, "is a folder; give a safetensors file of features"),
         ("missing.safetensors", "missing.safetensors does not exist; give a safetensors file of features"),
     ],
 )
@@ -353,7 +358,7 @@ def test_files_that_do_not_fit(tmp_path):
         ({"rank": 13}, "rank 13 is larger than vision_hidden_size 12"),
         ({"rank": 0}, "rank must be a positive integer, got 0"),
         ({"rank": 2, "frequencies": 5}, "5 frequencies a side are more than a kernel of 2 x 4 patches has"),
-        ({"rank": 2, "frequencies": (1, 4, 4)}, "4 frequencies a side are more than a kernel of 3 x 4 patches has"),
+        ({"rank": 2, "frequencies": (1, 5, 4)}, "5 frequencies a side are more than a kernel of 4 x 6 patches has"),
         ({"rank": 2, "frequencies": (1, 2)}, "one for each of 3 kernels"),
         ({"rank": 2, "spatial_basis": "fourier"}, "spatial_basis must be 'cosine' or 'learned', got 'fourier'"),
         ({"rank": 2, "error": 0.1}, "rank and error exclude each other; give one of them"),

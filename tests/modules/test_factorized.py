@@ -433,9 +433,7 @@ def test_only_factorized_kernels_read_other_grids():
         TransformerExtractor(4, grid_size=6, kernel_sizes=(2, 6), num_heads=2, num_layers=1),
     ]
     for module in modules:
-        with refused(
-            "this module reads only the grid that it was built for, got grid_sizes=(3, 12); leave it out, or use factorized"
-        ):
+        with refused("this module reads only the grid that it was built for, got grid_sizes=(3, 12); leave it out; factorized"):
             module(torch.zeros(1, 36, 4), (3, 12))
 
 
@@ -454,6 +452,9 @@ def test_grids_in_tensors_and_arrays():
         assert torch.equal(projector(features, images), projector(features, grids))
     with refused("each of grid_sizes must be a positive integer or a (height, width) pair of them, got [1, 7, 5]"):
         projector(batch, torch.tensor([[1, 7, 5]] * 2))  # what Qwen-VL's processors give
+    for empty in (torch.empty(2, 2, dtype=torch.long, device="meta"), [torch.empty(2, dtype=torch.long, device="meta")] * 2):
+        with refused("grid_sizes must be integers, or hold them, got tensor(..., device='meta'"):
+            projector(features, empty)
     with refused("each of grid_sizes must be a positive integer or a (height, width) pair of them, got [7.0, 5.0]"):
         projector(batch, torch.tensor([[7.0, 5.0]] * 2))
 

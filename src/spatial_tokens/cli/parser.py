@@ -175,7 +175,7 @@ def _add_compress(subparsers: Any) -> None:
         subparsers,
         "compress",
         "compress:run",
-        "make a dense projector small: factorized kernels that give nearly its tokens, or kernels in 8 bits",
+        "make a dense projector small: factorized kernels whose tokens are nearly the same, or kernels in 8 bits",
         "compress projector small --images photos --encoder vit_large_patch14_clip_quickgelu_336.openai\n"
         "  spatial-tokens compress projector small --features features.safetensors --error 0.05",
     )
@@ -193,7 +193,9 @@ def _add_compress(subparsers: Any) -> None:
     size = compress.add_mutually_exclusive_group()
     size.add_argument("--rank", type=_positive, metavar="N", help="channels that the kernels see (default: 128)")
     size.add_argument("--parameters", type=_positive, metavar="N", help="choose the best kernels of at most so many parameters")
-    size.add_argument("--error", type=float, metavar="SHARE", help="choose the smallest that miss at most this share of variance")
+    size.add_argument(
+        "--error", type=float, metavar="SHARE", help="choose the smallest of those tried that miss at most this share of variance"
+    )
     compress.add_argument(
         "--frequencies",
         type=_numbers,

@@ -33,14 +33,14 @@ def compress(
     spatial_basis: SpatialBasis = "cosine",
     parameters: int | None = None,
     error: float | None = None,
-    progress: Progress = lambda stage, pictures: None,
+    progress: Progress | None = None,
 ) -> tuple[SPProjector, CompressionReport]:
     """Factorized kernels that give nearly the tokens of dense ones, in closed form, from a sample of the features that they read.
 
     Trained kernels are mostly their initial noise; the features that they read are not. So kernels are decomposed mode by mode as
     the features' second moments weigh channels and places (a whitened, truncated higher-order SVD; of all kernels' channels
     together, as they share one projection). The cores are then fitted to the dense kernels' tokens by least squares, with a ridge
-    that is chosen on held-out pictures, each fifth. Heads and attention are copied as they are.
+    that is chosen on held-out pictures, every fifth. Heads and attention are copied as they are.
 
     Args:
         projector: A dense one, with a SpatialFeatureExtractor, and a DetailFeatureIntegrator or none. It is not changed.
@@ -50,9 +50,10 @@ def compress(
         frequencies: Maps of each side of a window, for all kernels or one number for each; 3 by default, fewer on windows of fewer
             patches. Where the rank is chosen, the most that are tried; 5 by default.
         spatial_basis: "cosine", or "learned" for free maps, found for each kernel.
-        parameters: The most parameters that the kernels may have; of what has no more, what misses least is taken.
-        error: The share of the tokens' variance that may be missed, in the mean over tokens; of what misses no more, what has the
-            fewest parameters is taken.
+        parameters: The most parameters that the kernels may have. With each number of frequencies the largest rank that fits is
+            tried, and its halves; what misses least is taken.
+        error: The share of the tokens' variance that may be missed, in the mean over tokens; of the sizes tried (each rank half of
+            the one before) that miss no more, what has the fewest parameters is taken.
         progress: Told what pictures are read for, and how many have been.
 
     Returns:

@@ -40,7 +40,7 @@ class KernelFit:
 
     Attributes:
         found: The fit of each candidate.
-        plain_unexplained: The share of held-out variance that a plain HOSVD of each misses.
+        plain_unexplained: What a plain HOSVD of each misses, as a share of the tokens' variance.
     """
 
     kernel: DenseKernel

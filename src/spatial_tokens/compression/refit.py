@@ -78,8 +78,8 @@ class Fit(NamedTuple):
     Args:
         core: `(S, M * R)`, fitted to all pictures.
         ridge: The one that does best on the held-out ones, in a fit to the others.
-        unexplained: The share of the tokens' variance that is missed with it.
-        before: The share that is missed without a fit.
+        unexplained: What is missed with it on held-out pictures, as a share of the tokens' variance over all pictures.
+        before: The same without a fit.
     """
 
     core: torch.Tensor

@@ -11,7 +11,7 @@ from spatial_tokens.grid import SpatialBasis
 
 @dataclass(frozen=True)
 class TokenReport:
-    """The share of a token's variance over held-out pictures that is missed.
+    """What is missed of a token: the mean squared error on held-out pictures, over its variance over all pictures.
 
     Args:
         token: The kernel that makes it, or "detail map".
@@ -45,7 +45,7 @@ class CompressionReport:
 
     Args:
         rank: Of the kernels.
-        frequencies: Maps of each side of each kernel's window; the integrator's has the most of them.
+        frequencies: Maps of each side of each kernel's window; the integrator's has the most of them, or as many as fit.
         spatial_basis: "cosine" or "learned".
         pictures: That the kernels were fitted to.
         held_out: Those of them on which ridges were chosen, and on which a fit to the others was judged.

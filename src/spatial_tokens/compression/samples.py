@@ -42,7 +42,7 @@ class Sample:
     """
 
     def __init__(
-        self, features: Any, grid_size: Size, hidden_size: int, device: torch.device, dtype: torch.dtype, progress: Progress
+        self, features: Any, grid_size: Size, hidden_size: int, device: torch.device, dtype: torch.dtype, progress: Progress | None
     ) -> None:
         self._batches = _batches(features)
         self.grid_size, self.hidden_size = grid_size, hidden_size
@@ -73,7 +73,8 @@ class Sample:
                 numbers = torch.arange(read, read + len(part), device=values.device)
                 read += len(part)
                 yield values / self.scale, numbers % HELD_OUT == HELD_OUT - 1
-                self._progress(stage, read)
+                if self._progress is not None:
+                    self._progress(stage, read)
         if read < HELD_OUT:
             raise SpatialTokensError(f"features are of {read} pictures; give {HELD_OUT} at least, better some hundreds")
         if self.pictures not in (0, read):
@@ -87,6 +88,8 @@ class Sample:
         check_dense(batch, f"the batch of features after {read} pictures", "(b, N, C)", 3)
         if batch.shape[-1] != self.hidden_size:
             raise SpatialTokensError(f"features have {batch.shape[-1]} channels, the projector reads {self.hidden_size}")
+        if batch.is_meta:
+            raise SpatialTokensError("features are on the meta device, without values; encode the pictures first")
         if not batch.is_floating_point():
             raise SpatialTokensError(f"features must be floating point, got {batch.dtype}; encode the pictures first")
         check_num_patches(batch.shape[1], self.grid_size)
@@ -147,6 +150,8 @@ class FeatureFile:
 
 
 def _opened(path: Path) -> Any:
+    if path.is_dir():
+        raise SpatialTokensError(f"{path} is a folder; give a safetensors file of features (n, N, C)")
     if not path.is_file():
         raise SpatialTokensError(f"{path} does not exist; give a safetensors file of features (n, N, C)")
     try:

@@ -50,14 +50,10 @@ class Target:
         _check_values(dense_layers(projector))
         extractor, integrator = cast(SpatialFeatureExtractor, projector.extractor), projector.integrator
         channels = extractor.vision_hidden_size
-        windows = [*extractor.kernel_sizes, *([] if integrator is None else [integrator.kernel_size])]
         if frequencies is None:
-            if integrator is not None:  # whose kernel has as many as the extractor's kernel with the most
-                most = min(most, *as_size(integrator.kernel_size, "kernel size"))
             frequencies = tuple(min(most, *as_size(size, "kernel size")) for size in extractor.kernel_sizes)
         checked = check_factors(channels, extractor.kernel_sizes, 1, frequencies, spatial_basis)
         numbers = as_frequencies(checked or (), len(extractor.kernel_sizes))
-        check_factors(channels, windows[len(numbers) :], 1, (max(numbers),) * (len(windows) - len(numbers)))
         return cls(extractor, integrator, projector, numbers, spatial_basis)
 
     @property
@@ -139,7 +135,7 @@ class Target:
             dense.spatial_hidden_size,
             kernel_size=size,
             stride=stride,
-            frequencies=max(numbers),
+            frequencies=min(max(numbers), *as_size(size, "kernel size")),
             **factors,
             **shape,
         )

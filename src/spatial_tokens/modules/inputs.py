@@ -90,7 +90,12 @@ def as_integers(grid_sizes: Any, depth: int = 2) -> Any:
     if isinstance(grid_sizes, (tuple, list)):
         plain = [as_integers(each, depth - 1) for each in grid_sizes] if depth else grid_sizes
         return tuple(plain) if isinstance(grid_sizes, tuple) else plain
-    return grid_sizes if isinstance(grid_sizes, int) or not hasattr(grid_sizes, "tolist") else grid_sizes.tolist()
+    if isinstance(grid_sizes, int) or not hasattr(grid_sizes, "tolist"):
+        return grid_sizes
+    try:
+        return grid_sizes.tolist()
+    except RuntimeError as error:  # of tensors without values, and of sparse and nested ones
+        raise SpatialTokensError(f"grid_sizes must be integers, or hold them, got {shown(grid_sizes)}") from error
 
 
 def as_grid_list(grid_sizes: GridSizes | None) -> list[Size]:
@@ -113,8 +118,8 @@ def require_own_grid(grid_sizes: GridSizes | None) -> None:
     """Raises SpatialTokensError if a module that belongs to one grid is given any."""
     if grid_sizes is not None:
         raise SpatialTokensError(
-            f"this module reads only the grid that it was built for, got grid_sizes={shown(grid_sizes)}; leave it out, or use "
-            "factorized kernels (rank=128)"
+            f"this module reads only the grid that it was built for, got grid_sizes={shown(grid_sizes)}; leave it out; "
+            "factorized kernels (with a rank) read every grid"
         )
 
 
