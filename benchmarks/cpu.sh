@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerates benchmarks/results/cpu: about 100 minutes on two cores, with 24 GiB of memory. Let nothing else run beside it.
+# Regenerates benchmarks/results/cpu: about 110 minutes on two cores, with 24 GiB of memory. Let nothing else run beside it.
 # What export.py, serving.py, scale_out.py and place_probe.py beside it write there is left as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
