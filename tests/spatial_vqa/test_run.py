@@ -408,7 +408,7 @@ def test_a_page_of_few_runs_says_what_they_say_and_how_few_they_are(monkeypatch,
     planned = [
         sum(job.rolled and job.schedule == each for job in PLANS["factorized"].runs) for each in (LONGER, MORE_SCENES, MEDIUM)
     ]
-    assert "7 of 282 runs" in counted
+    assert f"7 of {len(PLANS['factorized'].jobs)} runs" in counted
     for found in (
         "6 of {} with rolled features and 2,400 steps, 0 of {} with rolled features and 2,400 steps on 20,000 scenes",
         "0 of {2} with rolled features and 800 steps",
