@@ -17,8 +17,8 @@ def quantize_int8(projector: SPProjector) -> SPProjector:
     """A copy of a dense projector whose kernels are int8 weights with a scale for each row (torchao's `Int8WeightOnlyConfig`).
 
     It takes a quarter of float32's bytes, or half of bfloat16's; products are of the features' dtype. Heads and attention are
-    copied as they are. `save_pretrained` and `from_pretrained` hold it, without pickling. On a CPU it is slower than the dense one, unless
-    it is compiled and in bfloat16.
+    copied as they are. `save_pretrained` and `from_pretrained` hold it, without pickling. On a CPU it is slower than the dense one,
+    unless it is compiled and in bfloat16.
 
     Raises:
         MissingExtraError: If torchao is not installed.
