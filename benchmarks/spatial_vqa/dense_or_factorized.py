@@ -134,8 +134,10 @@ def size(results: Results, name: str) -> str:
 
 def parameters(results: Results, name: str) -> int:
     """The same as a number, from a run or (of a plan whose runs do not tell) from the design; 0 where there are none."""
-    told = (run["kernel_parameters"] for run in results.values["runs"] if run["design"] == name and "kernel_parameters" in run)
-    return next(told, count_kernel_parameters(DESIGNS[name]))
+    for run in results.values["runs"]:
+        if run["design"] == name and "kernel_parameters" in run:
+            return int(run["kernel_parameters"])
+    return count_kernel_parameters(DESIGNS[name])
 
 
 def compressed(results: Results) -> str:

@@ -142,7 +142,7 @@ DENSE = (designs.CROPPING, designs.POOLING)
 ALTERNATIVES = (designs.FACTORIZED_POOLING, designs.BINS, designs.PLACES)
 LOWEST_RATES = (KernelRate(0.1), KernelRate(0.01))  # 3e-4, 3e-5; every design's rates are the same ones
 LOW_RATES = (*LOWEST_RATES, KernelRate(0.03))
-HIGHER_RATE = (KernelRate(30),)  # with it a core of 144 inputs moves its tokens as far a step as a dense kernel of thousands
+HIGHER_RATE = (KernelRate(30),)  # a core reads 144 numbers at most, a dense kernel thousands
 MORE_RATES = (KernelRate(by_fan_in=True), KernelRate(0.3), KernelRate(0.003))
 OTHER_RATE = tuple(job for each in designs.MAIN for job in _jobs((each,), range(3), LONG, scale=0.25 if each.scale == 1 else 1.0))
 

@@ -55,7 +55,7 @@ def as_images(
         SpatialTokensError: If the features are none that the layer reads, or not those of the grids.
     """
     check_dense(patches, "patch features", "(B, N, C)")
-    grid_sizes = as_integers(grid_sizes)
+    grid_sizes = _as_integers(grid_sizes)
     if patches.ndim != 3 and (patches.ndim != 2 or _is_one(grid_sizes)):
         raise SpatialTokensError(
             f"patch features must have shape (B, N, C), got {tuple(patches.shape)}; images one after another, (sum of N, C), need "
@@ -85,10 +85,22 @@ def as_images(
     return patches.reshape(-1, patches.shape[-1]), grids
 
 
-def as_integers(grid_sizes: Any, depth: int = 2) -> Any:
+def as_grid_list(grid_sizes: GridSizes | None) -> list[Size]:
+    """The grid of each of several images.
+
+    Raises:
+        SpatialTokensError: If that is not what is given.
+    """
+    grids = _as_integers(grid_sizes)
+    if not isinstance(grids, (tuple, list)):
+        raise SpatialTokensError(f"grid_sizes must be a list with the grid of each image, got {shown(grid_sizes)}")
+    return [as_size(each, "each of grid_sizes") for each in grids]
+
+
+def _as_integers(grid_sizes: Any, depth: int = 2) -> Any:
     """Grids in plain integers: they may be a tensor or an array, or a list of these, as image processors give them."""
     if isinstance(grid_sizes, (tuple, list)):
-        plain = [as_integers(each, depth - 1) for each in grid_sizes] if depth else grid_sizes
+        plain = [_as_integers(each, depth - 1) for each in grid_sizes] if depth else grid_sizes
         return tuple(plain) if isinstance(grid_sizes, tuple) else plain
     if isinstance(grid_sizes, int) or not hasattr(grid_sizes, "tolist"):
         return grid_sizes
@@ -96,17 +108,6 @@ def as_integers(grid_sizes: Any, depth: int = 2) -> Any:
         return grid_sizes.tolist()
     except RuntimeError as error:  # of tensors without values, and of sparse and nested ones
         raise SpatialTokensError(f"grid_sizes must be integers, or hold them, got {shown(grid_sizes)}") from error
-
-
-def as_grid_list(grid_sizes: GridSizes | None) -> list[Size]:
-    """The grid of each of several images.
-
-    Raises:
-        SpatialTokensError: If that is not what is given.
-    """
-    if not isinstance(grid_sizes, (tuple, list)):
-        raise SpatialTokensError(f"grid_sizes must be a list with the grid of each image, got {shown(grid_sizes)}")
-    return [as_size(each, "each of grid_sizes") for each in grid_sizes]
 
 
 def _is_one(grid_sizes: GridSizes | None) -> bool:

@@ -20,7 +20,7 @@ from spatial_tokens.modules.extractor import SpatialFeatureExtractor
 from spatial_tokens.modules.factorized_extractor import FactorizedFeatureExtractor
 from spatial_tokens.modules.heads import LinearHead, MLPHead
 from spatial_tokens.modules.initialization import checked_factory, reset
-from spatial_tokens.modules.inputs import GridSizes, as_grid_list, as_integers, require_own_grid
+from spatial_tokens.modules.inputs import GridSizes, as_grid_list, require_own_grid
 from spatial_tokens.modules.integrator import DetailFeatureIntegrator
 from spatial_tokens.modules.parts import OWN, PARTS, build, describe
 from spatial_tokens.storage import hub, pretrained, sharded
@@ -243,15 +243,13 @@ class SPProjector(nn.Module):
         Args:
             patches: Patch features; of factorized kernels also `(sum of N, C)`, images of different grids one after another. The
                 tokens are then `(sum of K + N, D)`, each image's spatial tokens before its own patches'.
-            grid_sizes: For factorized kernels: the grid `(H, W)` of all images, or a list with that of each; a tensor or array of
-                integers too. None for the config's.
+            grid_sizes: For factorized kernels: the grid `(H, W)` of all images, or that of each, in a list, a tensor or an array.
             return_attention: Whether to return it.
         """
         if return_attention and self.integrator is None:
             raise SpatialTokensError("there is no attention to return: this projector has no DetailFeatureIntegrator")
         if not self.any_grid:
             require_own_grid(grid_sizes)
-        grid_sizes = as_integers(grid_sizes)
         grid_argument = () if grid_sizes is None else (grid_sizes,)
         spatial_tokens, attention = self.extractor(patches, *grid_argument), None
         if self.integrator is not None:
